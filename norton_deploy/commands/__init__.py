@@ -1,0 +1,49 @@
+"""One module per command: typed settings, one call into the package, what to print."""
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+
+
+def run(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run the command `name` and return its exit status; a `UserError` becomes one line on stderr."""
+    try:
+        return int(import_module(f"norton_deploy.commands.{name}").main(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def write_json(data: Any, target: Path | None) -> None:
+    """Write `data` as JSON to a file, to stdout when `target` is '-', or nowhere when it is None."""
+    if target is None:
+        return
+    text = json.dumps(data, indent=2)
+    if str(target) == "-":
+        print(text)
+        return
+    with atomic_write(target, "w") as stream:
+        stream.write(text + "\n")
+
+
+def main() -> None:
+    """Entry point `norton COMMAND ...`."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: norton COMMAND [--help] ...\n\ncommands: " + ", ".join(names))
+        sys.exit(0)
+    name = arguments[0].replace("-", "_")
+    if name not in names:
+        print(f"error: unknown command '{arguments[0]}'; commands: {', '.join(names)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(name, arguments[1:]))

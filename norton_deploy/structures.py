@@ -1,0 +1,188 @@
+"""The data types that every stage shares: tasks, categories and detections. NumPy only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from norton_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    import supervision
+
+Task = Literal["box", "mask", "keypoint"]
+TASKS: tuple[Task, ...] = ("box", "mask", "keypoint")
+
+COCO_CATEGORY_COUNT = 80
+COCO_LARGEST_CATEGORY_ID = 90
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Model labels, the dataset's category ids and their names, side by side.
+
+    Label 0 is the background and is not listed.
+
+    Attributes:
+        labels: model labels, each in 1..num_classes-1.
+        ids: COCO category id of each label.
+        names: name of each label.
+    """
+
+    labels: tuple[int, ...]
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.labels) == len(self.ids) == len(self.names):
+            raise UserError("categories: labels, ids and names must be equally long")
+        if not self.labels:
+            raise UserError("categories: the list is empty; a detector needs at least one category")
+        if len(set(self.labels)) < len(self.labels) or len(set(self.ids)) < len(self.ids):
+            raise UserError("categories: labels and ids must each be unique")
+        if min(self.labels) < 1:
+            raise UserError("categories: labels start at 1, label 0 is the background")
+
+    @classmethod
+    def from_coco(cls, categories: Sequence[dict[str, Any]]) -> Categories:
+        """Choose labels for the `categories` entry of a COCO annotation file.
+
+        COCO's own 80 categories keep their id as label (91 classes with the unused ids, as torchvision's
+        published weights have it); any other set is numbered 1..K in the order of its ids.
+        """
+        ordered = sorted(categories, key=lambda category: int(category["id"]))
+        ids = tuple(int(category["id"]) for category in ordered)
+        names = tuple(str(category["name"]) for category in ordered)
+        is_coco = len(ids) == COCO_CATEGORY_COUNT and ids[-1] == COCO_LARGEST_CATEGORY_ID
+        return cls(ids if is_coco else tuple(range(1, len(ids) + 1)), ids, names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of a model with these labels, background included."""
+        return max(self.labels) + 1
+
+    @property
+    def label_of_id(self) -> dict[int, int]:
+        """COCO category id -> model label."""
+        return dict(zip(self.ids, self.labels, strict=True))
+
+    @property
+    def id_of_label(self) -> dict[int, int]:
+        """Model label -> COCO category id."""
+        return dict(zip(self.labels, self.ids, strict=True))
+
+    @property
+    def name_of_label(self) -> dict[int, str]:
+        """Model label -> name."""
+        return dict(zip(self.labels, self.names, strict=True))
+
+    def to_list(self) -> list[dict[str, int | str]]:
+        """JSON form: a list of {"label", "id", "name"}."""
+        return [
+            {"label": label, "id": category_id, "name": name}
+            for label, category_id, name in zip(self.labels, self.ids, self.names, strict=True)
+        ]
+
+    @classmethod
+    def from_list(cls, entries: Sequence[dict[str, Any]]) -> Categories:
+        """Inverse of `to_list`."""
+        try:
+            return cls(
+                tuple(int(entry["label"]) for entry in entries),
+                tuple(int(entry["id"]) for entry in entries),
+                tuple(str(entry["name"]) for entry in entries),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"categories: each entry needs 'label', 'id' and 'name' ({error})") from error
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image, best first.
+
+    Attributes:
+        boxes: float32 [N, 4], xyxy in pixels of the image.
+        scores: float32 [N], 0..1, descending.
+        labels: int64 [N], model labels (`Categories` translates them to COCO ids).
+        image_size: (height, width) of the image in pixels.
+        masks: bool [N, H, W] or None.
+        keypoints: float32 [N, K, 3] or None; x, y in pixels and the keypoint's score.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    image_size: tuple[int, int]
+    masks: npt.NDArray[np.bool_] | None = None
+    keypoints: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.boxes)
+        expected = {"boxes": (count, 4), "scores": (count,), "labels": (count,)}
+        if self.masks is not None:
+            expected["masks"] = (count, *self.image_size)
+        if self.keypoints is not None:
+            expected["keypoints"] = (count, self.keypoints.shape[1] if self.keypoints.ndim == 3 else -1, 3)
+        for field, shape in expected.items():
+            actual = getattr(self, field).shape
+            if actual != shape:
+                raise ValueError(f"Detections.{field}: expected shape {shape}, got {actual}")
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Any) -> Detections:
+        """The detections that a NumPy index (mask, slice or integer array) selects."""
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            scores=self.scores[index],
+            labels=self.labels[index],
+            masks=None if self.masks is None else self.masks[index],
+            keypoints=None if self.keypoints is None else self.keypoints[index],
+        )
+
+    def to_supervision(self, categories: Categories) -> supervision.Detections:
+        """The same detections for drawing and tracking with supervision; `class_id` is the COCO id."""
+        import supervision
+
+        id_of_label, name_of_label = categories.id_of_label, categories.name_of_label
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            confidence=self.scores,
+            class_id=np.array([id_of_label[int(label)] for label in self.labels], dtype=int),
+            mask=self.masks,
+            data={"class_name": np.array([name_of_label[int(label)] for label in self.labels], dtype=str)},
+        )
+
+    def to_coco_results(self, image_id: int, categories: Categories) -> list[dict[str, Any]]:
+        """COCO results entries (bbox xywh; `segmentation` as compressed RLE; `keypoints` flat x, y, 1).
+
+        Keypoint results carry the detection's score, as COCO's evaluation expects.
+        """
+        id_of_label = categories.id_of_label
+        results: list[dict[str, Any]] = []
+        for index in range(len(self)):
+            x1, y1, x2, y2 = (float(value) for value in self.boxes[index])
+            entry: dict[str, Any] = {
+                "image_id": int(image_id),
+                "category_id": id_of_label[int(self.labels[index])],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": float(self.scores[index]),
+            }
+            if self.masks is not None:
+                from pycocotools import mask as coco_mask
+
+                run_lengths = coco_mask.encode(np.asfortranarray(self.masks[index].astype(np.uint8)))
+                run_lengths["counts"] = run_lengths["counts"].decode("ascii")
+                entry["segmentation"] = run_lengths
+            if self.keypoints is not None:
+                points = self.keypoints[index].copy()
+                points[:, 2] = 1.0
+                entry["keypoints"] = points.reshape(-1).astype(float).tolist()
+            results.append(entry)
+        return results
