@@ -1,0 +1,130 @@
+"""Alternating least squares for many small tensors at once."""
+
+import torch
+from torch import Tensor
+
+# All columns are unit vectors when a Gram matrix is solved, so its diagonal is 1 and this bounds its condition
+# number by 1e12: parallel columns and zero tensors give finite numbers, and regular ones lose nothing visible.
+RIDGE = 1e-12
+# Starts run this many sweeps before all but the best of each tensor are dropped.
+SCREENING_SWEEPS = 20
+
+
+def fit_spatial_factors(
+    cores: Tensor, rank: int, *, seed: int, starts: int, max_iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Least-squares CPD of every tensor of a batch; the channel factor is left to the caller.
+
+    For given A and B the best C is a linear least-squares solution, so A and B are the whole answer.
+    Every start runs a few sweeps on every tensor, the best one of each tensor is iterated until one sweep
+    lowers its NMSE by less than `tolerance` times that NMSE. Each tensor's result depends on that tensor and
+    the seed alone, not on its neighbours in the batch.
+
+    Args:
+        cores: [N, M, Kh, Kw] float64, of norm 1 or 0 each.
+        rank: number of terms R >= 1.
+        seed: of the random starts, which are the same for all tensors.
+        starts: number of starts >= 1. The first comes from the singular vectors, the others are random.
+        max_iterations: sweeps at most, those of the screening included.
+        tolerance: relative fall of the NMSE per sweep below which a tensor counts as converged.
+
+    Returns:
+        A [N, Kh, R] and B [N, Kw, R], float64, columns of norm 1 (0 where a term is unused).
+    """
+    count, _, kernel_h, kernel_w = cores.shape
+    generator = torch.Generator().manual_seed(seed)
+    A, B = _singular_start(cores, rank)
+    A, B = A[:, None], B[:, None]
+    if starts > 1:
+        random_A = torch.randn(starts - 1, kernel_h, rank, generator=generator, dtype=torch.float64)
+        random_B = torch.randn(starts - 1, kernel_w, rank, generator=generator, dtype=torch.float64)
+        A = torch.cat([A, random_A.to(cores.device).expand(count, -1, -1, -1)], dim=1)
+        B = torch.cat([B, random_B.to(cores.device).expand(count, -1, -1, -1)], dim=1)
+    screening = min(SCREENING_SWEEPS, max_iterations) if starts > 1 else 0
+    if screening:
+        copies = cores.repeat_interleave(starts, dim=0)
+        A, B, error = _sweep(copies, A.flatten(0, 1), B.flatten(0, 1), screening, tolerance)
+        best = error.view(count, starts).argmin(dim=1)
+        rows = torch.arange(count, device=cores.device)
+        A = A.view(count, starts, kernel_h, rank)[rows, best]
+        B = B.view(count, starts, kernel_w, rank)[rows, best]
+    else:
+        A, B = A[:, 0], B[:, 0]
+    A, B, _ = _sweep(cores, A, B, max_iterations - screening, tolerance)
+    return A, B
+
+
+def solve_channel_factor(unfolded: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Least-squares C [N, I, R] for unfolded [N, I, Kh*Kw] and unit-norm A [N, Kh, R], B [N, Kw, R]."""
+    return _solve_gram(_gram(A) * _gram(B), unfolded @ khatri_rao(A, B))
+
+
+def khatri_rao(A: Tensor, B: Tensor) -> Tensor:
+    """Column-wise Kronecker product: [N, Kh, R], [N, Kw, R] -> [N, Kh*Kw, R]."""
+    return torch.einsum("nhr,nwr->nhwr", A, B).flatten(1, 2)
+
+
+def unit_columns(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of [N, K, R] divided by their norms [N, R]; a zero column stays zero."""
+    norm = torch.linalg.vector_norm(factor, dim=1)
+    return factor / torch.where(norm > 0, norm, 1)[:, None], norm
+
+
+def _singular_start(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading singular vectors of the channel unfolding, each as its best rank-one Kh x Kw matrix."""
+    count, _, kernel_h, kernel_w = cores.shape
+    unfolded = cores.flatten(2)
+    _, vectors = torch.linalg.eigh(unfolded.mT @ unfolded)
+    leading = vectors.flip(-1)[..., :rank].mT.reshape(count, rank, kernel_h, kernel_w)
+    left, _, right = torch.linalg.svd(leading, full_matrices=False)
+    return left[..., 0].mT, right[..., 0, :].mT
+
+
+def _sweep(
+    cores: Tensor, A: Tensor, B: Tensor, sweeps: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At most `sweeps` rounds of C, A, B; tensors that have converged leave the batch."""
+    A, B = unit_columns(A)[0], unit_columns(B)[0]
+    best_A, best_B = A.clone(), B.clone()
+    energy = cores.square().sum(dim=(1, 2, 3))
+    best_error = energy.clone()
+    active = torch.arange(len(cores), device=cores.device)
+    unfolded = cores.flatten(2)
+    previous = energy
+    for _ in range(sweeps):
+        C = solve_channel_factor(unfolded, A, B)
+        C, _ = unit_columns(C)
+        # [N, Kh, Kw, R]: the tensors contracted with C, needed for both of the other updates.
+        contracted = (unfolded.mT @ C).unflatten(1, (A.shape[1], B.shape[1]))
+        gram_C = _gram(C)
+        A = _solve_gram(_gram(B) * gram_C, (contracted * B[:, None]).sum(dim=2))
+        A, _ = unit_columns(A)
+        right_side = (contracted * A[:, :, None]).sum(dim=1)
+        B = _solve_gram(_gram(A) * gram_C, right_side)
+        # B is the exact minimiser, so the residual's energy is what its projection leaves.
+        error = (energy - (B * right_side).sum(dim=(1, 2))).clamp_min(0)
+        B, _ = unit_columns(B)
+        going = previous - error > tolerance * error
+        previous = error
+        if not bool(going.all()):
+            best_A[active], best_B[active], best_error[active] = A, B, error
+            active, unfolded, energy, previous = active[going], unfolded[going], energy[going], error[going]
+            A, B = A[going], B[going]
+            if not len(active):
+                break
+    if len(active):
+        best_A[active], best_B[active], best_error[active] = A, B, previous
+    return best_A, best_B, best_error
+
+
+def _gram(factor: Tensor) -> Tensor:
+    """[N, K, R] -> [N, R, R]."""
+    return factor.mT @ factor
+
+
+def _solve_gram(gram: Tensor, right_side: Tensor) -> Tensor:
+    """X [N, K, R] with X gram = right_side, by a regularised Cholesky factorisation."""
+    rank = gram.shape[-1]
+    ridge = RIDGE * torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    factor, _ = torch.linalg.cholesky_ex(gram + ridge)
+    return torch.cholesky_solve(right_side.mT, factor).mT
