@@ -1,0 +1,120 @@
+"""The settings that every training run has, whatever it trains."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from norton_deploy.errors import UserError
+
+# Fields that may differ between a run and its resumption: they change no weight.
+_WITHOUT_EFFECT = (
+    "resume",
+    "overwrite",
+    "workers",
+    "log_every",
+    "state_every",
+    "json",
+    "progress",
+    "data",
+    "out",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What a run does with its model: how long, how fast, and what it keeps.
+
+    The learning rate follows the number of images in one step over all processes: it is
+    `lr_per_16_images * images / 16`, so that one process with 16 images and eight with 2 train alike;
+    `lr`, when it is given, is used as it stands.
+    """
+
+    out: Path
+    """Folder of the run: checkpoints, state, log."""
+    epochs: int | None = None
+    """Length of the run in passes over the data (or give steps)."""
+    steps: int | None = None
+    """Length of the run in optimizer steps (or give epochs)."""
+    batch_size: int = 2
+    """Images per step and process."""
+    workers: int = 4
+    """Processes that read data, for each training process."""
+    seed: int = 0
+    """Seed of everything random: data order, augmentation, sampling, initial weights."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float | None = None
+    """Learning rate after warm-up, used as it stands whatever the number of processes."""
+    lr_per_16_images: float = 0.02
+    """Learning rate for 16 images a step, scaled linearly with the images a step; unless lr is given."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """Weight decay of matrices and kernels; vectors (biases, normalisation) have none."""
+    schedule: Literal["step", "cosine"] = "step"
+    """How the learning rate falls: tenfold at each milestone, or along half a cosine to zero."""
+    milestones: tuple[float, ...] = (8, 11)
+    """Epochs at which the step schedule divides the learning rate by ten."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up."""
+    warmup_factor: float = 0.001
+    """Fraction of the learning rate that warm-up starts from."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient; larger ones are scaled down."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and saved."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision: no (float32), bf16 or fp16. For a GPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU when there is one."""
+    evaluate_every: int = 1
+    """Evaluate after every so many epochs; 0: only at the end."""
+    state_every: int = 500
+    """Save the state that --resume continues from after every so many steps (and after every epoch)."""
+    log_every: int = 20
+    """Write a log line after every so many steps."""
+    resume: bool = False
+    """Continue the run in --out exactly where its state was saved."""
+    overwrite: bool = False
+    """Delete the run that is in --out and start anew."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError("epochs, steps: give exactly one of the two")
+        for name in ("epochs", "steps", "batch_size", "state_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected at least 1, got {value}")
+        for name in ("workers", "warmup_steps", "evaluate_every", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("lr", "lr_per_16_images", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name}: expected a positive number, got {value}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
+        if self.resume and self.overwrite:
+            raise UserError("resume, overwrite: give at most one of the two")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
+
+    def peak_lr(self, images_per_step: int) -> float:
+        """The learning rate after warm-up for so many images a step, over all processes."""
+        return self.lr if self.lr is not None else self.lr_per_16_images * images_per_step / 16
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the weights, as plain JSON values: a resumed run must have the same."""
+        return {name: _plain(value) for name, value in asdict(self).items() if name not in _WITHOUT_EFFECT}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,304 @@
+"""The training loop, the same for detectors and classifiers, one process or many."""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+from norton_deploy.training.batch import Batch, EpochLoader, Evaluation
+from norton_deploy.training.logs import RunLog
+from norton_deploy.training.optimisation import build_optimizer, learning_rate
+from norton_deploy.training.resume import RunState, load_state, save_state, seed_step
+from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.weight_average import build_weight_average
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Attributes: steps done; the last evaluation's metrics; the best score of all evaluations."""
+
+    steps: int
+    metrics: dict[str, dict[str, float]]
+    best: float | None
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the gradient is not a finite number; non_finite.json holds the batch."""
+
+
+@dataclass
+class _Interval:
+    """Sums since the last log line."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    images: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one model.
+
+    Every process calls `run` and takes part in every step and every evaluation; the main one writes.
+    Gradients are averaged over the processes, so a loss that is a mean over images gives the same step as
+    one process with all the images. torchvision's RPN and box losses are means over the sampled anchors and
+    proposals of the process: equal as long as each image yields its full sample. Mask and keypoint losses
+    are means over the positives of the process, which weighs a process's few positives more, as in every
+    common implementation.
+
+    Args:
+        accelerator: from `build_accelerator`.
+        model: on any device; trained in place.
+        loss_terms: (model, batch) -> scalar losses, whose sum is minimised.
+        loader: data of this process.
+        settings: how long and how fast.
+        evaluate: model in evaluation mode -> Evaluation; called on every process.
+        save_model: (path, model) writes a checkpoint; called on the main process.
+        identity: settings that decide the weights; a resumed run must have the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        loss_terms: Callable[[nn.Module, Batch], Mapping[str, Tensor]],
+        loader: EpochLoader,
+        settings: TrainingSettings,
+        evaluate: Callable[[nn.Module], Evaluation],
+        save_model: Callable[[Path, nn.Module], None],
+        identity: dict[str, Any],
+    ) -> None:
+        self.accelerator = accelerator
+        self.loss_terms = loss_terms
+        self.loader = loader
+        self.settings = settings
+        self.evaluate = evaluate
+        self.save_model = save_model
+        self.identity = {**identity, "processes": accelerator.num_processes}
+        self.folder = RunFolder(settings.out)
+        self.steps_per_epoch = len(loader)
+        self.total_steps = settings.total_steps(self.steps_per_epoch)
+        self.peak_lr = settings.peak_lr(settings.batch_size * accelerator.num_processes)
+        self.bare_model = model.to(accelerator.device)
+        decay = settings.ema_decay
+        self.average = None if decay is None else build_weight_average(self.bare_model, decay)
+        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, settings))
+        self.step = self.epoch = self.batch = 0
+        self.best: float | None = None
+        self.evaluated_step = -1
+        self.metrics: dict[str, dict[str, float]] = {}
+
+    def run(self) -> TrainingResult:
+        """Train to the end, from the saved state with `settings.resume`.
+
+        Raises:
+            NonFiniteLossError: the loss or the gradient is not finite; the batch is in non_finite.json.
+            UserError: the folder's state belongs to a run with other settings.
+        """
+        if self.settings.resume and self.folder.state.exists():
+            self._restore(load_state(self.folder.state, self.identity))
+        steps = gather_object([self.step])
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"{self.folder.root}: not every process sees its state; put --out on a shared disk"
+            )
+        main = self.accelerator.is_main_process
+        log = RunLog(self.folder.log, self.folder.tensorboard, first_step=self.step, enabled=main)
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (main and self.settings.progress),
+        )
+        with log, bar:
+            while self.step < self.total_steps:
+                self._run_epoch(log, bar)
+            if self.evaluated_step < self.step:  # killed after the last step, before its evaluation
+                self._evaluate(log)
+                self._save_state()
+        return TrainingResult(self.step, self.metrics, self.best)
+
+    def _run_epoch(self, log: RunLog, bar: "tqdm[Any]") -> None:
+        """The rest of the current epoch, then what is due at its end."""
+        interval = _Interval()
+        self.model.train()  # FrozenBatchNorm2d has no training mode: a frozen backbone stays as it is
+        for batch in self.loader.batches(self.epoch, self.batch):
+            losses, norm, lr = self._train_step(batch.to(self.accelerator.device))
+            self.step += 1
+            self.batch += 1
+            interval.steps += 1
+            interval.images += len(batch.image_ids) * self.accelerator.num_processes
+            for name, value in losses.items():
+                interval.losses[name] = interval.losses.get(name, 0.0) + value
+            bar.update()
+            bar.set_postfix(loss=f"{losses['total']:.3f}", lr=f"{lr:.2g}", refresh=False)
+            if self.step % self.settings.log_every == 0 or self.step == self.total_steps:
+                log.write("train", self.step, self._record(interval, norm, lr))
+                interval = _Interval()
+            if self.step % self.settings.state_every == 0:
+                self._save_state()
+            if self.step == self.total_steps:
+                break
+        every = self.settings.evaluate_every
+        ended = self.batch == self.steps_per_epoch
+        if ended:
+            self.epoch, self.batch = self.epoch + 1, 0
+        if self.step == self.total_steps or (ended and every and self.epoch % every == 0):
+            self._evaluate(log)
+        elif self.accelerator.is_main_process:
+            self.save_model(self.folder.last, self._evaluated_model())
+        self._save_state()
+
+    def _train_step(self, batch: Batch) -> tuple[dict[str, float], float, float]:
+        """One optimizer step; returns the processes' mean losses, the gradient's norm and the rate."""
+        lr = learning_rate(
+            self.step,
+            settings=self.settings,
+            peak=self.peak_lr,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        seed_step(self.settings.seed, self.step, self.accelerator.process_index)
+        with self.accelerator.autocast():
+            terms = dict(self.loss_terms(self.model, batch))
+        total = torch.stack([term.float() for term in terms.values()]).sum()
+        terms["total"] = total
+        stacked = torch.stack([term.detach().float() for term in terms.values()])
+        # a non-finite loss on any process makes the mean non-finite on all, so they stop together
+        means = self.accelerator.reduce(stacked.clone(), "mean").tolist()
+        if not all(map(_is_finite, means)):
+            self._stop(batch, dict(zip(terms, stacked.tolist(), strict=True)))
+        self.optimizer.zero_grad()
+        self.accelerator.backward(total)
+        limit = self.settings.clip_norm
+        norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), float("inf") if limit is None else limit
+        )
+        gradient_norm = float(norm)
+        # with fp16 an overflow is ordinary: the scaler skips the step and lowers its scale
+        if not _is_finite(gradient_norm) and self.accelerator.scaler is None:
+            self._stop(
+                batch, {**dict(zip(terms, stacked.tolist(), strict=True)), "gradient_norm": gradient_norm}
+            )
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.bare_model)
+        return dict(zip(terms, means, strict=True)), gradient_norm, lr
+
+    def _stop(self, batch: Batch, terms: dict[str, float]) -> None:
+        """Save the batches of all processes and raise."""
+        own = {
+            "image_ids": list(batch.image_ids),
+            "losses": {name: str(value) for name, value in terms.items()},
+        }
+        everyone = gather_object([own])
+        if self.accelerator.is_main_process:
+            with atomic_write(self.folder.non_finite, "w") as stream:
+                stream.write(json.dumps({"step": self.step, "processes": everyone}, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        bad = [entry for entry in everyone if not all(_is_finite(float(v)) for v in entry["losses"].values())]
+        worst = bad[0] if bad else everyone[0]
+        names = [name for name, value in worst["losses"].items() if not _is_finite(float(value))]
+        raise NonFiniteLossError(
+            f"step {self.step}: {', '.join(names)} is not finite for image ids "
+            f"{', '.join(map(str, worst['image_ids']))}; details in {self.folder.non_finite}; "
+            "look at these images' annotations, or lower --lr, or set --clip-norm"
+        )
+
+    def _record(self, interval: _Interval, gradient_norm: float, lr: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - interval.started
+        return {
+            "epoch": self.epoch,
+            "lr": lr,
+            "losses": {name: value / interval.steps for name, value in interval.losses.items()},
+            "gradient_norm": gradient_norm,
+            "images_per_s": interval.images / seconds,
+            "memory_mib": self._peak_memory_mib(),
+        }
+
+    def _peak_memory_mib(self) -> float:
+        """Peak memory of the main process: of the GPU, or resident on a CPU."""
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    def _evaluated_model(self) -> nn.Module:
+        return self.bare_model if self.average is None else self.average.module
+
+    def _evaluate(self, log: RunLog) -> None:
+        """Evaluate, log, and write the last and, if the score is a new best, the best checkpoint."""
+        model = self._evaluated_model().eval()
+        with torch.no_grad():
+            evaluation = self.evaluate(model)
+        self.metrics, self.evaluated_step = evaluation.metrics, self.step
+        log.write("evaluation", self.step, {"epoch": self.epoch, **evaluation.metrics})
+        better = self.best is None or evaluation.score > self.best
+        if better:
+            self.best = evaluation.score
+        if self.accelerator.is_main_process:
+            self.save_model(self.folder.last, model)
+            if better:
+                self.save_model(self.folder.best, model)
+        self.accelerator.wait_for_everyone()
+
+    def _save_state(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = RunState(
+            step=self.step,
+            epoch=self.epoch,
+            batch=self.batch,
+            best=self.best,
+            evaluated_step=self.evaluated_step,
+            metrics=self.metrics,
+            identity=self.identity,
+            model=self.bare_model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            average=None if self.average is None else self.average.state_dict(),
+            scaler=None if scaler is None else scaler.state_dict(),
+        )
+        save_state(self.folder.state, state)
+
+    def _restore(self, state: RunState) -> None:
+        self.step, self.epoch, self.batch = state.step, state.epoch, state.batch
+        self.best, self.evaluated_step, self.metrics = state.best, state.evaluated_step, state.metrics
+        self.bare_model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        if self.average is not None and state.average is not None:
+            self.average.load_state_dict(state.average)
+        if self.accelerator.scaler is not None and state.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")  # False for NaN too
+
+
+def build_accelerator(settings: TrainingSettings) -> Accelerator:
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or stand alone.
+
+    Raises:
+        UserError: mixed precision was asked for and there is no GPU that has it.
+    """
+    use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if settings.precision == "fp16" and use_cpu:
+        raise UserError("precision fp16 needs a GPU; use --precision no (or bf16) on a CPU")
+    return Accelerator(mixed_precision=settings.precision, cpu=use_cpu, step_scheduler_with_optimizer=False)

@@ -1,0 +1,137 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import cross_entropy, tiny_settings, tiny_trainer
+
+from norton_deploy.errors import UserError
+from norton_deploy.training.batch import Batch, Evaluation
+
+TINY_RUN = Path(__file__).with_name("tiny_run.py")
+
+
+class KilledError(Exception):
+    """Stands in for SIGKILL: nothing runs after it that could save anything."""
+
+
+def all_tensors(trainer):
+    state = {"model": trainer.bare_model.state_dict(), "average": trainer.average.state_dict()}
+    state["momentum"] = {
+        str(key): entry["momentum_buffer"] for key, entry in trainer.optimizer.state_dict()["state"].items()
+    }
+    return {f"{part}.{name}": tensor for part, entries in state.items() for name, tensor in entries.items()}
+
+
+def assert_identical(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    trainer = tiny_trainer(tiny_settings(tmp_path_factory.mktemp("whole") / "run"))
+    result = trainer.run()
+    return all_tensors(trainer), result
+
+
+# an epoch has 6 steps, the state is saved at steps 4, 6 (end of epoch), 8, 12, 15
+@pytest.mark.parametrize("death", [0, 1, 3, 4, 5, 6, 7, 11, 12, 14])
+def test_death_in_any_step_leaves_no_trace(tmp_path, uninterrupted, death):
+    def dies(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        dies.calls += 1
+        if dies.calls == death + 1:
+            raise KilledError
+        return cross_entropy(model, batch)
+
+    dies.calls = 0
+    with pytest.raises(KilledError):
+        tiny_trainer(tiny_settings(tmp_path / "run"), loss_terms=dies).run()
+    trainer = tiny_trainer(tiny_settings(tmp_path / "run", resume=True))
+    result = trainer.run()
+    assert_identical(all_tensors(trainer), uninterrupted[0])
+    assert result == uninterrupted[1]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["section"] == "train"] == list(range(1, 16))
+
+
+@pytest.mark.parametrize("death", [1, 2, 3])
+def test_death_in_an_evaluation_leaves_no_trace(tmp_path, uninterrupted, death):
+    def dies(model: torch.nn.Module) -> Evaluation:
+        dies.calls += 1
+        if dies.calls == death:
+            raise KilledError
+        total = sum(float(parameter.abs().sum()) for parameter in model.parameters())
+        return Evaluation({"weights": {"sum": total}}, -total)
+
+    dies.calls = 0
+    with pytest.raises(KilledError):
+        tiny_trainer(tiny_settings(tmp_path / "run"), evaluate=dies).run()
+    trainer = tiny_trainer(tiny_settings(tmp_path / "run", resume=True))
+    assert trainer.run() == uninterrupted[1]
+    assert_identical(all_tensors(trainer), uninterrupted[0])
+
+
+def log_lines(out):
+    log = out / "log.jsonl"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def test_sigkill_and_resume_in_new_processes(tmp_path):
+    out = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TINY_RUN), str(out)]
+    slow = json.dumps({"steps": 40, "pause_s": 0.1})
+    process = subprocess.Popen([*command, slow], env=environment)
+    try:  # die in the middle of an epoch, some steps after a saved state
+        while process.poll() is None and len(log_lines(out)) < 10:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 10 <= len(log_lines(out)) < 40
+    resume = json.dumps({"steps": 40, "resume": True})
+    subprocess.run([*command, resume], env=environment, check=True)
+    whole = tmp_path / "whole"
+    subprocess.run([*command[:2], str(whole), json.dumps({"steps": 40})], env=environment, check=True)
+    first, second = (torch.load(folder / "weights.pt", weights_only=True) for folder in (out, whole))
+    assert_identical(first, second)
+
+
+def test_another_setting_is_named(tmp_path):
+    tiny_trainer(tiny_settings(tmp_path / "run")).run()
+    with pytest.raises(UserError, match=r"'lr' was 0\.05 and is now 0\.1"):
+        tiny_trainer(tiny_settings(tmp_path / "run", resume=True, lr=0.1)).run()
+
+
+def test_a_run_is_never_mixed_with_another(tmp_path):
+    tiny_trainer(tiny_settings(tmp_path / "run")).run()
+    with pytest.raises(UserError, match="--resume"):
+        tiny_trainer(tiny_settings(tmp_path / "run"))
+    tiny_trainer(tiny_settings(tmp_path / "run", overwrite=True))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="no run to resume"):
+        tiny_trainer(tiny_settings(tmp_path / "run", resume=True))
+
+
+def test_a_broken_state_is_named(tmp_path):
+    tiny_trainer(tiny_settings(tmp_path / "run")).run()
+    (tmp_path / "run" / "state.pt").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"state\.pt"):
+        tiny_trainer(tiny_settings(tmp_path / "run", resume=True)).run()
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, uninterrupted):
+    tiny_trainer(tiny_settings(tmp_path / "run")).run()
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert tiny_trainer(tiny_settings(tmp_path / "run", resume=True)).run() == uninterrupted[1]
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
