@@ -1,0 +1,99 @@
+"""norton demo-video: detect in a video, a camera or a stream, one model or two side by side."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from norton_deploy.commands import write_json
+from norton_deploy.config import parse_settings
+from norton_deploy.errors import UserError
+from norton_deploy.runtime.predictor import load_predictor
+from norton_deploy.runtime.video import VideoPipeline
+from norton_deploy.runtime.video_sinks import VideoFile, Window
+from norton_deploy.runtime.video_sources import open_source
+
+SYNTHETIC_FRAMES = 250
+INTERRUPTED = 130
+
+
+@dataclass
+class Settings:
+    """Settings of the demo."""
+
+    model: Path
+    """Checkpoint, .onnx, .engine or a folder of graphs."""
+    out: Path
+    """MP4 file to write."""
+    source: str = "synthetic"
+    """Camera number, video file, stream address (rtsp://...) or "synthetic"."""
+    baseline: Path | None = None
+    """Second model, shown on the left for comparison."""
+    show: bool = False
+    """Also show the frames in a window; q closes it."""
+    json: Path | None = None
+    """Write the measured figures as JSON here ("-": stdout)."""
+    max_frames: int | None = None
+    """Stop after this many frames (synthetic: 250 unless given)."""
+    score_threshold: float = 0.5
+    """Detections below this score are not drawn."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; a GPU if there is one."""
+    image_size: tuple[int, int] = (480, 640)
+    """Height and width of synthetic frames."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 on success, 1 when a stream broke for good, 130 after Ctrl-C (the video is whole)."""
+    settings = parse_settings(Settings, argv, prog="demo_video", description=__doc__ or "")
+    if settings.max_frames is not None and settings.max_frames < 1:
+        raise UserError(f"--max-frames: expected at least 1, got {settings.max_frames}")
+    limit = settings.max_frames
+    if limit is None and settings.source == "synthetic":
+        limit = SYNTHETIC_FRAMES
+    files = [settings.model] if settings.baseline is None else [settings.baseline, settings.model]
+    labels = ["model"] if settings.baseline is None else ["baseline", "model"]
+    models = [
+        (f"{label} {file.name}", load_predictor(file, device=settings.device))
+        for label, file in zip(labels, files, strict=True)
+    ]
+    window = Window() if settings.show else None
+    source = open_source(settings.source, settings.image_size)
+    with VideoFile(settings.out, source.fps) as output:
+        pipeline = VideoPipeline(
+            source,
+            models,
+            output,
+            window=window,
+            score_threshold=settings.score_threshold,
+            max_frames=limit,
+        )
+
+        def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+            pipeline.interrupt()
+
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            summary = pipeline.run()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+    if output.frames == 0:
+        raise UserError(f"{settings.source}: not one frame could be shown ({summary['ended']})")
+    write_json(summary, settings.json)
+    print(
+        f"{output.path}: {output.frames} frames, {summary['frames']['dropped']} dropped, "
+        f"{summary['frames']['corrupt']} corrupt; ended: {summary['ended']}; "
+        f"{json.dumps(summary['pipeline'])}",
+        file=sys.stderr,
+    )
+    if source.problem:
+        raise UserError(
+            f"{settings.source}: {source.problem}; what was recorded until then is in {output.path}"
+        )
+    return INTERRUPTED if summary["ended"] == "interrupted" else 0

@@ -1,0 +1,110 @@
+"""norton predict: detect in images; writes annotated images and one COCO JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+from tqdm import tqdm
+
+from norton_deploy.commands import write_json
+from norton_deploy.config import parse_settings
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+from norton_deploy.runtime.drawing import draw_detections
+from norton_deploy.runtime.predictor import Backend, Image, load_predictor
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+@dataclass
+class Settings:
+    """Settings of predict."""
+
+    model: Path
+    """Checkpoint, .onnx, .engine or a folder of graphs."""
+    images: tuple[Path, ...]
+    """Image files and folders of images."""
+    out: Path
+    """Folder for the annotated images and detections.json."""
+    backend: Backend | None = None
+    """torch, onnxruntime or tensorrt; by the file's suffix."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; a GPU if there is one."""
+    score_threshold: float = 0.05
+    """Detections below this score are left out of the JSON."""
+    draw_threshold: float = 0.5
+    """Detections below this score are not drawn."""
+    json: Path | None = None
+    """Also write counts and mean stage times as JSON here ("-": stdout)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Detect in all images."""
+    settings = parse_settings(Settings, argv, prog="predict", description=__doc__ or "")
+    files = find_images(settings.images)
+    predictor = load_predictor(
+        settings.model, settings.backend, score_threshold=settings.score_threshold, device=settings.device
+    )
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    stages_ms: list[dict[str, float]] = []
+    for image_id, file in enumerate(tqdm(files, unit="image", file=sys.stderr), start=1):
+        [(image, detections)] = predictor.predict_files([file])
+        stages_ms.append(asdict(predictor.timing))
+        height, width = detections.image_size
+        images.append({"id": image_id, "file_name": str(file), "height": height, "width": width})
+        for entry in detections.to_coco_results(image_id, predictor.categories):
+            _, _, box_width, box_height = entry["bbox"]
+            annotations.append(
+                {"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0, **entry}
+            )
+        drawn = detections[detections.scores >= settings.draw_threshold]
+        picture = draw_detections(image, drawn, predictor.categories)
+        write_image(settings.out / f"{image_id:06d}_{file.stem}.jpg", picture)
+    categories = [
+        {"id": category_id, "name": name}
+        for category_id, name in zip(predictor.categories.ids, predictor.categories.names, strict=True)
+    ]
+    result = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(result, settings.out / "detections.json")
+    summary = {
+        "images": len(images),
+        "detections": len(annotations),
+        "model": predictor.name,
+        "device": predictor.device,
+        "mean_ms": {stage: sum(row[stage] for row in stages_ms) / len(stages_ms) for stage in stages_ms[0]},
+    }
+    write_json(summary, settings.json)
+    print(f"{settings.out}: {len(images)} images, {len(annotations)} detections", file=sys.stderr)
+    return 0
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The given files and the images directly inside the given folders, sorted within each folder.
+
+    Raises:
+        UserError: a path does not exist or no image was found.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such image or folder")
+    if not files:
+        raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, paths))}")
+    return files
+
+
+def write_image(path: Path, image: Image) -> None:
+    """Write uint8 RGB [H, W, 3] as JPEG, whole or not at all."""
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
+    with atomic_write(path) as stream:
+        stream.write(encoded.tobytes())
