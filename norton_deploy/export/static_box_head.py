@@ -1,0 +1,135 @@
+"""The box head on fixed shapes: pooled features to class scores and deltas, then the detections of each image.
+
+Selection follows torchvision's `RoIHeads.postprocess_detections`, but ranks before it decodes: only the
+`candidates` best (proposal, class) pairs are decoded and suppressed. That is exact when all pairs above the
+score threshold are among them, or when they alone fill the detections; a flag says whether it was.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from norton_deploy.export.static_boxes import at_least, clip_boxes, decode_boxes, gather_rows
+from norton_deploy.export.static_nms import StaticNMS
+
+MIN_BOX_SIZE = 1e-2
+"""Side in pixels below which torchvision drops a detection (a constant in `postprocess_detections`)."""
+
+
+class ChannelsLastMLPHead(nn.Module):
+    """torchvision's `TwoMLPHead` for channels-last input: fc6's columns are permuted, nothing is transposed."""
+
+    def __init__(self, head: TwoMLPHead, pooled_size: tuple[int, int]) -> None:
+        super().__init__()
+        height, width = pooled_size
+        self.fc6, self.fc7 = copy.deepcopy(head.fc6), copy.deepcopy(head.fc7)
+        outputs, inputs = head.fc6.weight.shape
+        weight = head.fc6.weight.reshape(outputs, inputs // (height * width), height, width)
+        self.fc6.weight = nn.Parameter(
+            weight.permute(0, 2, 3, 1).reshape(outputs, inputs).contiguous(), False
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[N, P_h, P_w, C] -> [N, F]."""
+        return torch.relu(self.fc7(torch.relu(self.fc6(pooled.flatten(1)))))
+
+
+class ChannelsFirstHead(nn.Module):
+    """Any other box head, given the NCHW input that it expects."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[N, P_h, P_w, C] -> [N, F]."""
+        result: Tensor = self.head(pooled.permute(0, 3, 1, 2))
+        return result
+
+
+class StaticBoxHead(nn.Module):
+    """Class scores and boxes of all proposals, reduced to `max_detections` per image."""
+
+    def __init__(
+        self,
+        roi_heads: RoIHeads,
+        pooled_size: tuple[int, int],
+        image_size: tuple[int, int],
+        max_detections: int,
+        candidates: int,
+        nms: StaticNMS,
+    ) -> None:
+        """
+        Args:
+            roi_heads: supplies head, predictor, coder and thresholds.
+            pooled_size: (height, width) of the pooled RoIs.
+            image_size: (height, width) that boxes are clipped to.
+            max_detections: D, detections per image.
+            candidates: M, (proposal, class) pairs that are decoded, at most.
+            nms: how boxes are suppressed.
+        """
+        super().__init__()
+        head = roi_heads.box_head
+        is_mlp = isinstance(head, TwoMLPHead)
+        self.head = ChannelsLastMLPHead(head, pooled_size) if is_mlp else ChannelsFirstHead(head)
+        self.predictor = roi_heads.box_predictor
+        self.coder = roi_heads.box_coder
+        self.score_thresh = float(roi_heads.score_thresh)
+        self.nms_thresh = float(roi_heads.nms_thresh)
+        self.image_size = image_size
+        self.max_detections = max_detections
+        self.candidates = candidates
+        self.nms = nms
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled RoIs [N, P_h, P_w, C] -> class logits [N, classes] and deltas [N, classes * 4], float32."""
+        logits, deltas = self.predictor(self.head(pooled))
+        return logits.to(torch.float32), deltas.to(torch.float32)
+
+    def detections(
+        self, logits: Tensor, deltas: Tensor, proposals: Tensor, proposal_valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """
+        Args:
+            logits: float32 [B * P, classes].
+            deltas: float32 [B * P, classes * 4].
+            proposals: float32 [B, P, 4].
+            proposal_valid: bool [B, P].
+
+        Returns:
+            boxes float32 [B, D, 4], scores float32 [B, D] falling, labels int64 [B, D] (all 0 in padded rows),
+            nms_converged bool [], candidates_complete bool [].
+        """
+        batch, count = proposal_valid.shape
+        classes = logits.shape[1]
+        foreground = classes - 1
+        scores = torch.softmax(logits, dim=-1)[:, 1:].reshape(batch, count, foreground)
+        above = (scores > self.score_thresh) & proposal_valid[..., None]
+        ranking = torch.where(above, scores, -1.0).reshape(batch, count * foreground)
+        best, index = ranking.topk(min(self.candidates, count * foreground), dim=1)
+        proposal = torch.div(index, foreground, rounding_mode="floor")
+        label = index - proposal * foreground + 1
+        chosen = gather_rows(deltas.reshape(batch, count * classes, 4), proposal * classes + label)
+        reference = gather_rows(proposals, proposal)
+        decoded = decode_boxes(chosen, reference, self.coder.weights, self.coder.bbox_xform_clip)
+        boxes = clip_boxes(decoded, self.image_size)
+        valid = (best > self.score_thresh) & at_least(boxes, MIN_BOX_SIZE)
+        keep, converged = self.nms(boxes, valid, label - 1, foreground, self.nms_thresh)
+
+        rows = min(self.max_detections, best.shape[1])
+        final, order = torch.where(keep, best, -1.0).topk(rows, dim=1)
+        found = final > self.score_thresh
+        boxes = gather_rows(boxes, order) * found[..., None].to(boxes.dtype)
+        labels = torch.where(found, label.gather(1, order), 0)
+        scores = torch.where(found, final, 0.0)
+        all_ranked = above.to(torch.float32).sum(dim=(1, 2)) <= best.shape[1]
+        filled = keep.to(torch.float32).sum(dim=1) >= self.max_detections
+        complete = (all_ranked | filled).to(torch.float32).amin() > 0.5
+        padding = self.max_detections - rows
+        if padding:
+            boxes = torch.nn.functional.pad(boxes, (0, 0, 0, padding))
+            scores, labels = (torch.nn.functional.pad(part, (0, padding)) for part in (scores, labels))
+        return boxes, scores, labels, converged, complete

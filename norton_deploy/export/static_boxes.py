@@ -1,0 +1,70 @@
+"""Box arithmetic of a detector on fixed shapes: decode, clip, size test, IoU, gathering by index; all in fp32.
+
+Boxes are xyxy in pixels of the graph's image. fp32 is not a preference: an area of 800 x 800 overflows fp16.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float], clip: float) -> Tensor:
+    """Apply regression deltas to reference boxes, as torchvision's `BoxCoder.decode_single`.
+
+    Args:
+        deltas: [..., 4], (dx, dy, dw, dh) scaled by `weights`.
+        boxes: [..., 4], the reference boxes.
+        weights: the coder's four weights.
+        clip: upper limit of dw and dh (`bbox_xform_clip`).
+
+    Returns:
+        [..., 4] boxes.
+    """
+    wx, wy, ww, wh = weights
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    dx, dy, dw, dh = deltas.unbind(-1)
+    width, height = x2 - x1, y2 - y1
+    centre_x = dx / wx * width + (x1 + 0.5 * width)
+    centre_y = dy / wy * height + (y1 + 0.5 * height)
+    half_width = 0.5 * (torch.exp((dw / ww).clamp(max=clip)) * width)
+    half_height = 0.5 * (torch.exp((dh / wh).clamp(max=clip)) * height)
+    corners = (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height)
+    return torch.stack(corners, dim=-1)
+
+
+def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Clip boxes [..., 4] to the image of `image_size` (height, width)."""
+    height, width = image_size
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    corners = (x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height))
+    return torch.stack(corners, dim=-1)
+
+
+def at_least(boxes: Tensor, min_size: float) -> Tensor:
+    """Whether both sides of each box [..., 4] reach `min_size` pixels; bool [...]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
+
+
+def pairwise_iou(boxes: Tensor) -> Tensor:
+    """IoU of every pair of `boxes` [..., N, 4]; [..., N, N]. A pair of empty boxes gives 0."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    area = (x2 - x1) * (y2 - y1)
+
+    def overlap(low: Tensor, high: Tensor) -> Tensor:
+        inner_high = torch.minimum(high.unsqueeze(-1), high.unsqueeze(-2))
+        inner_low = torch.maximum(low.unsqueeze(-1), low.unsqueeze(-2))
+        return (inner_high - inner_low).clamp(min=0)
+
+    intersection = overlap(x1, x2) * overlap(y1, y2)
+    union = area.unsqueeze(-1) + area.unsqueeze(-2) - intersection
+    return intersection / union.clamp(min=torch.finfo(boxes.dtype).tiny)
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of `table` [B, N, C] at `index` [B, K] of each image; [B, K, C]. One plain Gather in ONNX."""
+    batch, rows, columns = table.shape
+    first_row = torch.arange(batch, device=table.device)[:, None] * rows
+    flat = (index + first_row if batch > 1 else index).reshape(-1)
+    return table.reshape(batch * rows, columns).index_select(0, flat).reshape(batch, index.shape[1], columns)

@@ -1,0 +1,168 @@
+"""The keypoint head on fixed shapes, with torchvision's decoding: the best pixel of a bicubically resized heatmap.
+
+torchvision resizes each heatmap to the RoI's size in whole pixels (bicubic, a = -0.75) and takes the argmax:
+a different shape for every RoI. The resize is linear and separable, so the same function can be evaluated at
+any chosen pixels of that size as two products with cubic weights. Two steps find its maximum:
+
+1. up to `coarse` (112) of the RoI's own pixels per axis; all of them when the RoI is no larger, and then the
+   result is torchvision's by construction;
+2. in a larger RoI, all true pixels around the `peaks` (8) best local maxima of step 1. Their window reaches
+   past the neighbouring coarse samples.
+
+The result differs from torchvision's only where the true maximum lies at none of the 8 best coarse maxima, or
+where two pixels tie to within rounding; tests count both.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from norton_deploy.errors import UserError
+
+CUBIC_A = -0.75
+"""Coefficient of PyTorch's bicubic kernel."""
+BORDER = 2
+"""Rows by which a heatmap is extended, so that the kernel's taps past the border repeat the edge."""
+NOWHERE = -3.0e38
+"""Below every heatmap value; finite, since an infinity times a zero weight would be NaN."""
+
+
+class StaticKeypointHead(nn.Module):
+    """Keypoint head and predictor, and the decoding of their heatmaps."""
+
+    def __init__(
+        self, roi_heads: RoIHeads, image_size: tuple[int, int], *, coarse: int = 112, peaks: int = 8
+    ) -> None:
+        """
+        Args:
+            roi_heads: supplies the keypoint head and predictor.
+            image_size: (height, width) in pixels; bounds the size of a RoI and so the step of `coarse`.
+            coarse: pixels per axis at which each heatmap is first evaluated.
+            peaks: local maxima of the coarse map that are searched pixel by pixel.
+
+        Raises:
+            UserError: the predictor is not torchvision's.
+        """
+        super().__init__()
+        predictor = roi_heads.keypoint_predictor
+        if not isinstance(predictor, KeypointRCNNPredictor):
+            raise UserError(
+                f"keypoint predictor: expected torchvision's KeypointRCNNPredictor, found {type(predictor).__name__}"
+            )
+        self.head = roi_heads.keypoint_head
+        self.low_resolution = predictor.kps_score_lowres
+        self.up_scale = float(predictor.up_scale)
+        self.coarse = min(coarse, max(image_size))
+        self.peaks = peaks
+        self.reach = -(-max(image_size) // self.coarse)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Pooled RoIs [N, P_h, P_w, C] -> heatmaps float32 [N, K, S, S]."""
+        low = self.low_resolution(self.head(pooled.permute(0, 3, 1, 2))).to(torch.float32)
+        return F.interpolate(
+            low,
+            scale_factor=self.up_scale,
+            mode="bilinear",
+            align_corners=False,
+            recompute_scale_factor=False,
+        )
+
+    def keypoints(self, heatmaps: Tensor, boxes: Tensor) -> Tensor:
+        """Decode heatmaps, as torchvision's `heatmaps_to_keypoints`.
+
+        Args:
+            heatmaps: float32 [N, K, S, S].
+            boxes: float32 [N, 4] xyxy in pixels.
+
+        Returns:
+            float32 [N, K, 3]: x, y in pixels and the heatmap's value there.
+        """
+        x1, y1, x2, y2 = boxes[:, None, :].unbind(-1)
+        width, height = (x2 - x1).clamp(min=1), (y2 - y1).clamp(min=1)
+        columns, rows = torch.ceil(width), torch.ceil(height)
+        x, y, score = self.best_pixel(heatmaps, columns, rows)
+        x = (x + 0.5) * (width / columns) + x1
+        y = (y + 0.5) * (height / rows) + y1
+        return torch.stack([x, y, score], dim=-1)
+
+    def best_pixel(self, heatmaps: Tensor, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Argmax of each heatmap resized to [rows, columns].
+
+        Args:
+            heatmaps: float32 [N, K, S, S].
+            columns, rows: [N, 1], whole numbers of pixels.
+
+        Returns:
+            x, y (whole pixels as floats) and the value there, each [N, K].
+        """
+        count, keypoints, size = heatmaps.shape[:3]
+        extended = F.pad(heatmaps, (BORDER, BORDER, BORDER, BORDER), mode="replicate")
+
+        x_coarse, x_inside = self.coarse_pixels(columns)
+        y_coarse, y_inside = self.coarse_pixels(rows)
+        x_weights = cubic_weights(x_coarse, columns, size)[:, None]
+        y_weights = cubic_weights(y_coarse, rows, size)[:, None]
+        coarse = y_weights @ extended @ x_weights.transpose(-1, -2)
+        inside = y_inside[:, None, :, None] & x_inside[:, None, None, :]
+        coarse = torch.where(inside, coarse, NOWHERE)
+        highest_near = F.max_pool2d(coarse, kernel_size=3, stride=1, padding=1)
+        peaks = torch.where(coarse >= highest_near, coarse, NOWHERE).flatten(2)
+        index = peaks.topk(min(self.peaks, peaks.shape[-1]), dim=-1).indices
+        y_peak = torch.div(index, self.coarse, rounding_mode="floor")
+        x_peak = index - y_peak * self.coarse
+        found = index.shape[-1]
+
+        x_window = self.window(x_coarse, x_peak.reshape(count, -1)).reshape(count, keypoints, found, -1)
+        y_window = self.window(y_coarse, y_peak.reshape(count, -1)).reshape(count, keypoints, found, -1)
+        side = x_window.shape[-1]
+        maps = count * keypoints
+        x_weights = cubic_weights(x_window.reshape(count, -1), columns, size).reshape(maps * found, side, -1)
+        y_weights = cubic_weights(y_window.reshape(count, -1), rows, size).reshape(maps, found * side, -1)
+        by_row = torch.bmm(y_weights, extended.reshape(maps, size + 2 * BORDER, size + 2 * BORDER))
+        fine = torch.bmm(by_row.reshape(maps * found, side, -1), x_weights.transpose(-1, -2))
+        fine = fine.reshape(count, keypoints, found, side, side)
+        limits = rows[:, :, None, None], columns[:, :, None, None]
+        y_inside = (y_window >= 0) & (y_window < limits[0])
+        x_inside = (x_window >= 0) & (x_window < limits[1])
+        fine = torch.where(y_inside[..., :, None] & x_inside[..., None, :], fine, NOWHERE)
+
+        score, best = fine.flatten(2).topk(1, dim=-1)
+        peak = torch.div(best, side * side, rounding_mode="floor")
+        within = best - peak * (side * side)
+        row = torch.div(within, side, rounding_mode="floor")
+        x = x_window.flatten(2).gather(2, peak * side + within - row * side)
+        y = y_window.flatten(2).gather(2, peak * side + row)
+        return x[..., 0], y[..., 0], score[..., 0]
+
+    def coarse_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole pixels spread over each axis of `pixels` [N, 1]; [N, coarse] and whether each exists."""
+        sample = torch.arange(self.coarse, device=pixels.device, dtype=pixels.dtype)[None]
+        spread = torch.floor((sample + 0.5) * pixels / self.coarse)
+        chosen = torch.where(pixels <= self.coarse, sample + 0.0 * pixels, spread)
+        return chosen, chosen < pixels
+
+    def window(self, coarse: Tensor, peak: Tensor) -> Tensor:
+        """True pixels around coarse samples: [N, coarse], index [N, Q] -> [N, Q, 2 * reach + 1]."""
+        offsets = torch.arange(-self.reach, self.reach + 1, device=coarse.device, dtype=coarse.dtype)
+        return coarse.gather(1, peak)[..., None] + offsets
+
+
+def cubic_weights(pixels: Tensor, target: Tensor, source: int) -> Tensor:
+    """Weights of PyTorch's bicubic resize (align_corners=False) along one axis.
+
+    Args:
+        pixels: [N, Q], output pixels to evaluate.
+        target: [N, 1], output size in pixels.
+        source: input size in pixels.
+
+    Returns:
+        [N, Q, source + 4], weights of the input extended by `BORDER` repeated pixels on both sides.
+    """
+    position = (pixels + 0.5) * (source / target) - 0.5
+    taps = torch.arange(-BORDER, source + BORDER, device=pixels.device, dtype=pixels.dtype)
+    distance = (position[..., None] - taps).abs()
+    near = ((CUBIC_A + 2) * distance - (CUBIC_A + 3)) * distance * distance + 1
+    far = ((CUBIC_A * distance - 5 * CUBIC_A) * distance + 8 * CUBIC_A) * distance - 4 * CUBIC_A
+    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))

@@ -1,0 +1,117 @@
+"""Region proposals on fixed shapes: per level TopK, decode and NMS, then the best of all levels.
+
+Selection follows torchvision's `RegionProposalNetwork.filter_proposals`. NMS runs per level on at most
+`pre_nms_top_n` boxes each, so the largest IoU matrix is [levels, 1000, 1000], not [4507, 4507].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from norton_deploy.errors import UserError
+from norton_deploy.export.static_boxes import at_least, clip_boxes, decode_boxes, gather_rows
+from norton_deploy.export.static_nms import StaticNMS
+
+
+class StaticRPN(nn.Module):
+    """A detector's region proposal network for one padded image size."""
+
+    def __init__(
+        self,
+        rpn: RegionProposalNetwork,
+        feature_sizes: list[tuple[int, int]],
+        image_size: tuple[int, int],
+        padded_size: tuple[int, int],
+        nms: StaticNMS,
+    ) -> None:
+        """
+        Args:
+            rpn: the network, in eval mode; its head, anchors, thresholds and counts are used.
+            feature_sizes: (height, width) of every feature map, finest first.
+            image_size: (height, width) that boxes are clipped to.
+            padded_size: (height, width) that the anchors are laid out on.
+            nms: how boxes are suppressed.
+
+        Raises:
+            UserError: the head does not give one score per anchor.
+        """
+        super().__init__()
+        self.head = rpn.head
+        self.nms = nms
+        self.image_size = image_size
+        self.coder = rpn.box_coder
+        self.nms_thresh = float(rpn.nms_thresh)
+        self.score_thresh = float(rpn.score_thresh)
+        self.min_size = float(rpn.min_size)
+        per_location = rpn.anchor_generator.num_anchors_per_location()
+        if len(per_location) != len(feature_sizes):
+            raise UserError(
+                f"anchors: sizes for {len(per_location)} levels, the backbone gives {len(feature_sizes)} maps"
+            )
+        image = ImageList(torch.empty(1, 3, *padded_size), [image_size])
+        maps = [torch.empty(1, 1, *size) for size in feature_sizes]
+        anchors = rpn.anchor_generator(image, maps)[0]
+        counts = [count * h * w for count, (h, w) in zip(per_location, feature_sizes, strict=True)]
+        for level, part in enumerate(anchors.split(counts)):
+            self.register_buffer(f"anchors_{level}", part.clone(), persistent=False)
+        self.kept_per_level = [min(int(rpn._pre_nms_top_n["testing"]), count) for count in counts]
+        self.rows = max(self.kept_per_level)
+        self.proposals = min(int(rpn._post_nms_top_n["testing"]), self.rows * len(counts))
+
+    def select(self, logits: list[Tensor], deltas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            logits: per level [B, A, H, W], the head's scores.
+            deltas: per level [B, A * 4, H, W], the head's regression deltas.
+
+        Returns:
+            proposals float32 [B, P, 4] xyxy by falling score, their validity bool [B, P] (padding is False,
+            its boxes are 0), and whether NMS converged, bool [].
+        """
+        boxes, scores, valid = self.candidates(logits, deltas)
+        batch, levels, rows = scores.shape
+        keep, converged = self.nms(
+            boxes.reshape(batch * levels, rows, 4),
+            valid.reshape(batch * levels, rows),
+            None,
+            1,
+            self.nms_thresh,
+        )
+        ranking = torch.where(keep.reshape(batch, levels * rows), scores.reshape(batch, -1), -1.0)
+        best, index = ranking.topk(self.proposals, dim=1)
+        kept = best >= 0
+        proposals = gather_rows(boxes.reshape(batch, levels * rows, 4), index)
+        return proposals * kept[..., None].to(proposals.dtype), kept, converged
+
+    def candidates(self, logits: list[Tensor], deltas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The best anchors of each level, decoded and clipped, each level padded to the same number of rows.
+
+        Args:
+            logits: per level [B, A, H, W].
+            deltas: per level [B, A * 4, H, W].
+
+        Returns:
+            boxes float32 [B, L, K, 4], scores float32 [B, L, K] falling along K, valid bool [B, L, K].
+        """
+        boxes, scores, valid = [], [], []
+        for level, (level_logits, level_deltas) in enumerate(zip(logits, deltas, strict=True)):
+            batch, anchors_per_cell, height, width = level_logits.shape
+            by_anchor = level_logits.permute(0, 2, 3, 1).reshape(batch, -1).to(torch.float32)
+            table = level_deltas.reshape(batch, anchors_per_cell, 4, height, width).permute(0, 3, 4, 1, 2)
+            count = self.kept_per_level[level]
+            best, index = by_anchor.topk(count, dim=1)
+            chosen = gather_rows(table.reshape(batch, -1, 4), index).to(torch.float32)
+            anchors = (
+                getattr(self, f"anchors_{level}").index_select(0, index.reshape(-1)).reshape(batch, count, 4)
+            )
+            decoded = decode_boxes(chosen, anchors, self.coder.weights, self.coder.bbox_xform_clip)
+            clipped = clip_boxes(decoded, self.image_size)
+            probability = torch.sigmoid(best)
+            passes = at_least(clipped, self.min_size) & (probability >= self.score_thresh)
+            padding = self.rows - count
+            boxes.append(F.pad(clipped, (0, 0, 0, padding)))
+            scores.append(F.pad(probability, (0, padding)))
+            valid.append(F.pad(passes.to(torch.float32), (0, padding)) > 0.5)
+        return torch.stack(boxes, dim=1), torch.stack(scores, dim=1), torch.stack(valid, dim=1)
