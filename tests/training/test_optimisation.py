@@ -1,0 +1,94 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from norton_deploy.errors import UserError
+from norton_deploy.training.optimisation import build_optimizer, learning_rate, parameter_groups
+from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.weight_average import build_weight_average
+
+
+def settings(**changes) -> TrainingSettings:
+    return TrainingSettings(out=Path("run"), **{"epochs": 12, **changes})
+
+
+def rate(step: int, s: TrainingSettings, total: int = 1200, per_epoch: int = 100) -> float:
+    return learning_rate(step, settings=s, peak=0.02, total_steps=total, steps_per_epoch=per_epoch)
+
+
+def test_step_schedule_with_warm_up():
+    s = settings(warmup_steps=100)
+    assert rate(0, s) == pytest.approx(0.02 * 0.001)
+    assert rate(50, s) == pytest.approx(0.02 * (0.001 + 0.999 / 2))
+    assert rate(100, s) == rate(799, s) == pytest.approx(0.02)
+    assert rate(800, s) == rate(1099, s) == pytest.approx(0.002)
+    assert rate(1100, s) == rate(1199, s) == pytest.approx(0.0002)
+
+
+def test_cosine_schedule_starts_after_warm_up_and_ends_at_zero():
+    s = settings(schedule="cosine", warmup_steps=200)
+    assert rate(200, s) == pytest.approx(0.02)
+    assert rate(450, s) == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert rate(700, s) == pytest.approx(0.01)
+    assert rate(1200, s) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_learning_rate_follows_the_images_a_step():
+    assert settings().peak_lr(16) == 0.02
+    assert settings().peak_lr(4) == pytest.approx(0.005)
+    assert settings(lr=0.3).peak_lr(4) == 0.3
+
+
+def test_vectors_have_no_weight_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    model[3].weight.requires_grad_(False)
+    kernels, vectors = parameter_groups(model, 0.1)
+    assert [tuple(p.shape) for p in kernels["params"]] == [(4, 3, 3, 3)]
+    assert [tuple(p.shape) for p in vectors["params"]] == [(4,), (4,), (4,), (2,)]
+    assert (kernels["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimizers(name, kind):
+    assert type(build_optimizer(nn.Linear(2, 2), settings(optimizer=name))) is kind
+
+
+def test_a_frozen_model_cannot_be_trained():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(UserError, match="no trainable parameter"):
+        build_optimizer(model, settings())
+
+
+def test_weight_average_follows_its_rising_decay():
+    model = nn.BatchNorm2d(1)
+    average = build_weight_average(model, decay=0.3)
+    expected = 0.0
+    for update, value in enumerate((1.0, 2.0, 4.0)):
+        nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(value)
+        model.num_batches_tracked.fill_(update)
+        average.update_parameters(model)
+        decay = 0.0 if update == 0 else min(0.3, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * value
+        assert float(average.module.weight) == pytest.approx(expected)
+        assert float(average.module.running_mean) == pytest.approx(expected)
+        assert int(average.module.num_batches_tracked) == update
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"epochs": None}, "epochs, steps"),
+        ({"steps": 5}, "epochs, steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"lr": -0.1}, "lr"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"resume": True, "overwrite": True}, "resume, overwrite"),
+    ],
+)
+def test_impossible_settings_are_named(changes, field):
+    with pytest.raises(UserError, match=f"^{field}: "):
+        settings(**changes)

@@ -1,0 +1,128 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import cross_entropy, tiny_model, tiny_settings, tiny_trainer
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from norton_deploy.training.batch import Evaluation
+from norton_deploy.training.logs import RunLog
+from norton_deploy.training.trainer import NonFiniteLossError
+
+TINY_RUN = Path(__file__).with_name("tiny_run.py")
+
+
+def read_log(out: Path, section: str) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["section"] == section]
+
+
+def test_sgd_step_equals_the_formula(tmp_path):
+    """One step with momentum, weight decay on the matrix only and clipping, worked out by hand."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    weight, bias = model[1].weight.detach().clone(), model[1].bias.detach().clone()
+    settings = tiny_settings(
+        tmp_path, steps=1, lr=0.1, warmup_steps=0, clip_norm=0.05, weight_decay=0.2, ema_decay=None
+    )
+    trainer = tiny_trainer(settings, model=model)
+    batch = next(iter(trainer.loader.batches(0, 0)))
+    features = batch.images.flatten(1)
+    probabilities = (features @ weight.T + bias).softmax(1)
+    error = (probabilities - nn.functional.one_hot(batch.targets, 4)) / 4
+    gradients = [error.T @ features, error.sum(0)]
+    norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+    assert norm > 0.05
+    trainer.run()
+    scale = 0.05 / norm
+    torch.testing.assert_close(model[1].weight, weight - 0.1 * (scale * gradients[0] + 0.2 * weight))
+    torch.testing.assert_close(model[1].bias, bias - 0.1 * scale * gradients[1])
+    assert read_log(tmp_path, "train")[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_frozen_normalisation_stays_frozen(tmp_path):
+    frozen = FrozenBatchNorm2d(3)
+    model = nn.Sequential(frozen, tiny_model())
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    tiny_trainer(tiny_settings(tmp_path), model=model).run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
+
+
+def test_best_checkpoint_is_of_the_best_evaluation(tmp_path):
+    scores = iter([0.2, 0.7, 0.4])
+
+    def evaluate(model: nn.Module) -> Evaluation:
+        assert not model.training
+        score = next(scores)
+        return Evaluation({"quality": {"score": score}}, score)
+
+    saved: dict[str, list[int]] = {"last": [], "best": []}
+    trainer = tiny_trainer(tiny_settings(tmp_path), evaluate=evaluate)
+    trainer.save_model = lambda path, model: saved[path.stem].append(trainer.step)
+    result = trainer.run()
+    assert (result.steps, result.best, result.metrics) == (15, 0.7, {"quality": {"score": 0.4}})
+    assert saved == {"last": [6, 12, 15], "best": [6, 12]}
+    assert [line["quality"]["score"] for line in read_log(tmp_path, "evaluation")] == [0.2, 0.7, 0.4]
+
+
+def test_log_lines(tmp_path):
+    tiny_trainer(tiny_settings(tmp_path, log_every=4, lr=0.05)).run()
+    lines = read_log(tmp_path, "train")
+    assert [line["step"] for line in lines] == [4, 8, 12, 15]  # a line's interval ends with the epoch
+    for line in lines:
+        assert {"epoch", "lr", "losses", "gradient_norm", "images_per_s", "memory_mib"} < line.keys()
+        assert line["losses"]["total"] == line["losses"]["classification"]
+        assert line["images_per_s"] > 0 and line["memory_mib"] > 0
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"section": "train", "step": 1}\n{"section": "train", "step": 3}\n{"section": "tr')
+    with RunLog(path, tmp_path / "tensorboard", first_step=2, enabled=True) as log:
+        log.write("train", 3, {"lr": 0.5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_numbers_stop_the_run_and_name_the_images(tmp_path, where):
+    def loss_terms(model, batch):
+        terms = cross_entropy(model, batch)
+        if trainer.step == 5 and where == "loss":
+            terms["box"] = terms["classification"] * float("nan")
+        if trainer.step == 5 and where == "gradient":
+            terms["box"] = (model[0].weight.sum() * 0).sqrt()  # 0, with an infinite slope
+        return terms
+
+    trainer = tiny_trainer(tiny_settings(tmp_path), loss_terms=loss_terms)
+    with pytest.raises(NonFiniteLossError, match="step 5: ") as error:
+        trainer.run()
+    report = json.loads((tmp_path / "non_finite.json").read_text())
+    expected = next(batch.image_ids for batch in trainer.loader.batches(0, 5))
+    assert report["step"] == 5
+    assert report["processes"][0]["image_ids"] == expected
+    assert all(str(image_id) in str(error.value) for image_id in expected)
+    names = {name for name, value in report["processes"][0]["losses"].items() if value in ("nan", "inf")}
+    assert names == ({"box", "total"} if where == "loss" else {"gradient_norm"})
+    assert torch.isfinite(trainer.bare_model[0].weight).all()
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    common = {"dropout": 0.0, "steps": 8}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny = [str(TINY_RUN)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for launcher, out, batch_size in (([sys.executable], one, 6), (torchrun, two, 3)):
+        changes = json.dumps({**common, "batch_size": batch_size})
+        subprocess.run([*launcher, *tiny, str(out), changes], env=environment, check=True)
+    first, second = (torch.load(folder / "weights.pt", weights_only=True) for folder in (one, two))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    losses = [[line["losses"]["total"] for line in read_log(out, "train")] for out in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert all(line["step"] == index + 1 for index, line in enumerate(read_log(two, "train")))
