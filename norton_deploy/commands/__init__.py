@@ -1,6 +1,7 @@
 """One module per command: typed settings, one call into the package, what to print."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,6 +22,11 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def command_line(name: str, argv: Sequence[str] | None) -> str:
+    """The command as a user would type it again, for a checkpoint's lineage and for result files."""
+    return shlex.join([f"tools/{name}.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 def write_json(data: Any, target: Path | None) -> None:

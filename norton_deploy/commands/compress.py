@@ -1,0 +1,96 @@
+"""Compress a classifier, or the backbone or the whole of a detector, by a plan."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.commands import command_line, write_json
+from norton_deploy.config import parse_settings
+from norton_deploy.data.image_folder import read_images
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.complexity import count_complexity
+from norton_deploy.model_source import open_model
+from norton_deploy.modeling.compress import compress, fit_plan
+from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.modeling.reestimate import reestimate_batch_norm
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.pruning.subspace_angles import Measure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of tools/compress.py."""
+
+    plan: Path
+    """Plan (YAML): rank and kept filters of each layer; see configs/plans/."""
+    out: Path
+    """Checkpoint to write (.safetensors)."""
+    model: str = "resnet50"
+    """resnet18, resnet34, resnet50, resnet101, vgg16_bn, a .safetensors checkpoint or torchvision's .pth."""
+    weights: str = "none"
+    """For an architecture's name: none (random weights), imagenet (torchvision's) or a weights file."""
+    measure: Measure = "largest"
+    """How the principal angles of two factors become one distance."""
+    starts: int = 4
+    """Starts of every decomposition; the best is kept for each filter."""
+    seed: int = 0
+    """Seed of the random starts."""
+    reestimate: Path | None = None
+    """Folder of images with which the BatchNorm statistics are estimated anew; without it they stay."""
+    reestimate_images: int = 256
+    """How many of those images to use, at most."""
+    json: Path | None = None
+    """Write the figures as JSON to a file, or to stdout with '-'."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    settings = parse_settings(Settings, argv, prog="compress", description=__doc__ or "")
+    plan = CompressionPlan.load(settings.plan)
+    dense = open_model(settings.model, settings.weights)
+    if dense.header.plan is not None:
+        raise UserError(f"{settings.model}: is compressed already; start from its dense original")
+    fitted = fit_plan(dense.model, plan)
+    steps = len(fitted.ranks) + len(fitted.keep)
+    with tqdm(total=steps, desc="compress", unit="layer", disable=None) as bar:
+        small = compress(
+            dense.model,
+            plan,
+            seed=settings.seed,
+            starts=settings.starts,
+            measure=settings.measure,
+            progress=lambda name: (bar.set_postfix_str(name), bar.update())[0],
+        )
+    if settings.reestimate is not None:
+        images = read_images(settings.reestimate, settings.reestimate_images)
+        reestimate_batch_norm(small, images, dense.header.settings)
+    source = next((name for name in (settings.weights, settings.model) if Path(name).is_file()), None)
+    save_checkpoint(settings.out, small, dense.header.made_by(command_line("compress", argv), source, plan=plan))
+    size = _input_size(dense.header)
+    before, after = count_complexity(dense.model, size), count_complexity(small, size)
+    figures = {
+        "image_size": size,
+        "macs": after.macs,
+        "params": after.params,
+        "dense_macs": before.macs,
+        "dense_params": before.params,
+        "checkpoint": str(settings.out),
+    }
+    print(
+        f"{settings.out}: {after.macs / 1e9:.2f} GMACs ({after.macs / before.macs - 1:+.0%}), "
+        f"{after.params / 1e6:.2f} M parameters ({after.params / before.params - 1:+.0%}) "
+        f"at {size[0]} x {size[1]}",
+        file=sys.stderr,
+    )
+    write_json(figures, settings.json)
+    return 0
+
+
+def _input_size(header: CheckpointHeader) -> tuple[int, int]:
+    """The (height, width) at which a model's complexity is stated."""
+    found = header.settings
+    return (found.min_size, found.min_size) if isinstance(found, DetectorSettings) else found.image_size

@@ -1,0 +1,46 @@
+"""Plain images from a folder, for everything that needs pictures but no labels."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from norton_deploy.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All image files below `folder`, sorted by path; a single file is a list of itself.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    root = Path(folder)
+    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder}: no images here; expected files ending in {', '.join(SUFFIXES)}")
+    return paths
+
+
+def read_images(folder: str | Path, limit: int) -> Iterator[Tensor]:
+    """The images below `folder`, at most `limit` of them, evenly spaced over the sorted list.
+
+    Yields:
+        float32 [3, H, W], 0..1 RGB.
+
+    Raises:
+        UserError: there are none, or one cannot be decoded.
+    """
+    paths = find_images(folder)
+    step = max(1, len(paths) // limit)
+    for path in paths[::step][:limit]:
+        try:
+            with Image.open(path) as picture:
+                pixels = pil_to_tensor(picture.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"{path}: cannot decode this image ({error})") from error
+        yield pixels.to(torch.float32) / 255

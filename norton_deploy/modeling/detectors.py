@@ -1,0 +1,206 @@
+"""Faster, Mask and Keypoint R-CNN on torchvision's own classes, from explicit settings."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from norton_deploy.errors import UserError
+from norton_deploy.modeling.classifiers import build_resnet
+from norton_deploy.modeling.normalisation import Norm
+from norton_deploy.structures import TASKS, Task
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+FREEZING_ORDER = ("layer4", "layer3", "layer2", "layer1", "conv1")
+
+
+@dataclass(frozen=True)
+class DetectorSettings:
+    """Everything that shapes a detector, with torchvision's defaults (COCO, 800 x 1333)."""
+
+    num_classes: int = 91
+    """Number of classes, background included."""
+    num_keypoints: int = 17
+    """Keypoints of a person (task keypoint only)."""
+    backbone: str = "resnet50"
+    """ResNet in the backbone: resnet18, resnet34, resnet50 or resnet101."""
+    norm: Norm = "frozen"
+    """Normalisation of the backbone: frozen when it is pretrained; batch, sync or group otherwise."""
+    norm_eps: float = 1e-5
+    """Epsilon of the normalisation; torchvision's published detectors have 0."""
+    trainable_layers: int = 3
+    """How many backbone stages are trained, counted from the last; 5 trains all."""
+    zero_init_residual: bool = False
+    """Start residual branches at zero; only sensible for training from nothing."""
+    fpn_channels: int = 256
+    """Width of the feature pyramid."""
+    box_features: int = 1024
+    """Width of the box head's two linear layers."""
+    mask_channels: tuple[int, ...] = (256, 256, 256, 256)
+    """Widths of the mask head's convolutions; the last is also the predictor's."""
+    keypoint_channels: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512, 512)
+    """Widths of the keypoint head's convolutions."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Anchor side in pixels at each of the five pyramid levels."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Anchor aspect ratios, height over width."""
+    canonical_scale: int = 224
+    """Side in pixels of a RoI that is pooled from pyramid level 4 (P4)."""
+    min_size: int = 800
+    """Images are resized so that their short side has this many pixels ..."""
+    max_size: int = 1333
+    """... unless their long side would exceed this many."""
+    train_short_sides: tuple[int, ...] = ()
+    """Further short sides among which training draws one per image (scale jitter)."""
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the RGB channels, 0..1."""
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the RGB channels, 0..1."""
+    rpn_pre_nms: tuple[int, int] = (2000, 1000)
+    """Proposals per level before NMS in training and in testing."""
+    rpn_post_nms: tuple[int, int] = (2000, 1000)
+    """Proposals per image after NMS in training and in testing."""
+    rpn_nms_threshold: float = 0.7
+    """IoU threshold of the RPN's NMS."""
+    rpn_batch_per_image: int = 256
+    """Anchors sampled per image for the RPN's loss."""
+    roi_batch_per_image: int = 512
+    """Proposals sampled per image for the box head's loss."""
+    roi_positive_fraction: float = 0.25
+    """Largest share of positives among them."""
+    score_threshold: float = 0.05
+    """Detections below this score are dropped."""
+    nms_threshold: float = 0.5
+    """IoU threshold of the final, per-class NMS."""
+    detections_per_image: int = 100
+    """Detections kept per image, all classes together."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise UserError(f"num_classes: expected at least 2 (background counts), got {self.num_classes}")
+        if not 0 <= self.trainable_layers <= 5:
+            raise UserError(f"trainable_layers: expected 0..5, got {self.trainable_layers}")
+        if len(self.anchor_sizes) != len(STAGES) + 1:
+            raise UserError(f"anchor_sizes: expected one for each of 5 levels, got {len(self.anchor_sizes)}")
+        if not self.backbone.startswith("resnet"):
+            raise UserError(f"backbone '{self.backbone}': a detector needs a resnet")
+        if self.min_size > self.max_size:
+            raise UserError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
+
+
+def build_body(settings: DetectorSettings) -> nn.Module:
+    """The ResNet of the settings without its classification layer, as torchvision's detectors hold it.
+
+    Its outputs are the four stages, named "0" to "3".
+    """
+    network = build_resnet(
+        settings.backbone,
+        1,
+        norm=settings.norm,
+        norm_eps=settings.norm_eps,
+        zero_init_residual=settings.zero_init_residual,
+    )
+    return IntermediateLayerGetter(network, {stage: str(index) for index, stage in enumerate(STAGES)})
+
+
+def build_dense_detector(task: Task, settings: DetectorSettings | None = None) -> FasterRCNN:
+    """A dense detector with random weights.
+
+    Args:
+        task: box (Faster R-CNN), mask (Mask R-CNN) or keypoint (Keypoint R-CNN).
+        settings: defaults to torchvision's.
+
+    Returns:
+        A torchvision detector: in training mode (images, targets) -> losses; in evaluation mode images, a list
+        of float [3, H, W] in 0..1 RGB, -> list of dicts with boxes (xyxy, pixels), labels, scores and
+        masks or keypoints.
+
+    Raises:
+        UserError: unknown task or impossible settings.
+    """
+    if task not in TASKS:
+        raise UserError(f"task '{task}': expected one of {', '.join(TASKS)}")
+    s = settings or DetectorSettings()
+    body = build_body(s)
+    widths = _stage_widths(body)
+    backbone = BackboneWithFPN(nn.Module(), {}, widths, s.fpn_channels)
+    backbone.body = body
+    anchors = AnchorGenerator(
+        tuple((size,) for size in s.anchor_sizes), (tuple(s.anchor_ratios),) * len(s.anchor_sizes)
+    )
+    options: dict[str, object] = {
+        "num_classes": None,
+        "min_size": (*s.train_short_sides, s.min_size) if s.train_short_sides else s.min_size,
+        "max_size": s.max_size,
+        "image_mean": list(s.image_mean),
+        "image_std": list(s.image_std),
+        "rpn_anchor_generator": anchors,
+        "rpn_head": RPNHead(s.fpn_channels, anchors.num_anchors_per_location()[0]),
+        "rpn_pre_nms_top_n_train": s.rpn_pre_nms[0],
+        "rpn_pre_nms_top_n_test": s.rpn_pre_nms[1],
+        "rpn_post_nms_top_n_train": s.rpn_post_nms[0],
+        "rpn_post_nms_top_n_test": s.rpn_post_nms[1],
+        "rpn_nms_thresh": s.rpn_nms_threshold,
+        "rpn_batch_size_per_image": s.rpn_batch_per_image,
+        "box_batch_size_per_image": s.roi_batch_per_image,
+        "box_positive_fraction": s.roi_positive_fraction,
+        "box_roi_pool": _pool(s, 7),
+        "box_head": TwoMLPHead(s.fpn_channels * 7 * 7, s.box_features),
+        "box_predictor": FastRCNNPredictor(s.box_features, s.num_classes),
+        "box_score_thresh": s.score_threshold,
+        "box_nms_thresh": s.nms_threshold,
+        "box_detections_per_img": s.detections_per_image,
+    }
+    if task == "box":
+        model = FasterRCNN(backbone, **options)
+    elif task == "mask":
+        model = MaskRCNN(
+            backbone,
+            **options,
+            mask_roi_pool=_pool(s, 14),
+            mask_head=MaskRCNNHeads(s.fpn_channels, list(s.mask_channels), 1),
+            mask_predictor=MaskRCNNPredictor(s.mask_channels[-1], s.mask_channels[-1], s.num_classes),
+        )
+    else:
+        model = KeypointRCNN(
+            backbone,
+            **options,
+            keypoint_roi_pool=_pool(s, 14),
+            keypoint_head=KeypointRCNNHeads(s.fpn_channels, list(s.keypoint_channels)),
+            keypoint_predictor=KeypointRCNNPredictor(s.keypoint_channels[-1], s.num_keypoints),
+        )
+    freeze_stages(body, s.trainable_layers)
+    return model
+
+
+def freeze_stages(body: nn.Module, trainable_layers: int) -> None:
+    """Stop gradients for all but the last `trainable_layers` parts of a ResNet body (5: none is frozen)."""
+    trained = [*FREEZING_ORDER[:trainable_layers], *(["bn1"] if trainable_layers == 5 else [])]
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad_(any(name.startswith(stage) for stage in trained))
+
+
+def _pool(settings: DetectorSettings, side: int) -> MultiScaleRoIAlign:
+    """RoIAlign over the four pyramid levels that hold RoIs, to side x side cells."""
+    return MultiScaleRoIAlign(["0", "1", "2", "3"], side, sampling_ratio=2, canonical_scale=settings.canonical_scale)
+
+
+def _stage_widths(body: nn.Module) -> list[int]:
+    """Output channels of layer1..layer4."""
+    widths = []
+    for stage in STAGES:
+        last_block = list(body.get_submodule(stage).children())[-1]
+        convs = OrderedDict((name, layer) for name, layer in last_block.named_children() if "conv" in name)
+        widths.append(int(next(reversed(convs.values())).out_channels))  # type: ignore[arg-type]
+    return widths
