@@ -1,0 +1,150 @@
+"""Training transforms of detection images and their targets, seeded per image.
+
+A transform takes (image float32 [3, H, W] RGB 0..1, target, rng) and returns the new pair. All randomness
+comes from `rng`, which `generator_for(seed, epoch, index)` makes, so an image's version depends on nothing
+else: not on the number of workers, nor on what was loaded before, nor on whether training was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from norton_deploy.errors import UserError
+
+Target = dict[str, Any]
+
+# COCO's 17 keypoints after mirroring: left and right change places, the nose stays.
+MIRRORED_KEYPOINTS = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
+
+
+class DetectionTransform(Protocol):
+    """Changes an image and its target together; all randomness from `rng`."""
+
+    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]: ...
+
+
+def generator_for(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random generator of image `index` in an epoch."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+class Compose:
+    """Several transforms, one after the other."""
+
+    def __init__(self, transforms: Sequence[DetectionTransform]) -> None:
+        self.transforms = tuple(transforms)
+
+    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
+        for transform in self.transforms:
+            image, target = transform(image, target, rng)
+        return image, target
+
+
+class RandomHorizontalFlip:
+    """Mirror image, boxes, masks and keypoints; left and right keypoints change names."""
+
+    def __init__(self, probability: float = 0.5) -> None:
+        self.probability = probability
+
+    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
+        if rng.uniform() >= self.probability:
+            return image, target
+        width = image.shape[-1]
+        target = dict(target)
+        x1, y1, x2, y2 = target["boxes"].unbind(1)
+        target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+        if "masks" in target:
+            target["masks"] = target["masks"].flip(-1)
+        if "keypoints" in target:
+            points = target["keypoints"][:, list(MIRRORED_KEYPOINTS)].clone()
+            points[..., 0] = torch.where(points[..., 2] > 0, width - points[..., 0], 0.0)
+            target["keypoints"] = points
+        return image.flip(-1), target
+
+
+class RandomShortestSize:
+    """Scale jitter: resize so that the shorter side is one of `sizes` and the longer at most `max_size`.
+
+    Args:
+        sizes: (smallest, largest) length of the shorter side in pixels, drawn uniformly.
+        max_size: limit of the longer side in pixels.
+    """
+
+    def __init__(self, sizes: tuple[int, int], max_size: int) -> None:
+        if not 1 <= sizes[0] <= sizes[1] <= max_size:
+            raise UserError(f"scale jitter: expected smallest <= largest <= max_size, got {sizes} and {max_size}")
+        self.sizes, self.max_size = sizes, max_size
+
+    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
+        short = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
+        height, width = image.shape[-2:]
+        scale = min(short / min(height, width), self.max_size / max(height, width))
+        new_height, new_width = max(1, int(height * scale)), max(1, int(width * scale))
+        return resize(image, target, (new_height, new_width))
+
+
+class PhotometricJitter:
+    """Random brightness, contrast, saturation and hue, each applied half of the time."""
+
+    def __init__(self, strength: float = 0.3, hue: float = 0.04) -> None:
+        self.strength, self.hue = strength, hue
+
+    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
+        applied = rng.uniform(size=4) < 0.5
+        factors = rng.uniform(1.0 - self.strength, 1.0 + self.strength, size=3)
+        shift = float(rng.uniform(-self.hue, self.hue))
+        if applied[0]:
+            image = F.adjust_brightness(image, float(factors[0]))
+        if applied[1]:
+            image = F.adjust_contrast(image, float(factors[1]))
+        if applied[2]:
+            image = F.adjust_saturation(image, float(factors[2]))
+        if applied[3]:
+            image = F.adjust_hue(image, shift)
+        return image, target
+
+
+def resize(image: Tensor, target: Target, image_size: tuple[int, int]) -> tuple[Tensor, Target]:
+    """Resize image (bilinear, antialiased), boxes, area, masks (nearest) and keypoints to (height, width)."""
+    height, width = image.shape[-2:]
+    if (height, width) == tuple(image_size):
+        return image, target
+    scale_y, scale_x = image_size[0] / height, image_size[1] / width
+    target = dict(target)
+    target["boxes"] = target["boxes"] * torch.tensor([scale_x, scale_y, scale_x, scale_y])
+    target["area"] = target["area"] * (scale_x * scale_y)
+    if "masks" in target:
+        target["masks"] = F.resize(target["masks"], list(image_size), F.InterpolationMode.NEAREST_EXACT)
+    if "keypoints" in target:
+        target["keypoints"] = target["keypoints"] * torch.tensor([scale_x, scale_y, 1.0])
+    resized = F.resize(image, list(image_size), F.InterpolationMode.BILINEAR, antialias=True)
+    return resized.clamp(0.0, 1.0), target
+
+
+def training_transform(
+    *,
+    flip: float = 0.5,
+    short_sides: tuple[int, int] | None = None,
+    max_size: int = 1333,
+    photometric: bool = False,
+) -> Compose:
+    """The detection recipe: flip, then (when given) scale jitter and photometric jitter.
+
+    Args:
+        flip: probability of mirroring.
+        short_sides: range of the shorter side in pixels; None keeps the image's size.
+        max_size: limit of the longer side when `short_sides` is given.
+        photometric: jitter brightness, contrast, saturation and hue.
+    """
+    steps: list[DetectionTransform] = [RandomHorizontalFlip(flip)]
+    if short_sides is not None:
+        steps.append(RandomShortestSize(short_sides, max_size))
+    if photometric:
+        steps.append(PhotometricJitter())
+    return Compose(steps)
