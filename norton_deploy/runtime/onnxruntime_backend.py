@@ -31,6 +31,9 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
     Threads on the CPU follow OMP_NUM_THREADS, as torch's do; unset, ONNX Runtime takes all cores. The CUDA
     and TensorRT providers have been run on no GPU by this project's tests; the binding code is the same on
     the CPU.
+
+    Attributes:
+        providers: execution providers in order of preference.
     """
 
     backend = "onnxruntime"
@@ -57,6 +60,7 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
                 missing or does not start.
         """
         chosen, device_id = choose_providers(device, providers)
+        self.providers = chosen
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
