@@ -100,7 +100,7 @@ class SyntheticVideo:
     def __init__(self, seed: int | Sequence[int], image_size: tuple[int, int]) -> None:
         self.image_size = (int(image_size[0]), int(image_size[1]))
         rng = np.random.default_rng(seed)
-        self._background = background(rng, self.image_size)
+        self._background: npt.NDArray[np.float32] = background(rng, self.image_size)
         self._items = _sample_objects(rng, self.image_size)
         gain, contrast = rng.uniform(0.8, 1.12), rng.uniform(0.8, 1.1)
         self._tone = (np.float32(gain * contrast), np.float32(110.0 * gain * (1 - contrast)))
@@ -139,7 +139,7 @@ class SyntheticVideo:
         height, width = self.image_size
         drawn = self._first if time_s == 0.0 else [_draw(item, time_s) for item in self._items]
         visible = self._visible_parts([layer for layer, _ in drawn])
-        picture = self._background.copy()
+        picture: npt.NDArray[Any] = self._background.copy()
         for layer, _ in drawn:
             rows, patch_rows = _overlap(layer.top, layer.alpha.shape[0], height)
             columns, patch_columns = _overlap(layer.left, layer.alpha.shape[1], width)
@@ -178,15 +178,14 @@ class SyntheticVideo:
         )
         if item.category == PERSON:
             labelled = np.zeros((17, 3))
-            for index in range(17) if keypoints is not None else ():
-                x, y, visibility = keypoints[index]
+            for index, (x, y, visibility) in enumerate([] if keypoints is None else keypoints):
                 if not (0 <= x < width and 0 <= y < height):
                     continue
                 row, column = int((y - layer.top) * SUPERSAMPLING), int((x - layer.left) * SUPERSAMPLING)
                 seen = visibility == 2 and shown[row, column]
                 labelled[index] = (round(x, 2), round(y, 2), 2 if seen else 1)
             annotation["keypoints"] = [
-                int(value) if column == 2 else float(value) for row in labelled for column, value in enumerate(row)
+                value for x, y, visibility in labelled.tolist() for value in (x, y, int(visibility))
             ]
             annotation["num_keypoints"] = int((labelled[:, 2] > 0).sum())
         return annotation
@@ -195,7 +194,7 @@ class SyntheticVideo:
 def _is_annotated(layer: Layer, shown: npt.NDArray[np.bool_]) -> bool:
     """Enough of the object is seen: a fifth of its whole area, and a dozen pixels."""
     area, seen = np.count_nonzero(layer.parts), np.count_nonzero(shown)
-    return seen >= max(SMALLEST_VISIBLE_SHARE * area, SMALLEST_VISIBLE_PIXELS * SUPERSAMPLING**2)
+    return bool(seen >= max(SMALLEST_VISIBLE_SHARE * area, SMALLEST_VISIBLE_PIXELS * SUPERSAMPLING**2))
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
