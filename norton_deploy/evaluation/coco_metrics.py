@@ -61,9 +61,7 @@ def results_of_type(results: Iterable[Mapping[str, Any]], iou_type: IouType) -> 
     try:
         return [{key: entry[key] for key in kept} for entry in results]
     except KeyError as error:
-        raise UserError(
-            f"COCO results: an entry has no {error} field; '{iou_type}' needs {', '.join(kept)}"
-        ) from error
+        raise UserError(f"COCO results: an entry has no {error} field; '{iou_type}' needs {', '.join(kept)}") from error
 
 
 def evaluate_coco(
@@ -135,9 +133,7 @@ def _load_results(coco_gt: COCO, entries: list[dict[str, Any]]) -> COCO:
 
 
 def _oks_sigmas(coco_gt: COCO, sigmas: Sequence[float] | None) -> np.ndarray:
-    counts = {
-        len(category["keypoints"]) for category in coco_gt.dataset["categories"] if "keypoints" in category
-    }
+    counts = {len(category["keypoints"]) for category in coco_gt.dataset["categories"] if "keypoints" in category}
     count = counts.pop() if len(counts) == 1 else COCO_KEYPOINT_COUNT
     if sigmas is None and count == COCO_KEYPOINT_COUNT:
         return COCOeval(iouType="keypoints").params.kpt_oks_sigmas

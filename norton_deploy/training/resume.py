@@ -75,9 +75,7 @@ def load_state(path: Path, identity: dict[str, Any]) -> RunState:
         found = content.pop("format")
         state = RunState(**content)
     except Exception as error:  # torch.load has no common base class for what it raises
-        raise UserError(
-            f"{path}: not a saved state of a run; delete the folder's run with --overwrite"
-        ) from error
+        raise UserError(f"{path}: not a saved state of a run; delete the folder's run with --overwrite") from error
     if found != FORMAT:
         raise UserError(f"{path}: state format {found}, this version reads {FORMAT}")
     for name in sorted(identity.keys() | state.identity.keys()):

@@ -112,9 +112,7 @@ class Trainer:
             self._restore(load_state(self.folder.state, self.identity))
         steps = gather_object([self.step])
         if len(set(steps)) > 1:
-            raise UserError(
-                f"{self.folder.root}: not every process sees its state; put --out on a shared disk"
-            )
+            raise UserError(f"{self.folder.root}: not every process sees its state; put --out on a shared disk")
         main = self.accelerator.is_main_process
         log = RunLog(self.folder.log, self.folder.tensorboard, first_step=self.step, enabled=main)
         bar = tqdm(
@@ -188,15 +186,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.accelerator.backward(total)
         limit = self.settings.clip_norm
-        norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), float("inf") if limit is None else limit
-        )
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
         gradient_norm = float(norm)
         # with fp16 an overflow is ordinary: the scaler skips the step and lowers its scale
         if not _is_finite(gradient_norm) and self.accelerator.scaler is None:
-            self._stop(
-                batch, {**dict(zip(terms, stacked.tolist(), strict=True)), "gradient_norm": gradient_norm}
-            )
+            self._stop(batch, {**dict(zip(terms, stacked.tolist(), strict=True)), "gradient_norm": gradient_norm})
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.bare_model)

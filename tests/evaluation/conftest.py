@@ -1,11 +1,16 @@
 """A tiny COCO ground truth: three images, two categories, masks as polygons, 17 keypoints."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+
+# the tests share the detector that `oracle.py` also runs as a script
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def ground_truth(keypoint_count: int = 17) -> COCO:

@@ -122,9 +122,7 @@ def test_unknown_ids_are_named(coco_gt, field, value):
 
 def test_missing_field_is_named(coco_gt):
     with pytest.raises(UserError, match="segmentation"):
-        evaluate_coco(
-            coco_gt, {"segm": [{"image_id": 10, "category_id": 3, "score": 1.0, "bbox": [0, 0, 1, 1]}]}
-        )
+        evaluate_coco(coco_gt, {"segm": [{"image_id": 10, "category_id": 3, "score": 1.0, "bbox": [0, 0, 1, 1]}]})
 
 
 def test_other_keypoint_counts_need_their_own_constants(make_ground_truth):

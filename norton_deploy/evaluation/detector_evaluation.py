@@ -1,0 +1,129 @@
+"""Run a detector over a COCO split, on one process or many, and score what it finds."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from norton_deploy.data.coco import CocoDetection
+from norton_deploy.evaluation.coco_metrics import (
+    IOU_TYPES,
+    IouType,
+    Metrics,
+    evaluate_coco,
+    primary_iou_type,
+    results_of_type,
+)
+from norton_deploy.files import atomic_write
+from norton_deploy.structures import Categories, Detections
+
+Image = npt.NDArray[np.uint8]
+# images: uint8 RGB [H, W, 3] of any sizes -> one Detections per image, in its pixels
+Detector = Callable[[Sequence[Image]], Sequence[Detections]]
+
+
+@dataclass(frozen=True)
+class DetectorEvaluation:
+    """Attributes: metrics per measure (`evaluate_coco`); COCO results entries of all images."""
+
+    metrics: dict[str, Metrics]
+    results: list[dict[str, Any]]
+
+
+class _Pixels(Dataset[tuple[int, Image]]):
+    """Image id and undecorated pixels of the items that one process is to see."""
+
+    def __init__(self, dataset: CocoDetection, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Image]:
+        index = self.indices[position]
+        return self.dataset.image_ids[index], self.dataset.pixels(index)
+
+
+def evaluate_detector(
+    detect: Detector,
+    dataset: CocoDetection,
+    *,
+    categories: Categories | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    workers: int = 0,
+    progress: bool = True,
+) -> DetectorEvaluation:
+    """Score a detector on a dataset's ground truth.
+
+    Every process calls this with the same arguments; each sees every n-th image (none is padded or seen
+    twice), then all hold all results and the same metrics.
+
+    Args:
+        detect: images -> detections.
+        dataset: the split; crowds, small objects and images without objects count as COCO's rules say.
+        categories: the detector's labels, by default the dataset's.
+        limit: evaluate the first so many images only.
+        batch_size: images per call of `detect`.
+        workers: processes that decode images.
+        progress: show a bar on the main process.
+    """
+    # joins torchrun's processes, unless a trainer has done so before; without `cpu` it would not on CPUs
+    state = PartialState(cpu=not torch.cuda.is_available())
+    labels = dataset.categories if categories is None else categories
+    chosen = range(len(dataset))[:limit]
+    indices = chosen[state.process_index :: state.num_processes]
+    loader = DataLoader(_Pixels(dataset, indices), batch_size, num_workers=workers, collate_fn=list, shuffle=False)
+    own: list[dict[str, Any]] = []
+    with tqdm(
+        total=len(indices),
+        desc="evaluating",
+        unit="image",
+        leave=False,
+        dynamic_ncols=True,
+        disable=not (progress and state.is_main_process),
+    ) as bar:
+        for image_id, detections in _detections(detect, loader):
+            own.extend(detections.to_coco_results(image_id, labels))
+            bar.update()
+    results = gather_object(own)
+    results.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
+    image_ids = [dataset.image_ids[index] for index in chosen]
+    metrics: list[Any] = [None]
+    if state.is_main_process:
+        metrics = [evaluate_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], results), image_ids)]
+    return DetectorEvaluation(broadcast_object_list(metrics)[0], results)
+
+
+def _detections(detect: Detector, loader: DataLoader[Any]) -> Iterator[tuple[int, Detections]]:
+    for batch in loader:
+        found = detect([pixels for _, pixels in batch])
+        yield from zip((image_id for image_id, _ in batch), found, strict=True)
+
+
+def write_results(path: Path, results: Sequence[Mapping[str, Any]], dataset: CocoDetection) -> dict[IouType, Path]:
+    """Write COCO results JSON in the format of COCO's evaluation server, one measure a file.
+
+    `path` gets the task's own measure (boxes, masks or keypoints); the boxes of a mask or keypoint detector
+    go beside it as NAME.bbox.json. Masks and boxes do not share a file, because pycocotools would then sort
+    the masks by the area of their boxes.
+
+    Returns:
+        measure -> file.
+    """
+    files: dict[IouType, Path] = {}
+    for iou_type in IOU_TYPES[dataset.task]:
+        own = primary_iou_type(dataset.task) == iou_type
+        files[iou_type] = path if own else path.with_name(f"{path.stem}.{iou_type}.json")
+        with atomic_write(files[iou_type], "w") as stream:
+            json.dump(results_of_type(results, iou_type), stream)
+    return files

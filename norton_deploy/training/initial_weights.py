@@ -1,0 +1,155 @@
+"""What a run starts from: a checkpoint, a classifier's body in a detector's backbone, or random weights."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from torch import nn
+
+from norton_deploy.checkpoint import Checkpoint, load_weights
+from norton_deploy.errors import UserError
+from norton_deploy.model_source import open_model
+from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.modeling.compress import apply_structure
+from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector, freeze_stages
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.structures import Categories, Task
+
+CLASSIFICATION_LAYER = "fc."
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """Attributes: the model to train; its settings and plan, for its checkpoints; its origin, in words."""
+
+    model: nn.Module
+    settings: DetectorSettings | ClassifierSettings
+    plan: CompressionPlan | None
+    origin: str
+
+
+def initial_detector(
+    task: Task,
+    categories: Categories,
+    settings: DetectorSettings,
+    *,
+    init: Path | None = None,
+    plan: Path | None = None,
+) -> InitialModel:
+    """Build the detector that a run starts from; random weights come from torch's global generator.
+
+    From a detector's checkpoint all weights are taken when task and categories are the same, otherwise its
+    backbone (body and pyramid) only. The file's own settings hold, except for those fields of `settings` that
+    differ from their defaults. From a classifier's checkpoint the body is taken. The plan is the file's.
+
+    Args:
+        task: box, mask or keypoint.
+        categories: of the training data; they decide the number of classes.
+        settings: of the detector.
+        init: a checkpoint (.safetensors), or torchvision's .pth.
+        plan: structure of a detector that starts from random weights; not with `init`.
+
+    Raises:
+        UserError: the file does not fit, `plan` is given with `init`, or a frozen backbone would be random.
+    """
+    if settings.num_classes not in (DetectorSettings.num_classes, categories.num_classes):
+        raise UserError(
+            f"detector.num_classes is {settings.num_classes}, but the data has {categories.num_classes} with the "
+            "background; leave it out, the data decide"
+        )
+    if init is None:
+        return _random_detector(task, replace(settings, num_classes=categories.num_classes), plan)
+    _refuse_plan(plan, init)
+    source = open_model(str(init))
+    if isinstance(source.header.settings, ClassifierSettings):
+        final = replace(settings, num_classes=categories.num_classes, backbone=source.header.settings.architecture)
+    else:
+        final = replace(_with_changes(source.header.settings, settings), num_classes=categories.num_classes)
+    model = build_dense_detector(task, final)
+    if source.header.plan is not None:
+        model = apply_structure(model, source.header.plan)
+    origin = _take_weights(model, task, categories, source, init)
+    freeze_stages(model.get_submodule("backbone.body"), final.trainable_layers)
+    return InitialModel(model, final, source.header.plan, origin)
+
+
+def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) -> InitialModel:
+    if settings.norm == "frozen":
+        raise UserError(
+            "detector.norm frozen goes with a pretrained backbone: give --init FILE, or train from random weights "
+            "with --detector.norm batch (or group, or sync on several GPUs)"
+        )
+    model = build_dense_detector(task, settings)
+    structure = None if plan is None else CompressionPlan.load(plan)
+    if structure is not None:
+        apply_structure(model, structure)
+    freeze_stages(model.get_submodule("backbone.body"), settings.trainable_layers)
+    return InitialModel(model, settings, structure, "RANDOM weights: no --init was given")
+
+
+def _with_changes(own: DetectorSettings, given: DetectorSettings) -> DetectorSettings:
+    """The file's settings, with those of `given` that are not the defaults."""
+    default = DetectorSettings()
+    names = [field.name for field in fields(DetectorSettings)]
+    changes = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(default, name)}
+    return replace(own, **changes)
+
+
+def _take_weights(model: nn.Module, task: Task, categories: Categories, source: Checkpoint, init: Path) -> str:
+    """Load what fits of the source's weights, strictly; returns what was taken, in words."""
+    tensors = source.model.state_dict()
+    if source.header.task == "cls":
+        body = {name: t for name, t in tensors.items() if not name.startswith(CLASSIFICATION_LAYER)}
+        load_weights(model.get_submodule("backbone.body"), body, str(init))
+        return f"{init}: backbone body of a classifier; pyramid and heads are random"
+    if source.header.task == task and source.header.categories == categories:
+        load_weights(model, tensors, str(init))
+        return f"{init}: all weights"
+    backbone = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    load_weights(model.get_submodule("backbone"), backbone, str(init))
+    return f"{init}: backbone and pyramid; the heads are random (another task or other categories)"
+
+
+def initial_classifier(
+    settings: ClassifierSettings, *, init: Path | None = None, plan: Path | None = None
+) -> InitialModel:
+    """Build the classifier that a run starts from; random weights come from torch's global generator.
+
+    From a checkpoint with as many classes all weights are taken, otherwise all but the last layer's. The
+    architecture and the plan are the file's.
+
+    Args:
+        settings: of the classifier, its number of classes being that of the data.
+        init: a classifier's checkpoint (.safetensors), or torchvision's .pth.
+        plan: structure of a classifier that starts from random weights; not with `init`.
+
+    Raises:
+        UserError: the file does not fit, or `plan` is given with `init`.
+    """
+    if init is None:
+        model = build_dense_classifier(settings)
+        structure = None if plan is None else CompressionPlan.load(plan)
+        if structure is not None:
+            apply_structure(model, structure)
+        return InitialModel(model, settings, structure, "RANDOM weights: no --init was given")
+    _refuse_plan(plan, init)
+    source = open_model(str(init))
+    found = source.header.settings
+    if not isinstance(found, ClassifierSettings) or found.architecture != settings.architecture:
+        name = found.architecture if isinstance(found, ClassifierSettings) else f"a {source.header.task} detector"
+        raise UserError(f"{init}: holds {name}, expected a checkpoint of the classifier {settings.architecture}")
+    model = build_dense_classifier(settings)
+    if source.header.plan is not None:
+        apply_structure(model, source.header.plan)
+    tensors, origin = source.model.state_dict(), f"{init}: all weights"
+    if found.num_classes != settings.num_classes:
+        own = model.state_dict()
+        last = list(own)[-1].rpartition(".")[0] + "."
+        tensors |= {name: tensor for name, tensor in own.items() if name.startswith(last)}
+        origin = f"{init}: all weights but the last layer's, which are random ({settings.num_classes} classes)"
+    load_weights(model, tensors, str(init))
+    return InitialModel(model, settings, source.header.plan, origin)
+
+
+def _refuse_plan(plan: Path | None, init: Path) -> None:
+    if plan is not None:
+        raise UserError(f"--plan {plan}: a plan gives random weights their structure; compress {init} by it first")
