@@ -28,9 +28,7 @@ class ChannelsLastMLPHead(nn.Module):
         self.fc6, self.fc7 = copy.deepcopy(head.fc6), copy.deepcopy(head.fc7)
         outputs, inputs = head.fc6.weight.shape
         weight = head.fc6.weight.reshape(outputs, inputs // (height * width), height, width)
-        self.fc6.weight = nn.Parameter(
-            weight.permute(0, 2, 3, 1).reshape(outputs, inputs).contiguous(), False
-        )
+        self.fc6.weight = nn.Parameter(weight.permute(0, 2, 3, 1).reshape(outputs, inputs).contiguous(), False)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[N, P_h, P_w, C] -> [N, F]."""
@@ -127,7 +125,7 @@ class StaticBoxHead(nn.Module):
         scores = torch.where(found, final, 0.0)
         all_ranked = above.to(torch.float32).sum(dim=(1, 2)) <= best.shape[1]
         filled = keep.to(torch.float32).sum(dim=1) >= self.max_detections
-        complete = (all_ranked | filled).to(torch.float32).amin() > 0.5
+        complete = (~(all_ranked | filled)).to(torch.float32).sum() < 0.5
         padding = self.max_detections - rows
         if padding:
             boxes = torch.nn.functional.pad(boxes, (0, 0, 0, padding))

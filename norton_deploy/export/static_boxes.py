@@ -1,4 +1,4 @@
-"""Box arithmetic of a detector on fixed shapes: decode, clip, size test, IoU, gathering by index; all in fp32.
+"""Box arithmetic on fixed shapes: decode, clip, size test, IoU, gathering by index; all in fp32.
 
 Boxes are xyxy in pixels of the graph's image. fp32 is not a preference: an area of 800 x 800 overflows fp16.
 """
@@ -21,30 +21,24 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float], clip: 
     Returns:
         [..., 4] boxes.
     """
-    wx, wy, ww, wh = weights
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    dx, dy, dw, dh = deltas.unbind(-1)
-    width, height = x2 - x1, y2 - y1
-    centre_x = dx / wx * width + (x1 + 0.5 * width)
-    centre_y = dy / wy * height + (y1 + 0.5 * height)
-    half_width = 0.5 * (torch.exp((dw / ww).clamp(max=clip)) * width)
-    half_height = 0.5 * (torch.exp((dh / wh).clamp(max=clip)) * height)
-    corners = (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height)
-    return torch.stack(corners, dim=-1)
+    low, high = boxes[..., :2], boxes[..., 2:]
+    size = high - low
+    scaled = deltas / deltas.new_tensor(list(weights))
+    centre = scaled[..., :2] * size + (low + 0.5 * size)
+    half = 0.5 * (torch.exp(scaled[..., 2:].clamp(max=clip)) * size)
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Clip boxes [..., 4] to the image of `image_size` (height, width)."""
     height, width = image_size
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    corners = (x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height))
-    return torch.stack(corners, dim=-1)
+    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
 
 
 def at_least(boxes: Tensor, min_size: float) -> Tensor:
     """Whether both sides of each box [..., 4] reach `min_size` pixels; bool [...]."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return (x2 - x1 >= min_size) & (y2 - y1 >= min_size)
+    shorter_side = (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
+    return shorter_side >= min_size
 
 
 def pairwise_iou(boxes: Tensor) -> Tensor:

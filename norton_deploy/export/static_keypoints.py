@@ -32,9 +32,7 @@ NOWHERE = -3.0e38
 class StaticKeypointHead(nn.Module):
     """Keypoint head and predictor, and the decoding of their heatmaps."""
 
-    def __init__(
-        self, roi_heads: RoIHeads, image_size: tuple[int, int], *, coarse: int = 112, peaks: int = 8
-    ) -> None:
+    def __init__(self, roi_heads: RoIHeads, image_size: tuple[int, int], *, coarse: int = 112, peaks: int = 8) -> None:
         """
         Args:
             roi_heads: supplies the keypoint head and predictor.

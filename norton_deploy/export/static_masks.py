@@ -47,9 +47,7 @@ class StaticMaskHead(nn.Module):
         count, channels, height, width = features.shape
         classes = self.last.out_channels
         weight = self.last.weight.reshape(classes, channels).index_select(0, labels)
-        logits = torch.bmm(weight[:, None], features.reshape(count, channels, height * width)).to(
-            torch.float32
-        )
+        logits = torch.bmm(weight[:, None], features.reshape(count, channels, height * width)).to(torch.float32)
         if self.last.bias is not None:
             logits = logits + self.last.bias.to(torch.float32).index_select(0, labels)[:, None, None]
         return torch.sigmoid(logits).reshape(count, height, width)

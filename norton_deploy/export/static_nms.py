@@ -42,13 +42,11 @@ def nms_unrolled(
         previous = keep
         suppressors = (keep.unsqueeze(-2) @ suppresses).squeeze(-2)
         keep = possible * (suppressors < 0.5).to(torch.float32)
-    return keep > 0.5, (keep - previous).abs().amax() < 0.5
+    return keep > 0.5, (keep - previous).abs().sum() < 0.5
 
 
 @torch.library.custom_op("norton_deploy::nms_keep", mutates_args=())
-def nms_native(
-    boxes: Tensor, valid: Tensor, groups: Tensor, group_count: int, iou_threshold: float
-) -> Tensor:
+def nms_native(boxes: Tensor, valid: Tensor, groups: Tensor, group_count: int, iou_threshold: float) -> Tensor:
     """As `nms_unrolled`, exact for any chain, through torchvision here and NonMaxSuppression in ONNX.
 
     Args:

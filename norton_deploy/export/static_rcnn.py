@@ -96,9 +96,7 @@ class StaticRCNN(nn.Module):
         std = torch.tensor(transform.image_std, dtype=torch.float32)
         pixel = 255.0 if settings.input_dtype == "uint8" else 1.0
         self.register_buffer("scale", 1.0 / (pixel * std), persistent=False)
-        self.register_buffer(
-            "shift", -torch.tensor(transform.image_mean, dtype=torch.float32) / std, persistent=False
-        )
+        self.register_buffer("shift", -torch.tensor(transform.image_mean, dtype=torch.float32) / std, persistent=False)
         self.compute_dtype = torch.float32
 
         self.backbone = model.backbone
@@ -129,9 +127,7 @@ class StaticRCNN(nn.Module):
     def roi_align(self, pooler: nn.Module, sizes: dict[str, tuple[int, int]]) -> StaticRoIAlign:
         """The static form of one of the model's poolers."""
         if not isinstance(pooler, MultiScaleRoIAlign):
-            raise UserError(
-                f"RoI pooling: expected torchvision's MultiScaleRoIAlign, found {type(pooler).__name__}"
-            )
+            raise UserError(f"RoI pooling: expected torchvision's MultiScaleRoIAlign, found {type(pooler).__name__}")
         return StaticRoIAlign(pooler, sizes, self.settings.image_size)
 
     def check_topk(self) -> None:

@@ -62,8 +62,7 @@ class StaticRoIAlign(nn.Module):
         # level >= k where floor(lvl0 + log2(side / s0) + eps) >= k: one comparison per threshold, exact at
         # the thresholds, where log2 and floor would depend on the engine's log2.
         self.thresholds = [
-            float(mapper.s0 * 2.0 ** (k - mapper.lvl0 - mapper.eps))
-            for k in range(mapper.k_min + 1, mapper.k_max + 1)
+            float(mapper.s0 * 2.0 ** (k - mapper.lvl0 - mapper.eps)) for k in range(mapper.k_min + 1, mapper.k_max + 1)
         ]
         starts = [sum(h * w for h, w in sizes[:level]) for level in range(len(sizes))]
         self.register_buffer("level_start", torch.tensor(starts), persistent=False)
@@ -86,27 +85,23 @@ class StaticRoIAlign(nn.Module):
         table = rows.reshape(batch * table_rows, channels)
 
         level = self.level_of(boxes).reshape(-1)
-        scale = self.level_scale[level]
-        height, width = self.level_height[level], self.level_width[level]
+        scale = self.level_scale.index_select(0, level)
+        height, width = self.level_height.index_select(0, level), self.level_width.index_select(0, level)
         x1, y1, x2, y2 = (boxes.reshape(-1, 4) * scale[:, None]).unbind(-1)
         y_taps, y_weights = self.taps(y1, y2, height, self.output_size[0])
         x_taps, x_weights = self.taps(x1, x2, width, self.output_size[1])
-        start = self.level_start[level]
+        start = self.level_start.index_select(0, level)
         if batch > 1:
             start = start + torch.arange(batch, device=boxes.device).repeat_interleave(rois) * table_rows
         y_rows = start[:, None] + y_taps * width.to(torch.int64)[:, None]
         y_weights, x_weights = y_weights.to(table.dtype), x_weights.to(table.dtype)
         pooled = [
-            self.pool(
-                table, *(part[begin : begin + self.chunk] for part in (y_rows, x_taps, y_weights, x_weights))
-            )
+            self.pool(table, *(part[begin : begin + self.chunk] for part in (y_rows, x_taps, y_weights, x_weights)))
             for begin in range(0, batch * rois, self.chunk)
         ]
         return torch.cat(pooled) if len(pooled) > 1 else pooled[0]
 
-    def pool(
-        self, table: Tensor, y_rows: Tensor, x_taps: Tensor, y_weights: Tensor, x_weights: Tensor
-    ) -> Tensor:
+    def pool(self, table: Tensor, y_rows: Tensor, x_taps: Tensor, y_weights: Tensor, x_weights: Tensor) -> Tensor:
         """Gather the taps [r, T_y, T_x, C] of some RoIs and contract them to [r, P_h, P_w, C]."""
         rois, channels = len(y_rows), table.shape[1]
         bins_y, bins_x = self.output_size

@@ -14,6 +14,9 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.static_boxes import at_least, clip_boxes, decode_boxes, gather_rows
 from norton_deploy.export.static_nms import StaticNMS
 
+PADDED_LOGIT = -1.0e4
+"""Score of a padded row; its box is empty, so `min_size` removes it."""
+
 
 class StaticRPN(nn.Module):
     """A detector's region proposal network for one padded image size."""
@@ -95,23 +98,22 @@ class StaticRPN(nn.Module):
         Returns:
             boxes float32 [B, L, K, 4], scores float32 [B, L, K] falling along K, valid bool [B, L, K].
         """
-        boxes, scores, valid = [], [], []
+        batch = logits[0].shape[0]
+        best, chosen, anchors = [], [], []
         for level, (level_logits, level_deltas) in enumerate(zip(logits, deltas, strict=True)):
-            batch, anchors_per_cell, height, width = level_logits.shape
+            per_cell, height, width = level_logits.shape[1:]
             by_anchor = level_logits.permute(0, 2, 3, 1).reshape(batch, -1).to(torch.float32)
-            table = level_deltas.reshape(batch, anchors_per_cell, 4, height, width).permute(0, 3, 4, 1, 2)
+            table = level_deltas.reshape(batch, per_cell, 4, height, width).permute(0, 3, 4, 1, 2)
             count = self.kept_per_level[level]
-            best, index = by_anchor.topk(count, dim=1)
-            chosen = gather_rows(table.reshape(batch, -1, 4), index).to(torch.float32)
-            anchors = (
-                getattr(self, f"anchors_{level}").index_select(0, index.reshape(-1)).reshape(batch, count, 4)
-            )
-            decoded = decode_boxes(chosen, anchors, self.coder.weights, self.coder.bbox_xform_clip)
-            clipped = clip_boxes(decoded, self.image_size)
-            probability = torch.sigmoid(best)
-            passes = at_least(clipped, self.min_size) & (probability >= self.score_thresh)
             padding = self.rows - count
-            boxes.append(F.pad(clipped, (0, 0, 0, padding)))
-            scores.append(F.pad(probability, (0, padding)))
-            valid.append(F.pad(passes.to(torch.float32), (0, padding)) > 0.5)
-        return torch.stack(boxes, dim=1), torch.stack(scores, dim=1), torch.stack(valid, dim=1)
+            level_best, index = by_anchor.topk(count, dim=1)
+            level_chosen = gather_rows(table.reshape(batch, -1, 4), index).to(torch.float32)
+            level_anchors = getattr(self, f"anchors_{level}").index_select(0, index.reshape(-1))
+            best.append(F.pad(level_best, (0, padding), value=PADDED_LOGIT))
+            chosen.append(F.pad(level_chosen, (0, 0, 0, padding)))
+            anchors.append(F.pad(level_anchors.reshape(batch, count, 4), (0, 0, 0, padding)))
+        coder = self.coder
+        decoded = decode_boxes(torch.stack(chosen, 1), torch.stack(anchors, 1), coder.weights, coder.bbox_xform_clip)
+        boxes = clip_boxes(decoded, self.image_size)
+        scores = torch.sigmoid(torch.stack(best, dim=1))
+        return boxes, scores, at_least(boxes, self.min_size) & (scores >= self.score_thresh)

@@ -1,0 +1,216 @@
+"""A static detector as one self-describing ONNX file.
+
+torch's dynamo exporter is used: it keeps static shapes and module names, and takes our own NMS operator through
+a translation table. The tensors between the stages keep their names inside the file ("stage/..."), so that the
+parity check can read them from the very graph that is shipped.
+"""
+
+import hashlib
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.errors import UserError
+from norton_deploy.export.static_rcnn import StaticRCNN
+from norton_deploy.files import atomic_write
+from norton_deploy.structures import Categories
+
+OPSET = 20
+METADATA_KEY = "norton_deploy"
+METADATA_FORMAT = 1
+STAGE_PREFIX = "stage/"
+INPUT_NAME = "images"
+Precision = Literal["fp32", "fp16"]
+LARGEST_PROTOBUF_BYTES = 2**31 - 1
+
+
+class _WithStages(nn.Module):
+    """A static detector that returns its outputs and then its stage tensors, as one tuple.
+
+    `names` is filled in place: the exporter undoes assignments to attributes.
+    """
+
+    def __init__(self, detector: StaticRCNN, names: list[str]) -> None:
+        super().__init__()
+        self.detector = detector
+        self.names = names
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs, stages = self.detector.outputs_and_stages(images)
+        self.names[:] = [*outputs, *(STAGE_PREFIX + name for name in stages)]
+        return (*outputs.values(), *stages.values())
+
+
+def export_onnx(
+    detector: StaticRCNN,
+    path: str | Path,
+    *,
+    categories: Categories,
+    precision: Precision = "fp32",
+    weights_sha256: str = "",
+    letterbox: bool = True,
+) -> dict[str, Any]:
+    """Write `detector` to `path`, whole or not at all.
+
+    Args:
+        detector: in the precision that the file shall have (`norton_deploy.export.precision`).
+        path: the .onnx file.
+        categories: written into the file, for whoever runs it.
+        precision: what to record.
+        weights_sha256: digest of the weights that the detector was made from.
+        letterbox: whether images of another size may be letterboxed by the caller.
+
+    Returns:
+        The contract that stands in the file's metadata under "norton_deploy".
+
+    Raises:
+        UserError: the graph is larger than ONNX's 2 GiB for one file, or the file cannot be written.
+    """
+    import onnx_ir
+
+    model = translate(detector).model
+    simplify(model)
+    outputs = [value for value in model.graph.outputs if not str(value.name).startswith(STAGE_PREFIX)]
+    contract = describe(detector, outputs, categories, precision, weights_sha256, letterbox)
+    del model.graph.outputs[len(outputs) :]
+    model.metadata_props[METADATA_KEY] = json.dumps(contract)
+    content = onnx_ir.to_proto(model).SerializeToString()
+    with atomic_write(path) as stream:
+        stream.write(content)
+    return contract
+
+
+def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:
+    """Run torch's exporter; the program's outputs have their names, stage tensors included."""
+    names: list[str] = []
+    wrapped = _WithStages(detector, names).eval()
+    settings = detector.settings
+    height, width = settings.image_size
+    if settings.input_dtype == "uint8":
+        example = torch.zeros(settings.batch, height, width, 3, dtype=torch.uint8)
+    else:
+        example = torch.zeros(settings.batch, 3, height, width)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(wrapped, (example,), strict=False)
+        quiet = logging.getLogger("torch.onnx")
+        level = quiet.level
+        quiet.setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(
+                exported,
+                input_names=[INPUT_NAME],
+                output_names=names,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                custom_translation_table={torch.ops.norton_deploy.nms_keep.default: nms_keep_in_onnx},
+            )
+        finally:
+            quiet.setLevel(level)
+    assert program is not None
+    return program
+
+
+def simplify(model: Any) -> None:
+    """Fold constants, merge equal subgraphs and drop what is unused, in place.
+
+    The exporter's own optimizer would also try some hundred rewrite rules on every node: 10 s for nothing here,
+    since ONNX Runtime and TensorRT rewrite the graph again when they load it.
+    """
+    import onnx_ir.passes.common as passes
+    from onnxscript.optimizer import fold_constants
+
+    passes.InlinePass()(model)
+    fold_constants(model)
+    for simplification in (
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.OutputFixPass(),
+    ):
+        simplification(model)
+
+
+def nms_keep_in_onnx(boxes: Any, valid: Any, groups: Any, group_count: int, iou_threshold: float) -> Any:
+    """ONNX form of `norton_deploy.export.static_nms.nms_native`, for the exporter's translation table."""
+    import numpy as np
+    from onnxscript import opset20 as op
+
+    count = boxes.shape[1]
+    group = op.Constant(value=_tensor(np.arange(group_count).reshape(1, group_count, 1)))
+    order = op.Constant(value=_tensor(np.arange(count, 0, -1, dtype=np.float32).reshape(1, 1, count)))
+    one, both = (op.Constant(value=_tensor(np.array(value))) for value in ([1], [0, 2]))
+    member = op.And(op.Equal(op.Unsqueeze(groups, one), group), op.Unsqueeze(valid, one))
+    zero = op.Constant(value=_tensor(np.array(0.0, dtype=np.float32)))
+    limit = op.Constant(value=_tensor(np.array([count])))
+    threshold = op.Constant(value=_tensor(np.array([iou_threshold], dtype=np.float32)))
+    lowest = op.Constant(value=_tensor(np.array([0.0], dtype=np.float32)))
+    selected = op.NonMaxSuppression(boxes, op.Where(member, order, zero), limit, threshold, lowest)
+    image_and_box = op.Gather(selected, both, axis=1)
+    first_column = op.Constant(value=_tensor(np.array(0)))
+    kept = op.GreaterOrEqual(op.Gather(selected, first_column, axis=1), first_column)
+    nothing = op.And(valid, op.Not(valid))
+    return op.ScatterND(nothing, image_and_box, kept)
+
+
+def _tensor(values: Any) -> Any:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(values)
+
+
+def describe(
+    detector: StaticRCNN,
+    outputs: list[Any],
+    categories: Categories,
+    precision: Precision,
+    weights_sha256: str,
+    letterbox: bool,
+) -> dict[str, Any]:
+    """The graph's contract, as JSON values; `outputs` are the graph's output values."""
+    settings = detector.settings
+    layout = "NHWC RGB" if settings.input_dtype == "uint8" else "NCHW RGB 0..1"
+    return {
+        "format": METADATA_FORMAT,
+        "task": detector.task,
+        "image_size": list(settings.image_size),
+        "batch": settings.batch,
+        "max_detections": detector.max_detections,
+        "score_threshold": detector.box_head.score_thresh,
+        "categories": categories.to_list(),
+        "input": {"name": INPUT_NAME, "dtype": settings.input_dtype, "layout": layout},
+        "outputs": [
+            {
+                "name": str(value.name),
+                "dtype": str(value.dtype).rpartition(".")[2].lower(),
+                "shape": [int(side) for side in value.shape],
+            }
+            for value in outputs
+        ],
+        "target": settings.target,
+        "precision": precision,
+        "weights_sha256": weights_sha256,
+        "resize": "letterbox" if letterbox else "none",
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and values of a model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}:{tuple(values.shape)}:{values.dtype};".encode())
+        digest.update(
+            values.reshape(-1).view(torch.uint8).numpy().tobytes() if values.dim() else repr(values.item()).encode()
+        )
+    return digest.hexdigest()
