@@ -78,9 +78,9 @@ def decompose_filters(
     rank: int,
     *,
     seed: int = 0,
-    starts: int = 4,
-    max_iterations: int = 200,
-    tolerance: float = 1e-5,
+    starts: int = 3,
+    max_iterations: int = 50,
+    tolerance: float = 1e-4,
 ) -> CPFactors:
     """Least-squares CPD of every filter of a layer (eq. 2), all filters at once.
 
@@ -117,26 +117,24 @@ def decompose_filters(
         )
     if starts < 1 or max_iterations < 1:
         raise UserError(f"starts={starts} and max_iterations={max_iterations}: both must be at least 1")
-    exact = weight.detach().double()
-    if not bool(torch.isfinite(exact).all()):
+    unfolded = weight.detach().double().flatten(2)
+    basis, small = torch.linalg.qr(unfolded) if in_channels > kernel_h * kernel_w else (None, unfolded)
+    norm = small.square().sum(dim=(1, 2)).sqrt()[:, None, None]
+    if not bool(torch.isfinite(norm).all()):
         raise UserError("the weight has NaN or infinite values: it cannot be decomposed")
-
+    small = small / torch.where(norm > 0, norm, 1)
+    cores = small.unflatten(2, (kernel_h, kernel_w))
     if rank == limit:
-        return _canonical(*_exact_factors(exact))
-    energy = exact.square().sum(dim=(1, 2, 3)).sqrt()
-    exact = exact / torch.where(energy > 0, energy, 1)[:, None, None, None]
-    unfolded = exact.flatten(2)
-    cores = torch.linalg.qr(unfolded, mode="r").R if in_channels > kernel_h * kernel_w else unfolded
-    A, B = fit_spatial_factors(
-        cores.unflatten(2, (kernel_h, kernel_w)),
-        rank,
-        seed=seed,
-        starts=starts,
-        max_iterations=max_iterations,
-        tolerance=tolerance,
-    )
-    C = solve_channel_factor(unfolded, A, B) * energy[:, None, None]
-    return _canonical(A, B, C)
+        A, B, C = _exact_factors(cores)
+    else:
+        A, B = fit_spatial_factors(
+            cores, rank, seed=seed, starts=starts, max_iterations=max_iterations, tolerance=tolerance
+        )
+        C = solve_channel_factor(small, A, B)
+    A, B, C = _canonical(A, B, C * norm)
+    if basis is not None:
+        C = basis @ C
+    return CPFactors(A.float(), B.float(), C.float())
 
 
 def _exact_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +156,7 @@ def _exact_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.einsum("oihw->ohiw", weight).flatten(2), B, C
 
 
-def _canonical(A: Tensor, B: Tensor, C: Tensor) -> CPFactors:
+def _canonical(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Fix what eq. 2 leaves open: equal norms within a term, terms by falling norm, signs into C."""
     A, norm_A = unit_columns(A)
     B, norm_B = unit_columns(B)
@@ -167,11 +165,8 @@ def _canonical(A: Tensor, B: Tensor, C: Tensor) -> CPFactors:
     norm = norm_A * norm_B * norm_C
     order = norm.argsort(dim=1, descending=True, stable=True)[:, None]
     scale = norm.pow(1 / 3)[:, None]
-
-    def arrange(columns: Tensor) -> Tensor:
-        return (columns * scale).take_along_dim(order, dim=2).float().contiguous()
-
-    return CPFactors(arrange(A * sign_A), arrange(B * sign_B), arrange(C * sign_A * sign_B))
+    A, B, C = A * sign_A * scale, B * sign_B * scale, C * sign_A * sign_B * scale
+    return A.take_along_dim(order, 2), B.take_along_dim(order, 2), C.take_along_dim(order, 2)
 
 
 def _leading_sign(columns: Tensor) -> Tensor:

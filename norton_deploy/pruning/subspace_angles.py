@@ -17,6 +17,10 @@ Measure = Literal["largest", "norm"]
 EQUAL_WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
 # Singular values below this fraction of the largest are noise: the factors are float32.
 RANK_TOLERANCE = 1e-6
+# Below this angle (radians) the sine is used. Bjorck & Golub switch at pi/4, where the two are equally good; the
+# cosine's angle is off by about 1e-15 / angle, which in float64 is still 1e-10 here, far below the rounding of
+# float32 factors, and sines take the full length of the columns for every pair.
+SMALL_ANGLE = 1e-5
 # Upper bound on the numbers held at once for one block of pairs (float64: 64 MiB).
 BLOCK_NUMBERS = 2**23
 
@@ -24,8 +28,8 @@ BLOCK_NUMBERS = 2**23
 def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
     """Principal angles between the column spaces of every X_i and every Y_j.
 
-    Cosines are the singular values of Qx^T Qy, sines those of (I - Qx Qx^T) Qy; the sine is used below 45
-    degrees, where the cosine loses digits (Bjorck & Golub, section 3).
+    Cosines are the singular values of Qx^T Qy, sines those of (I - Qx Qx^T) Qy; small angles come from the sine,
+    because the cosine loses digits there (Bjorck & Golub, section 3).
 
     Subspaces count with their numerical dimension: columns that are zero or depend on others add nothing, and a
     zero factor spans {0}. Where the dimensions of a pair differ, each dimension that has no partner counts as an
@@ -117,7 +121,7 @@ def _angles(basis_X: Tensor, dimension_X: Tensor, basis_Y: Tensor, dimension_Y: 
     high = torch.maximum(dimension_X[:, None], dimension_Y)
     place = torch.arange(length, device=basis_X.device)
     angles = cosine.acos()
-    small = ((angles < math.pi / 4) & (place < low[..., None])).any(dim=-1)
+    small = ((angles < SMALL_ANGLE) & (place < low[..., None])).any(dim=-1)
     x, y = small.nonzero(as_tuple=True)
     if len(x):
         # The residual of the smaller subspace against the larger one.
@@ -129,7 +133,7 @@ def _angles(basis_X: Tensor, dimension_X: Tensor, basis_Y: Tensor, dimension_Y: 
         # Sines fall while angles rise, and the padding's zeros come last: the k-th angle has sine low - 1 - k.
         rising = (low[x, y][:, None] - 1 - place).clamp_min(0)
         from_sine = sine.take_along_dim(rising, dim=1).asin()
-        angles[x, y] = torch.where(from_sine < math.pi / 4, from_sine, angles[x, y])
+        angles[x, y] = torch.where(from_sine < SMALL_ANGLE, from_sine, angles[x, y])
     angles = torch.where(place < low[..., None], angles, math.pi / 2)
     return torch.where(place < high[..., None], angles, 0.0).sort(dim=-1).values
 
