@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-SUPERSAMPLING = 3
+SUPERSAMPLING = 2
 _FRACTION_BITS = 4
 
 Colour = tuple[int, int, int]
@@ -98,7 +98,7 @@ class Canvas:
     def layer(self, shading: npt.NDArray[np.float32] | None = None) -> Layer:
         """Reduce to the image's resolution; `shading` [h, w] multiplies the colours (resized to fit)."""
         size = (self.width, self.height)
-        reduced = cv2.resize(self.pixels[..., :3], size, interpolation=cv2.INTER_AREA).astype(np.float32)
+        reduced = cv2.resize(self.pixels, size, interpolation=cv2.INTER_AREA)[..., :3].astype(np.float32)
         drawn = np.where(self.pixels[..., 3] > 0, np.uint8(255), np.uint8(0))
         alpha = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255.0
         if shading is not None:

@@ -18,7 +18,7 @@ CONTEXT = 1.15  # side of the crop in units of the object's longer side
 JPEG_QUALITY = 92
 
 
-def crop_square(picture: npt.NDArray[np.uint8], box: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.uint8]:
+def crop_square(picture: npt.NDArray[Any], box: npt.NDArray[np.float32], size: int) -> npt.NDArray[Any]:
     """The square around a box, resized to [size, size, 3]; what lies outside the image is mirrored into it.
 
     Args:

@@ -67,7 +67,7 @@ def _write_split(
     (folder / f"{split}2017").mkdir(parents=True)
     jobs = range(count)
     arguments = ([folder] * count, [split] * count, jobs, [seed] * count, [image_sizes] * count)
-    bar = {"total": count, "desc": f"{split} images", "unit": "image", "disable": not progress}
+    bar: dict[str, Any] = {"total": count, "desc": f"{split} images", "unit": "image", "disable": not progress}
     if workers > 1 and count >= _PARALLEL_FROM:
         with ProcessPoolExecutor(workers, initializer=_init_worker) as pool:
             written = list(tqdm(pool.map(_write_image, *arguments, chunksize=8), **bar))

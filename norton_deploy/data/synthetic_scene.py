@@ -95,13 +95,14 @@ class SyntheticVideo:
     Args:
         seed: an integer or a sequence of them; decides everything together with `image_size`.
         image_size: (height, width) in pixels.
+        objects: how many objects to place (nearly hidden ones are then taken out); None draws the number.
     """
 
-    def __init__(self, seed: int | Sequence[int], image_size: tuple[int, int]) -> None:
+    def __init__(self, seed: int | Sequence[int], image_size: tuple[int, int], objects: int | None = None) -> None:
         self.image_size = (int(image_size[0]), int(image_size[1]))
         rng = np.random.default_rng(seed)
         self._background: npt.NDArray[np.float32] = background(rng, self.image_size)
-        self._items = _sample_objects(rng, self.image_size)
+        self._items = _sample_objects(rng, self.image_size, objects)
         gain, contrast = rng.uniform(0.8, 1.12), rng.uniform(0.8, 1.1)
         self._tone = (np.float32(gain * contrast), np.float32(110.0 * gain * (1 - contrast)))
         self._blur = float(rng.uniform(0.4, 0.9)) if rng.uniform() < 0.3 else 0.0
@@ -201,21 +202,22 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(max(high, low)))))
 
 
-def _sample_objects(rng: np.random.Generator, image_size: tuple[int, int]) -> list[_SceneObject]:
+def _sample_objects(rng: np.random.Generator, image_size: tuple[int, int], objects: int | None) -> list[_SceneObject]:
     """Objects from back to front: distractors and one to eight objects, sometimes none, sometimes a crowd."""
     height, width = image_size
     side = min(height, width)
     shape_ids = sorted(SHAPES)
-    objects = 0 if rng.uniform() < 0.05 else int(np.clip(rng.geometric(0.3), 1, 8))
+    if objects is None:
+        objects = 0 if rng.uniform() < 0.05 else int(np.clip(rng.geometric(0.25), 1, 8))
     plan = [0] * int(rng.integers(2, 8))
     plan += [PERSON if rng.uniform() < 0.4 else int(rng.choice(shape_ids)) for _ in range(objects)]
     items: list[_SceneObject] = []
     taken: list[tuple[float, float, float]] = []
     for category in plan:
         if category == PERSON:
-            size = _log_uniform(rng, 26.0, 0.95 * height)
+            size = _log_uniform(rng, max(26.0, 0.13 * side), 0.95 * height)
         else:
-            size = _log_uniform(rng, 12.0, 0.62 * side)
+            size = _log_uniform(rng, max(12.0, 0.06 * side), 0.62 * side)
         centre = np.array([rng.uniform(0.05, 0.95) * width, rng.uniform(0.08, 0.92) * height])
         for _ in range(4):  # prefer free places, yet let things overlap when there is none
             near = [np.hypot(*(centre - (x, y))) < 0.45 * (size + other) for x, y, other in taken]
@@ -239,7 +241,7 @@ def _sample_objects(rng: np.random.Generator, image_size: tuple[int, int]) -> li
         )
     if objects and rng.uniform() < 0.1:
         category = PERSON if rng.uniform() < 0.7 else int(rng.choice(shape_ids))
-        size = _log_uniform(rng, 18.0, 0.22 * side)
+        size = _log_uniform(rng, max(18.0, 0.09 * side), 0.22 * side)
         members = int(rng.integers(6, 13))
         template = items[-1]
         items.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 
 import cv2
 import numpy as np
@@ -46,7 +47,7 @@ def object_shading(rng: np.random.Generator, contrast: float = 0.10) -> Field:
     """A factor field [12, 12] around 1: light from one side plus a rough surface."""
     y, x = np.mgrid[-1:1:12j, -1:1:12j].astype(np.float32)
     angle = rng.uniform(-np.pi, 0.0)
-    light = (x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(0.05, 0.25)
+    light = (x * math.cos(angle) + y * math.sin(angle)) * rng.uniform(0.05, 0.25)
     rough = rng.standard_normal((12, 12), np.float32) * rng.uniform(0.2, 1.0) * contrast
     return np.clip(1.0 + light + rough, 0.4, 1.5).astype(np.float32)
 
@@ -55,8 +56,8 @@ def _pattern(rng: np.random.Generator, image_size: tuple[int, int]) -> Field:
     """Stripes, checks or bricks in -1..1, [H, W]."""
     y, x = np.mgrid[: image_size[0], : image_size[1]].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(6, 40)
-    u = (x * np.cos(angle) + y * np.sin(angle)) / period
-    v = (y * np.cos(angle) - x * np.sin(angle)) / period
+    cos, sin = math.cos(angle) / period, math.sin(angle) / period
+    u, v = x * cos + y * sin, y * cos - x * sin
     kind = rng.integers(3)
     if kind == 0:
         return np.sin(2 * np.pi * u).astype(np.float32)
@@ -73,8 +74,7 @@ def background(rng: np.random.Generator, image_size: tuple[int, int]) -> npt.NDA
     The regions (above and below a wavy horizon, or two blobs) differ in colour, and each may carry a
     pattern of stripes, checks or bricks.
     """
-    height, width = image_size
-    picture = np.empty((height, width, 3), np.float32)
+    height = image_size[0]
     y = np.linspace(-1.0, 1.0, height, dtype=np.float32)[:, None]
     split = value_noise(rng, image_size, (3,))
     if rng.uniform() < 0.7:
@@ -84,11 +84,13 @@ def background(rng: np.random.Generator, image_size: tuple[int, int]) -> npt.NDA
     for _ in range(2):
         colour = np.array(random_colour(rng, saturation=(0.0, 0.65), value=(0.2, 0.95)), np.float32)
         other = np.array(random_colour(rng, saturation=(0.0, 0.65), value=(0.2, 0.95)), np.float32)
-        ramp = (0.5 + 0.35 * rng.uniform(-1, 1) * y + 0.2 * value_noise(rng, image_size, (2, 5)))[..., None]
-        region = colour + (other - colour) * np.clip(ramp, 0, 1) * rng.uniform(0.2, 0.9)
+        ramp = 0.5 + 0.35 * rng.uniform(-1, 1) * y + 0.2 * value_noise(rng, image_size, (2, 5))
+        ramp = np.clip(ramp, 0, 1) * rng.uniform(0.2, 0.9)
         relief = rng.uniform(3, 18) * value_noise(rng, image_size, (12, 30, 80))
         if rng.uniform() < 0.4:
             relief = relief + rng.uniform(4, 26) * _pattern(rng, image_size)
-        regions.append(region + relief[..., None])
-    picture[:] = regions[0] * (1.0 - share) + regions[1] * share
+        # colour + (other - colour) * ramp + relief, for the three channels in one matrix product.
+        basis = np.stack([other - colour, np.ones(3, np.float32)])
+        regions.append(np.stack([ramp, relief], axis=-1) @ basis + colour)
+    picture: npt.NDArray[np.float32] = regions[0] + (regions[1] - regions[0]) * share
     return picture
