@@ -1,1 +1,79 @@
-"""Compress two-stage detectors with NORTON, then train, evaluate, export and run them."""
+"""Compress two-stage detectors with NORTON, then train, evaluate, export and run them.
+
+    factors = decompose_filters(conv.weight, rank=1)
+    kept = select_filters(pabs_distance(factors), keep=32)
+    small = compress(model, CompressionPlan.load("configs/plans/table3.yaml"))
+
+The names below are imported when they are first used, so that a machine that only runs an exported graph
+needs neither torch nor torchvision.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from norton_deploy.checkpoint import CheckpointHeader, load_checkpoint, save_checkpoint
+    from norton_deploy.errors import UserError
+    from norton_deploy.evaluation.complexity import count_complexity
+    from norton_deploy.factorization.cp import CPFactors, decompose_filters
+    from norton_deploy.modeling.builders import build_classifier, build_detector
+    from norton_deploy.modeling.compress import compress
+    from norton_deploy.modeling.cpd_block import CPDBlock
+    from norton_deploy.modeling.detectors import DetectorSettings
+    from norton_deploy.planning.plan import CompressionPlan
+    from norton_deploy.pruning.filter_selection import select_filters
+    from norton_deploy.pruning.subspace_angles import pabs_distance
+    from norton_deploy.runtime.predictor import load_predictor
+    from norton_deploy.structures import Categories, Detections
+
+_HOME = {
+    "CPDBlock": "modeling.cpd_block",
+    "CPFactors": "factorization.cp",
+    "Categories": "structures",
+    "CheckpointHeader": "checkpoint",
+    "CompressionPlan": "planning.plan",
+    "Detections": "structures",
+    "DetectorSettings": "modeling.detectors",
+    "UserError": "errors",
+    "build_classifier": "modeling.builders",
+    "build_detector": "modeling.builders",
+    "compress": "modeling.compress",
+    "count_complexity": "evaluation.complexity",
+    "decompose_filters": "factorization.cp",
+    "load_checkpoint": "checkpoint",
+    "load_predictor": "runtime.predictor",
+    "pabs_distance": "pruning.subspace_angles",
+    "save_checkpoint": "checkpoint",
+    "select_filters": "pruning.filter_selection",
+}
+
+__all__ = [
+    "CPDBlock",
+    "CPFactors",
+    "Categories",
+    "CheckpointHeader",
+    "CompressionPlan",
+    "Detections",
+    "DetectorSettings",
+    "UserError",
+    "build_classifier",
+    "build_detector",
+    "compress",
+    "count_complexity",
+    "decompose_filters",
+    "load_checkpoint",
+    "load_predictor",
+    "pabs_distance",
+    "save_checkpoint",
+    "select_filters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'norton_deploy' has no attribute '{name}'")
+    return getattr(import_module(f"norton_deploy.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
