@@ -101,6 +101,15 @@ class Trainer:
         self.evaluated_step = -1
         self.metrics: dict[str, dict[str, float]] = {}
 
+    def summary(self) -> str:
+        """One line: how long and how fast."""
+        processes, batch_size = self.accelerator.num_processes, self.settings.batch_size
+        return (
+            f"{self.total_steps} steps of {batch_size * processes} images ({processes} x {batch_size}), "
+            f"{self.steps_per_epoch} steps an epoch, learning rate {self.peak_lr:g}, "
+            f"on {self.accelerator.device}, precision {self.accelerator.mixed_precision}"
+        )
+
     def run(self) -> TrainingResult:
         """Train to the end, from the saved state with `settings.resume`.
 

@@ -1,0 +1,53 @@
+"""Train Faster, Mask or Keypoint R-CNN on COCO-2017 or data in its layout.
+
+One process: tools/train_det.py ...; eight GPUs: torchrun --nproc_per_node=8 tools/train_det.py ...
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from norton_deploy.commands import command_line, write_json
+from norton_deploy.config import parse_settings
+from norton_deploy.evaluation.coco_metrics import metrics_table
+from norton_deploy.evaluation.detector_evaluation import Detector
+from norton_deploy.runtime.torch_backend import TorchPredictor
+from norton_deploy.structures import Categories, Task
+from norton_deploy.training.detector_training import DetectorTrainingSettings, train_detector
+from norton_deploy.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DetectorTrainingSettings):
+    """Settings of tools/train_det.py."""
+
+    json: Path | None = None
+    """Write the final metrics as JSON to a file, or to stdout with '-'."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    settings = parse_settings(Settings, argv, prog="train_det", description=__doc__ or "")
+    result = train_detector(
+        settings,
+        detector_of_model=_detector,
+        command=command_line("train_det", argv),
+        announce=lambda message: print(message, file=sys.stderr),
+    )
+    if PartialState().is_main_process:
+        folder = RunFolder(settings.out)
+        report = sys.stderr if str(settings.json) == "-" else sys.stdout  # '-' keeps stdout for the JSON
+        print(metrics_table(settings.task, result.metrics), file=report)
+        print(f"checkpoints: {folder.best} (best), {folder.last} (last)", file=report)
+        figures = {"steps": result.steps, "metrics": result.metrics, "checkpoint": str(folder.best)}
+        write_json(figures, settings.json)
+    return 0
+
+
+def _detector(model: nn.Module, task: Task, categories: Categories, device: torch.device) -> Detector:
+    return TorchPredictor(model, task, categories, device=str(device))

@@ -1,0 +1,130 @@
+"""Train a classifier on folders of images: CIFAR-10, ImageNet, or crops of a detection dataset."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from norton_deploy.checkpoint import CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.data.classification import ClassificationFolder, Style
+from norton_deploy.data.samplers import GroupedBatchSampler
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.modeling.classifiers import Architecture, ClassifierSettings
+from norton_deploy.modeling.normalisation import Norm
+from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.initial_weights import initial_classifier
+from norton_deploy.training.loaders import SampledBatches, collate_classes
+from norton_deploy.training.resume import seed_step
+from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.trainer import Trainer, TrainingResult, build_accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTrainingSettings(TrainingSettings):
+    """Settings of a classifier's training run."""
+
+    arch: Architecture = "resnet50"
+    """Architecture of the classifier."""
+    data: Path
+    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg (or test/)."""
+    init: Path | None = None
+    """Checkpoint to start from, dense or compressed (.safetensors, or torchvision's .pth)."""
+    plan: Path | None = None
+    """Compression plan that gives random weights their structure (without --init)."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels that images are brought to."""
+    style: Style = "imagenet"
+    """Augmentation: imagenet (random resized crops) or cifar (padded crops)."""
+    norm: Norm = "batch"
+    """Normalisation of a ResNet."""
+    zero_init_residual: bool = False
+    """Start residual branches at zero; helps training from nothing."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes, 0..1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing: expected 0..1, got {self.label_smoothing}")
+
+
+def classification_loss(smoothing: float, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Cross-entropy with label smoothing, the mean over the batch."""
+    logits = model(batch.images)
+    return {"classification": functional.cross_entropy(logits, batch.targets, label_smoothing=smoothing)}
+
+
+def train_classifier(
+    settings: ClassifierTrainingSettings,
+    *,
+    command: str,
+    announce: Callable[[str], None] = lambda message: None,
+) -> TrainingResult:
+    """Train, evaluate and save a classifier; every process of a run calls this with the same settings.
+
+    Args:
+        settings: of the run.
+        command: the command line, for the checkpoints' lineage.
+        announce: called on the main process with what the run starts from and how.
+
+    Raises:
+        UserError: settings, data, initial weights or the run's folder are wrong, or the loss is not finite.
+    """
+    accelerator = build_accelerator(settings)
+    folder = partial(ClassificationFolder, settings.data, style=settings.style, image_size=settings.image_size)
+    train = folder("train", seed=settings.seed)
+    val = folder("val", classes=train.classes)
+    seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
+    model_settings = ClassifierSettings(
+        architecture=settings.arch,
+        num_classes=len(train.classes),
+        norm=settings.norm,
+        zero_init_residual=settings.zero_init_residual,
+        image_size=settings.image_size,
+    )
+    start = initial_classifier(model_settings, init=settings.init, plan=settings.plan)
+    identity = {**settings.identity(), "classifier": asdict(start.settings), "training_images": len(train)}
+    if accelerator.is_main_process:
+        RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
+        announce(f"start from {start.origin}")
+    accelerator.wait_for_everyone()
+    header = CheckpointHeader("cls", start.settings, start.plan, class_categories(train.classes)).made_by(
+        command, settings.init
+    )
+
+    def evaluate(model: nn.Module) -> Evaluation:
+        metrics = evaluate_classifier(
+            model,
+            val,
+            accelerator.device,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            progress=settings.progress,
+        )
+        return Evaluation({"classification": metrics}, metrics["top1"])
+
+    sampler = GroupedBatchSampler(
+        len(train),
+        settings.batch_size,
+        seed=settings.seed,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=start.model,
+        loss_terms=partial(classification_loss, settings.label_smoothing),
+        loader=SampledBatches(train, sampler, collate_classes, settings.workers),
+        settings=settings,
+        evaluate=evaluate,
+        save_model=lambda path, model: save_checkpoint(path, model, header),
+        identity=identity,
+    )
+    if accelerator.is_main_process:
+        announce(trainer.summary())
+    return trainer.run()

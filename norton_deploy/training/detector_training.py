@@ -1,0 +1,138 @@
+"""Train Faster, Mask or Keypoint R-CNN on data in COCO's layout."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.samplers import GroupedBatchSampler
+from norton_deploy.data.transforms import training_transform
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.coco_metrics import table3_scores
+from norton_deploy.evaluation.detector_evaluation import Detector, evaluate_detector
+from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.structures import Categories, Task
+from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.initial_weights import initial_detector
+from norton_deploy.training.loaders import SampledBatches, collate_detections
+from norton_deploy.training.resume import seed_step
+from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.trainer import Trainer, TrainingResult, build_accelerator
+
+# (model in evaluation mode, task, categories, device) -> images to detections
+DetectorOfModel = Callable[[nn.Module, Task, Categories, torch.device], Detector]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorTrainingSettings(TrainingSettings):
+    """Settings of a detector's training run."""
+
+    task: Task
+    """box (Faster R-CNN), mask (Mask R-CNN) or keypoint (Keypoint R-CNN)."""
+    data: Path
+    """Folder in COCO-2017's layout: train2017/, val2017/, annotations/."""
+    init: Path | None = None
+    """Checkpoint to start from: a detector, or a classifier whose body becomes the backbone (.safetensors,
+    or torchvision's .pth). Without it the weights are random."""
+    plan: Path | None = None
+    """Compression plan that gives random weights their structure (without --init)."""
+    flip: float = 0.5
+    """Probability of mirroring a training image."""
+    photometric: bool = False
+    """Jitter brightness, contrast, saturation and hue of training images."""
+    keep_empty: bool = True
+    """Train on images without objects too."""
+    evaluation_images: int | None = None
+    """Evaluate on the first so many images of val only."""
+    skip_bad: bool = False
+    """Leave out bad images and annotations with one counted warning instead of stopping."""
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    """The detector; its number of classes is that of the data."""
+
+
+def detection_losses(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """torchvision's losses of a detector in training mode, each a scalar."""
+    losses: Mapping[str, Tensor] = model(batch.images, batch.targets)
+    return losses
+
+
+def train_detector(
+    settings: DetectorTrainingSettings,
+    *,
+    detector_of_model: DetectorOfModel,
+    command: str,
+    announce: Callable[[str], None] = lambda message: None,
+) -> TrainingResult:
+    """Train, evaluate and save a detector; every process of a run calls this with the same settings.
+
+    Args:
+        settings: of the run.
+        detector_of_model: makes the model callable for evaluation.
+        command: the command line, for the checkpoints' lineage.
+        announce: called on the main process with what the run starts from and how.
+
+    Raises:
+        UserError: settings, data, initial weights or the run's folder are wrong, or the loss is not finite.
+    """
+    accelerator = build_accelerator(settings)
+    if settings.detector.norm == "sync" and accelerator.device.type == "cpu":
+        raise UserError("detector.norm sync needs GPUs; use --detector.norm group (or batch) on CPUs")
+    train = CocoDetection(
+        settings.data,
+        "train",
+        settings.task,
+        transforms=training_transform(flip=settings.flip, photometric=settings.photometric),
+        seed=settings.seed,
+        keep_empty=settings.keep_empty,
+        skip_bad=settings.skip_bad,
+    )
+    val = CocoDetection(settings.data, "val", settings.task, categories=train.categories, skip_bad=settings.skip_bad)
+    seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
+    start = initial_detector(settings.task, train.categories, settings.detector, init=settings.init, plan=settings.plan)
+    assert isinstance(start.settings, DetectorSettings)
+    identity = {**settings.identity(), "detector": asdict(start.settings), "training_images": len(train)}
+    if accelerator.is_main_process:
+        RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
+        announce(f"start from {start.origin}")
+    accelerator.wait_for_everyone()
+    header = CheckpointHeader(settings.task, start.settings, start.plan, train.categories).made_by(
+        command, settings.init
+    )
+
+    def evaluate(model: nn.Module) -> Evaluation:
+        evaluation = evaluate_detector(
+            detector_of_model(model, settings.task, train.categories, accelerator.device),
+            val,
+            limit=settings.evaluation_images,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            progress=settings.progress,
+        )
+        return Evaluation(evaluation.metrics, table3_scores(settings.task, evaluation.metrics)[0])
+
+    sampler = GroupedBatchSampler(
+        len(train),
+        settings.batch_size,
+        image_sizes=train.image_sizes(),
+        seed=settings.seed,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=start.model,
+        loss_terms=detection_losses,
+        loader=SampledBatches(train, sampler, collate_detections, settings.workers),
+        settings=settings,
+        evaluate=evaluate,
+        save_model=lambda path, model: save_checkpoint(path, model, header),
+        identity=identity,
+    )
+    if accelerator.is_main_process:
+        announce(trainer.summary())
+    return trainer.run()
