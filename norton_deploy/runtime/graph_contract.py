@@ -11,6 +11,8 @@ from norton_deploy.structures import TASKS, Categories, Task
 
 METADATA_KEY = "norton_deploy"
 FORMAT = 1
+# Whether the graph's two shortcuts (unrolled NMS, limited candidates) were exact for a batch.
+FLAGS = ("nms_converged", "candidates_complete")
 TASK_OUTPUT: dict[Task, str | None] = {"box": None, "mask": "masks", "keypoint": "keypoints"}
 
 
@@ -29,6 +31,7 @@ class GraphContract:
         letterbox: whether images of another size may be letterboxed; otherwise they must fit exactly.
         weights_sha256: digest of the weights that the graph was made from, "" if not recorded.
         score_threshold: the graph drops detections below this score; None if not recorded.
+        flags: which of `FLAGS` the graph returns.
     """
 
     task: Task
@@ -41,6 +44,7 @@ class GraphContract:
     letterbox: bool
     weights_sha256: str
     score_threshold: float | None
+    flags: tuple[str, ...]
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -52,10 +56,10 @@ class GraphContract:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """The outputs that this task needs, in the order of the contract."""
+        """The outputs that this task needs, then the flags."""
         task_output = TASK_OUTPUT[self.task]
         names = ("num_detections", "boxes", "scores", "labels")
-        return names if task_output is None else (*names, task_output)
+        return (*names, *self.flags) if task_output is None else (*names, task_output, *self.flags)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> GraphContract:
@@ -67,18 +71,14 @@ class GraphContract:
         try:
             return cls.from_dict(json.loads(text), source)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{source}: metadata '{METADATA_KEY}' is not JSON; export the model again"
-            ) from error
+            raise UserError(f"{source}: metadata '{METADATA_KEY}' is not JSON; export the model again") from error
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str) -> GraphContract:
         """As `from_json`, from the parsed mapping."""
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
-            raise UserError(
-                f"{source}: metadata format {found!r}, this version reads {FORMAT}; export the model again"
-            )
+            raise UserError(f"{source}: metadata format {found!r}, this version reads {FORMAT}; export the model again")
         try:
             image_size = fields["image_size"]
             threshold = fields.get("score_threshold")
@@ -93,6 +93,7 @@ class GraphContract:
                 letterbox=str(fields["resize"]) == "letterbox",
                 weights_sha256=str(fields.get("weights_sha256", "")),
                 score_threshold=None if threshold is None else float(threshold),
+                flags=tuple(name for name in FLAGS if name in [entry["name"] for entry in fields["outputs"]]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(
@@ -101,9 +102,7 @@ class GraphContract:
         if contract.task not in TASKS:
             raise UserError(f"{source}: metadata: task '{contract.task}' is none of {', '.join(TASKS)}")
         if contract.input_dtype not in ("uint8", "float32"):
-            raise UserError(
-                f"{source}: metadata: input dtype '{contract.input_dtype}', expected uint8 or float32"
-            )
+            raise UserError(f"{source}: metadata: input dtype '{contract.input_dtype}', expected uint8 or float32")
         if min(*contract.image_size, contract.batch, contract.max_detections) < 1:
             raise UserError(f"{source}: metadata: image_size, batch and max_detections must be positive")
         return contract

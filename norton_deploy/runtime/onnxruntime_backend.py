@@ -71,9 +71,7 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=with_options)
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
-            raise UserError(
-                f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise UserError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
         started = self._session.get_providers()
         if chosen[0] not in started:
             raise UserError(
@@ -83,11 +81,10 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         metadata = self._session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
             raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
-        super().__init__(
-            str(path), GraphContract.from_json(metadata[METADATA_KEY], str(path)), score_threshold
-        )
+        super().__init__(str(path), GraphContract.from_json(metadata[METADATA_KEY], str(path)), score_threshold)
         self._check_tensors()
-        self.device = f"ONNX Runtime {onnxruntime.__version__}, {chosen[0]}"
+        threads = f"{options.intra_op_num_threads or 'all'} threads"
+        self.device = f"ONNX Runtime {onnxruntime.__version__}, {chosen[0]}, {threads}"
         self._device = ("cpu", 0) if chosen[0] == CPU else ("cuda", device_id)
         self._binding = self._session.io_binding()
 
@@ -98,9 +95,7 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         found = [(tensor.name, tensor.type, tuple(tensor.shape)) for tensor in inputs]
         expected = (contract.input_name, TENSOR_TYPES[contract.input_dtype], contract.input_shape)
         if found != [expected]:
-            raise UserError(
-                f"{self.name}: inputs {found} contradict the metadata {expected}; export it again"
-            )
+            raise UserError(f"{self.name}: inputs {found} contradict the metadata {expected}; export it again")
         outputs = {tensor.name for tensor in self._session.get_outputs()}
         missing = [name for name in contract.output_names if name not in outputs]
         if missing:
@@ -118,9 +113,7 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
         started = self.timing.add("infer_ms", started)
-        outputs = {
-            name: value.numpy() for name, value in zip(names, self._binding.get_outputs(), strict=True)
-        }
+        outputs = {name: value.numpy() for name, value in zip(names, self._binding.get_outputs(), strict=True)}
         self.timing.add("copy_ms", started)
         return outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from norton_deploy.runtime.mask_paste import paste_masks
 from norton_deploy.runtime.predictor import Image, Predictor
 from norton_deploy.structures import Categories, Detections
 
+logger = logging.getLogger(__name__)
 Outputs = dict[str, npt.NDArray[np.generic]]
 
 
@@ -26,9 +28,11 @@ class StaticGraphPredictor(Predictor):
 
     Attributes:
         contract: what the graph says about itself.
+        inexact_batches: batches for which the graph flagged that one of its shortcuts was not exact.
     """
 
     contract: GraphContract
+    inexact_batches: int = 0
 
     def __init__(self, name: str, contract: GraphContract, score_threshold: float | None) -> None:
         baked_in = contract.score_threshold
@@ -66,12 +70,23 @@ class StaticGraphPredictor(Predictor):
             self.timing.add("preprocess_ms", started)
             outputs = self._run(batch)
             started = time.perf_counter()
+            self._check_flags(outputs)
             for index, letterbox in enumerate(letterboxes):
-                detections.append(
-                    decode_outputs(outputs, index, letterbox, self.categories, self._score_threshold)
-                )
+                detections.append(decode_outputs(outputs, index, letterbox, self.categories, self._score_threshold))
             self.timing.add("postprocess_ms", started)
         return detections
+
+    def _check_flags(self, outputs: Outputs) -> None:
+        """Count, and the first time warn about, batches whose result may differ from the eager model's."""
+        failed = [name for name in self.contract.flags if not np.all(outputs[name])]
+        if failed and not self.inexact_batches:
+            logger.warning(
+                "%s: %s is false: detections of this batch may differ from the eager model's "
+                "(export with more nms_iterations or candidates); further cases are only counted",
+                self.name,
+                " and ".join(failed),
+            )
+        self.inexact_batches += bool(failed)
 
     def _letterbox(self, image: Image) -> Letterbox:
         image_size = image.shape[0], image.shape[1]

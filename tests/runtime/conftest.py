@@ -22,6 +22,7 @@ def write_graph(
     dtype: str = "uint8",
     graph_dtype: str | None = None,
     skip_output: str | None = None,
+    flag: bool | None = None,
     metadata: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
@@ -91,6 +92,10 @@ def write_graph(
         outputs["masks"] = (TensorProto.FLOAT, [batch, 1, 28, 28])
     if task == "keypoint":
         outputs["keypoints"] = (TensorProto.FLOAT, [batch, 1, 2, 3])
+    if flag is not None:
+        outputs["nms_converged"] = (TensorProto.BOOL, [1])
+        constants["flag"] = np.array([flag])
+        nodes.append(node("Identity", ["flag"], ["nms_converged"]))
     graph = helper.make_graph(
         nodes,
         "bright_rectangle",
@@ -107,7 +112,7 @@ def write_graph(
         "max_detections": 1,
         "categories": [{"label": 1, "id": 7, "name": "lamp"}],
         "input": {"name": "images", "dtype": dtype, "layout": "NHWC RGB" if bytes_in else "NCHW RGB 0..1"},
-        "outputs": list(outputs),
+        "outputs": [{"name": name} for name in outputs],
         "target": "onnxruntime",
         "precision": "float32",
         "weights_sha256": "0" * 64,

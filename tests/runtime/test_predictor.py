@@ -176,9 +176,7 @@ def test_buckets_choose_the_nearest_aspect_ratio(graph, lamp, tmp_path):
         assert Path(predictor.bucket_of(size).name).stem == name
     images = [lamp((64, 32), (4, 8, 20, 40)), lamp((32, 64), (8, 4, 40, 20)), lamp((64, 32), (0, 0, 9, 9))]
     found = predictor(images)
-    np.testing.assert_array_equal(
-        [one.boxes[0] for one in found], [[4, 8, 20, 40], [8, 4, 40, 20], [0, 0, 9, 9]]
-    )
+    np.testing.assert_array_equal([one.boxes[0] for one in found], [[4, 8, 20, 40], [8, 4, 40, 20], [0, 0, 9, 9]])
     assert predictor.timing.infer_ms > 0
 
 
@@ -226,18 +224,14 @@ class FakeDetector(torch.nn.Module):
 
 def test_torch_batches_only_equal_neighbours_and_drops_unknown_labels():
     model = FakeDetector()
-    predictor = TorchPredictor(
-        model, "mask", Categories((1,), (7,), ("lamp",)), score_threshold=0.2, device="cpu"
-    )
+    predictor = TorchPredictor(model, "mask", Categories((1,), (7,), ("lamp",)), score_threshold=0.2, device="cpu")
     sizes = [(8, 6)] * 9 + [(4, 6), (8, 6)]
     images = [np.full((*size, 3), 51 * (index % 5), np.uint8) for index, size in enumerate(sizes)]
     found = predictor(images)
     assert [len(batch) for batch in model.batches] == [8, 1, 1, 1]
     assert [one.image_size for one in found] == sizes
     assert [len(one) for one in found] == [1] * 11  # label 12 has no category
-    np.testing.assert_allclose(
-        [one.scores[0] for one in found], [0.2 * (i % 5) for i in range(11)], atol=1e-6
-    )
+    np.testing.assert_allclose([one.scores[0] for one in found], [0.2 * (i % 5) for i in range(11)], atol=1e-6)
     assert found[0].masks[0, 4:].all() and not found[0].masks[0, :4].any()
     assert model.roi_heads.score_thresh == 0.2
     assert math.isclose(predictor.timing.total_ms, sum(vars(predictor.timing).values()))
@@ -253,3 +247,14 @@ def test_read_image_is_rgb_and_names_bad_files(tmp_path):
     for name in ("text.jpg", "empty.jpg", "absent.jpg"):
         with pytest.raises(UserError, match=name):
             read_image(tmp_path / name)
+
+
+def test_inexact_shortcuts_are_counted_and_reported_once(graph, lamp, caplog):
+    image = lamp((32, 48), (5, 6, 20, 30))
+    exact = load_predictor(graph("exact.onnx", flag=True))
+    exact([image])
+    assert exact.inexact_batches == 0 and not caplog.records
+    inexact = load_predictor(graph("inexact.onnx", flag=False))
+    inexact([image, image])
+    assert inexact.inexact_batches == 2
+    assert [record.message.split(": ")[1] for record in caplog.records] == ["nms_converged is false"]
