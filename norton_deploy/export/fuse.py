@@ -1,12 +1,12 @@
 """One pass over a model before export: CPDBlocks to the form they run in, BatchNorm into the convolutions."""
 
 import copy
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TypeVar
 
 from torch import nn
 
-from norton_deploy.errors import UserError
 from norton_deploy.errors import UserError
 from norton_deploy.export.lowering import Form, Norm, fold_norm, lower_block
 from norton_deploy.modeling.cpd_block import CPDBlock
@@ -22,32 +22,36 @@ def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | No
             after the convolution whose output it takes: `convN`, `bnN` in a ResNet, neighbours in an
             `nn.Sequential`.
         form: how CPDBlocks leave, see `norton_deploy.export.lowering`.
-        forms: CPDBlock name -> its own form, for those that shall not take `form` (see `export/tuning.py`).
+        forms: name of a CPDBlock in `model` -> its own form, for those that shall not take `form`.
 
     Returns:
         A copy with the same outputs to rounding; GroupNorm and other normalisations stay.
 
     Raises:
-        UserError: the model is in training mode, where BatchNorm is no fixed affine map, or a BatchNorm keeps
-            no statistics.
+        UserError: the model is in training mode, where BatchNorm is no fixed affine map; a BatchNorm keeps no
+            statistics; or a name in `forms` is no CPDBlock.
     """
     if model.training:
         raise UserError("lower_model: the model is in training mode; call .eval() first")
+    chosen = dict(forms or {})
+    blocks = {name for name, module in model.named_modules() if isinstance(module, CPDBlock)}
+    for name in chosen:
+        if name not in blocks:
+            raise UserError(f"lower_model: '{name}' is not a CPDBlock of this model")
     lowered = copy.deepcopy(model)
-    for parent in list(lowered.modules()):
-        lower_children(parent, form)
+    for path, parent in list(lowered.named_modules()):
+        if not isinstance(parent, CPDBlock):
+            _lower_children(parent, f"{path}." if path else "", form, chosen)
     return lowered.eval()
 
 
-def lower_children(parent: nn.Module, form: Form) -> None:
+def _lower_children(parent: nn.Module, prefix: str, form: Form, forms: Mapping[str, Form]) -> None:
     """Replace, in place, the direct children of `parent` that are blocks or convolutions with a BatchNorm."""
-    if isinstance(parent, CPDBlock):
-        return
     children: list[tuple[str, nn.Module | None]] = [*parent.named_children(), ("", None)]
     for (name, layer), (next_name, next_layer) in pairwise(children):
-        norm = next_layer if isinstance(next_layer, Norm) and follows(parent, name, next_name) else None
+        norm = next_layer if isinstance(next_layer, Norm) and _follows(parent, name, next_name) else None
         if isinstance(layer, CPDBlock):
-            setattr(parent, name, lower_block(layer, norm, forms[prefix + name]))
+            setattr(parent, name, lower_block(layer, norm, forms.get(prefix + name, form)))
         elif isinstance(layer, nn.Conv2d) and norm is not None:
             setattr(parent, name, fold_norm(layer, norm))
         else:
@@ -56,6 +60,6 @@ def lower_children(parent: nn.Module, form: Form) -> None:
             setattr(parent, next_name, nn.Identity())
 
 
-def follows(parent: nn.Module, name: str, next_name: str) -> bool:
+def _follows(parent: nn.Module, name: str, next_name: str) -> bool:
     """Whether child `next_name` of `parent` is known to take the output of its neighbour `name`."""
     return isinstance(parent, nn.Sequential) or next_name == name.replace("conv", "bn")
