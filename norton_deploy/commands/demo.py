@@ -1,0 +1,158 @@
+"""The paper's detection experiment in small, on the embedded data: compress, fine-tune, train, evaluate, report.
+
+Every step is one of the other commands, printed before it runs; a step that is done is not repeated.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from norton_deploy.commands import command_line, run
+from norton_deploy.config import parse_settings
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+from norton_deploy.reporting.demo import write_demo_report
+from norton_deploy.structures import Task
+
+CONFIGS = Path("configs")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of tools/demo.py."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the data, the models and report.md."""
+    task: Task = "box"
+    """Detector to train: box, mask or keypoint."""
+    plan: Path = CONFIGS / "plans" / "table3.yaml"
+    """Plan that the backbone is compressed by."""
+    train_images: int = 1400
+    """Training images to draw."""
+    val_images: int = 200
+    """Held-out images to draw."""
+    pretrain_steps: int = 160
+    """Steps of 32 object crops that pretrain the dense ResNet-50, the stand-in for ImageNet."""
+    finetune_steps: int = 60
+    """Steps of 32 object crops that the compressed ResNet-50 is fine-tuned for."""
+    detector_steps: int = 350
+    """Steps of 4 images that the dense and the compressed detector are trained for, each."""
+    seed: int = 0
+    """Seed of the data and of the training."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo. `product` is the file that it writes last; `run` is its folder if it can resume."""
+
+    title: str
+    command: str
+    arguments: tuple[str, ...]
+    product: Path
+    run: Path | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    settings = parse_settings(Settings, argv, prog="demo", description=__doc__ or "")
+    if not settings.plan.is_file() or not CONFIGS.is_dir():
+        raise UserError(f"{settings.plan}: not found; run the demo from the repository's root folder")
+    steps = demo_steps(settings)
+    started = time.perf_counter()
+    for number, step in enumerate(steps, start=1):
+        status = _run_step(step, f"[{number}/{len(steps) + 1}] {step.title}", settings.out)
+        if status:
+            return status
+    print(f"\n[{len(steps) + 1}/{len(steps) + 1}] latency, pictures, report", flush=True)
+    report = write_demo_report(
+        settings.out,
+        settings.task,
+        dense=settings.out / "detector-dense",
+        compressed=settings.out / "detector-norton",
+        data=settings.out / "data",
+        command=command_line("demo", argv),
+    )
+    print(f"\n{report} (this run took {(time.perf_counter() - started) / 60:.1f} minutes)")
+    return 0
+
+
+def demo_steps(settings: Settings) -> list[Step]:
+    """The commands of the whole experiment, in order."""
+    out, seed = settings.out, str(settings.seed)
+    data, crops = out / "data", out / "crops"
+    dense_body, small_body = out / "pretrain", out / "finetune"
+
+    def classifier(title: str, folder: Path, steps: int, *initial: str) -> Step:
+        arguments = ("--config", str(CONFIGS / "train" / "demo_cls.yaml"), "--data", str(crops))
+        arguments += ("--steps", str(steps), "--seed", seed, "--out", str(folder), *initial)
+        return _training(title, "train_cls", arguments, folder)
+
+    def detector(title: str, folder: Path, body: Path) -> Step:
+        arguments = ("--config", str(CONFIGS / "train" / f"demo_{settings.task}.yaml"), "--data", str(data))
+        arguments += ("--steps", str(settings.detector_steps), "--seed", seed, "--out", str(folder))
+        return _training(title, "train_det", (*arguments, "--init", str(body / "last.safetensors")), folder)
+
+    compressed = out / "compressed.safetensors"
+    return [
+        Step(
+            "draw the embedded dataset",
+            "make_synthetic",
+            (
+                *("--out", str(data), "--train", str(settings.train_images), "--val", str(settings.val_images)),
+                *("--seed", seed, "--min-size", "160", "--max-size", "224"),
+            ),
+            data / "annotations" / "instances_val2017.json",
+        ),
+        Step("cut object crops out", "make_crops", ("--data", str(data), "--out", str(crops)), crops / "val"),
+        classifier("pretrain ResNet-50 on the crops", dense_body, settings.pretrain_steps),
+        Step(
+            "compress it",
+            "compress",
+            (
+                *("--model", str(dense_body / "last.safetensors"), "--plan", str(settings.plan)),
+                *("--out", str(compressed)),
+            ),
+            compressed,
+        ),
+        classifier(
+            "fine-tune the compressed ResNet-50", small_body, settings.finetune_steps, "--init", str(compressed)
+        ),
+        detector("train the dense detector", out / "detector-dense", dense_body),
+        detector("train the compressed detector", out / "detector-norton", small_body),
+    ]
+
+
+def _training(title: str, command: str, arguments: tuple[str, ...], folder: Path) -> Step:
+    product = folder / "metrics.json"
+    return Step(title, command, (*arguments, "--json", str(product)), product, run=folder)
+
+
+def _run_step(step: Step, title: str, out: Path) -> int:
+    """Run one step, unless it is done already with the same arguments; returns its exit status."""
+    shown = f"tools/{step.command}.py {shlex.join(step.arguments)}"
+    record = out / "steps" / f"{step.product.parent.name}-{step.product.name}.json"
+    done = json.loads(record.read_text()) if record.is_file() else None
+    if done is not None and step.product.exists():
+        if done["arguments"] != list(step.arguments):
+            raise UserError(f"{out}: holds a demo with other settings; choose another --out or delete it")
+        print(f"\n{title}: done already", flush=True)
+        return 0
+    print(f"\n{title}\n$ {shown}", flush=True)
+    arguments = list(step.arguments)
+    if step.run is not None and (step.run / "settings.json").is_file():
+        arguments.append("--resume" if (step.run / "state.pt").is_file() else "--overwrite")
+    started = time.perf_counter()
+    status = run(step.command, arguments)
+    if status:
+        print(f"the step '{step.title}' failed", file=sys.stderr)
+        return status
+    with atomic_write(record, "w") as stream:
+        seconds = round(time.perf_counter() - started, 1)
+        json.dump({"command": shown, "arguments": list(step.arguments), "seconds": seconds}, stream)
+    return 0
+
+
