@@ -1,0 +1,50 @@
+"""Where a figure comes from: the machine, the versions, the command and the date."""
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("norton-deploy", "torch", "torchvision", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Command line, date (UTC), machine (CPU model, cores, threads, GPU) and package versions, for a result file."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.platform(),
+        },
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+def _cpu_model() -> str:
+    """Model name of the processor as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
