@@ -85,9 +85,7 @@ def _singular_start(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[..., 0].mT, right[..., 0, :].mT
 
 
-def _sweep(
-    cores: Tensor, A: Tensor, B: Tensor, sweeps: int, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sweep(cores: Tensor, A: Tensor, B: Tensor, sweeps: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """At most `sweeps` rounds of C, A, B with momentum; tensors that have converged leave the batch.
 
     Returns unit-norm A, B and the error's energy [N].

@@ -9,6 +9,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.factorization.cp import CPFactors, decompose_filters, max_rank
 
 Pair = tuple[int, int]
+Padding = Pair | Literal["same"]
 
 
 class CPDBlock(nn.Module):
@@ -54,22 +55,19 @@ class CPDBlock(nn.Module):
         if kernel_h * kernel_w < 2 or not 1 <= rank <= limit:
             raise UserError(
                 f"no CPDBlock of rank {rank} for {in_channels} input channels and a {kernel_h}x{kernel_w} kernel: "
-                + (
-                    f"choose rank 1 to {limit} (eq. 8)"
-                    if kernel_h * kernel_w > 1
-                    else "prune a 1x1 convolution"
-                )
+                + (f"choose rank 1 to {limit} (eq. 8)" if kernel_h * kernel_w > 1 else "prune a 1x1 convolution")
             )
         width = rank * out_channels
         factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-        padding_h, padding_w = ("same", "same") if self.padding == "same" else self.padding
+        row: Padding = "same" if self.padding == "same" else (0, self.padding[1])
+        column: Padding = "same" if self.padding == "same" else (self.padding[0], 0)
         self.pointwise = nn.Conv2d(in_channels, width, 1, **factory)
         self.horizontal = nn.Conv2d(
             width,
             width,
             (1, kernel_w),
             stride=(1, self.stride[1]),
-            padding=padding_w if isinstance(padding_w, str) else (0, padding_w),
+            padding=row,
             dilation=(1, self.dilation[1]),
             groups=width,
             **factory,
@@ -79,7 +77,7 @@ class CPDBlock(nn.Module):
             width,
             (kernel_h, 1),
             stride=(self.stride[0], 1),
-            padding=padding_h if isinstance(padding_h, str) else (padding_h, 0),
+            padding=column,
             dilation=(self.dilation[0], 1),
             groups=width,
             **factory,
@@ -183,9 +181,7 @@ def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _resolve_padding(
-    padding: int | Pair | Literal["same", "valid"], kernel_size: Pair, dilation: Pair
-) -> Pair | Literal["same"]:
+def _resolve_padding(padding: int | Pair | Literal["same", "valid"], kernel_size: Pair, dilation: Pair) -> Padding:
     """Padding as numbers wherever it is the same on both sides."""
     if padding == "valid":
         return 0, 0
@@ -199,6 +195,4 @@ def _check_decomposable(conv: nn.Conv2d) -> None:
     if conv.groups != 1:
         raise UserError(f"a convolution with groups={conv.groups}: only groups=1 can become a CPDBlock")
     if conv.padding_mode != "zeros":
-        raise UserError(
-            f"a convolution with padding_mode={conv.padding_mode!r}: only 'zeros' can become a CPDBlock"
-        )
+        raise UserError(f"a convolution with padding_mode={conv.padding_mode!r}: only 'zeros' can become a CPDBlock")

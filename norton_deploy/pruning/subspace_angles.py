@@ -21,8 +21,8 @@ RANK_TOLERANCE = 1e-6
 # cosine's angle is off by about 1e-15 / angle, which in float64 is still 1e-10 here, far below the rounding of
 # float32 factors, and sines take the full length of the columns for every pair.
 SMALL_ANGLE = 1e-5
-# Upper bound on the numbers held at once for one block of pairs (float64: 64 MiB).
-BLOCK_NUMBERS = 2**23
+# Upper bound on the numbers held at once for one block of pairs (float64: 8 MiB).
+BLOCK_NUMBERS = 2**20
 
 
 def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _mode_distance(factor: Tensor, measure: Measure) -> Tensor:
     distance = torch.zeros(count, count, dtype=torch.float64, device=factor.device)
     if bool((dimension == factor.shape[1]).all()):
         return distance
-    rows = max(1, BLOCK_NUMBERS // (count * basis.shape[1] * basis.shape[2]))
+    rows = max(1, BLOCK_NUMBERS // (count * basis.shape[2] ** 2))
     for start in range(0, count, rows):
         block = slice(start, start + rows)
         # D is symmetric: every pair is computed once, from the row of the smaller index.
@@ -121,16 +121,14 @@ def _angles(basis_X: Tensor, dimension_X: Tensor, basis_Y: Tensor, dimension_Y: 
     high = torch.maximum(dimension_X[:, None], dimension_Y)
     place = torch.arange(length, device=basis_X.device)
     angles = cosine.acos()
-    small = ((angles < SMALL_ANGLE) & (place < low[..., None])).any(dim=-1)
-    x, y = small.nonzero(as_tuple=True)
-    if len(x):
+    small = ((angles < SMALL_ANGLE) & (place < low[..., None])).any(dim=-1).nonzero()
+    for x, y in (part.unbind(1) for part in small.split(max(1, BLOCK_NUMBERS // basis_X[0].numel()))):
         # The residual of the smaller subspace against the larger one.
         swap = (dimension_X[x] < dimension_Y[y])[:, None, None]
         larger = torch.where(swap, basis_Y[y], basis_X[x])
         smaller = torch.where(swap, basis_X[x], basis_Y[y])
-        shared = torch.where(swap, product[x, y].mT, product[x, y])
-        sine = _singular_values(smaller - larger @ shared).clamp(max=1)
-        # Sines fall while angles rise, and the padding's zeros come last: the k-th angle has sine low - 1 - k.
+        sine = _singular_values(smaller - larger @ (larger.mT @ smaller)).clamp(max=1)
+        # Sines fall while angles rise, and the padding's zeros come last: angle k has sine low - 1 - k.
         rising = (low[x, y][:, None] - 1 - place).clamp_min(0)
         from_sine = sine.take_along_dim(rising, dim=1).asin()
         angles[x, y] = torch.where(from_sine < SMALL_ANGLE, from_sine, angles[x, y])
