@@ -24,7 +24,7 @@ SKELETON = (
     (16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9),
     (8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7),
 )  # fmt: skip
-REACH = 0.78  # no part of a body is farther from its pelvis than this, in body heights
+REACH = 0.85  # no part of a body is farther from its pelvis than this, in body heights
 
 SKIN_TONES: tuple[Colour, ...] = (
     (255, 219, 190), (238, 195, 160), (214, 165, 125), (180, 128, 90), (134, 90, 62), (88, 58, 42),

@@ -120,7 +120,7 @@ class SyntheticVideo:
         self._first = [drawn[index] for index in kept]
 
     def _visible_parts(self, layers: list[Layer]) -> list[npt.NDArray[np.bool_]]:
-        """Supersampled patches: True where the object shows, nothing nearer being drawn over it."""
+        """Supersampled patches: True where the object shows at least a pixel wide, nothing nearer being over it."""
         height, width = self.image_size
         taken = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), bool)
         visible: list[npt.NDArray[np.bool_]] = []
@@ -132,7 +132,7 @@ class SyntheticVideo:
             region = taken[_scale(rows), _scale(columns)]
             shown[_scale(patch_rows), _scale(patch_columns)] = inside & ~region
             region |= inside
-            visible.append(shown)
+            visible.append(_without_slivers(shown))
         return visible[::-1]
 
     def frame(self, time_s: float = 0.0) -> Scene:
@@ -190,6 +190,12 @@ class SyntheticVideo:
             ]
             annotation["num_keypoints"] = int((labelled[:, 2] > 0).sum())
         return annotation
+
+
+def _without_slivers(shown: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Take out what is less than a pixel wide: it would stretch boxes for nothing that can be seen."""
+    pixel = np.ones((SUPERSAMPLING, SUPERSAMPLING), np.uint8)
+    return cv2.morphologyEx(shown.view(np.uint8), cv2.MORPH_OPEN, pixel).view(bool)
 
 
 def _is_annotated(layer: Layer, shown: npt.NDArray[np.bool_]) -> bool:

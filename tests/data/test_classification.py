@@ -1,0 +1,110 @@
+"""Class folders and object crops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from norton_deploy.data.classification import ClassificationFolder
+from norton_deploy.data.object_crops import crop_square, write_crops
+from norton_deploy.errors import UserError
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """train/ with cat and dog, test/ with dog only, 20 x 30 px pictures."""
+    rng = np.random.default_rng(0)
+    for split, name, count in (("train", "cat", 3), ("train", "dog", 2), ("test", "dog", 2)):
+        (tmp_path / split / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.png")
+    return tmp_path
+
+
+def open_folder(root: Path, split: str, style: str = "cifar", **more: object) -> ClassificationFolder:
+    options: dict[str, object] = {"style": style, "image_size": (20, 30), "mean": MEAN, "std": STD, **more}
+    return ClassificationFolder(root, split, **options)  # type: ignore[arg-type]
+
+
+def test_labels_come_from_the_training_classes(folders: Path) -> None:
+    train, test = open_folder(folders, "train"), open_folder(folders, "val")
+    assert train.classes == test.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert test.labels.tolist() == [1, 1]  # a split without cats does not turn dogs into class 0
+    assert test.names == ["dog/0.png", "dog/1.png"]
+
+
+def test_evaluation_items_are_the_normalised_pixels(folders: Path) -> None:
+    image, label, name = open_folder(folders, "val")[1]
+    pixels = np.array(Image.open(folders / "test" / name), np.float32) / 255
+    assert type(image) is torch.Tensor and label == 1
+    assert torch.allclose(image, torch.from_numpy((pixels - 0.5) / 0.25).permute(2, 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("style", ["cifar", "imagenet"])
+def test_augmentation_depends_on_seed_epoch_and_index_alone(folders: Path, style: str) -> None:
+    train = open_folder(folders, "train", style, seed=1, image_size=(16, 16))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = [train[index][0] for index in range(5)]
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
+    torch.rand(10)
+    assert all(torch.equal(train[index][0], first[index]) for index in (4, 0, 2))
+    assert all(image.shape == (3, 16, 16) for image in first)
+    train.set_epoch(1)
+    assert any(not torch.equal(train[index][0], first[index]) for index in range(5))
+
+
+def test_imagenet_evaluation_takes_the_middle(folders: Path) -> None:
+    Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(folders / "test/dog/0.png")
+    image, _, _ = open_folder(folders, "val", "imagenet", image_size=(28, 28))[0]
+    assert image.shape == (3, 28, 28)
+    assert torch.allclose(image, torch.tensor((128 / 255 - 0.5) / 0.25), atol=1e-5)
+
+
+def test_complaints_name_the_folder(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder train/; expected .*train/CLASS"):
+        open_folder(tmp_path / "nowhere", "train")
+    (folders / "test/dog/0.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"dog/0\.png: cannot read"):
+        open_folder(folders, "val")[0]
+    (folders / "test/horse").mkdir()
+    with pytest.raises(UserError, match="the class 'horse' is not one of the 2"):
+        open_folder(folders, "val")
+    (folders / "val").mkdir()
+    with pytest.raises(UserError, match="no class folders"):
+        open_folder(folders, "val")
+    (folders / "val/dog").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        open_folder(folders, "val")
+    with pytest.raises(UserError, match="style 'mnist'"):
+        open_folder(folders, "train", "mnist")
+
+
+def test_crop_is_centred_and_mirrored_at_the_border() -> None:
+    picture = np.zeros((40, 40, 3), np.uint8)
+    picture[10:30, 10:30] = 255
+    crop = crop_square(picture, np.array([10, 10, 30, 30], np.float32), 23)  # 20 px times 1.15
+    assert crop.shape == (23, 23, 3)
+    assert (crop[2:21, 2:21] == 255).all() and (crop[0] == 0).all() and (crop[:, -1] == 0).all()
+    corner = crop_square(np.full((40, 40, 3), 7, np.uint8), np.array([0, 0, 10, 30], np.float32), 16)
+    assert (corner == 7).all()
+
+
+def test_crops_of_a_dataset_become_class_folders(tiny_coco: Path, tmp_path: Path) -> None:
+    counts = write_crops(tiny_coco, tmp_path / "crops", 32)
+    train = open_folder(tmp_path / "crops", "train", image_size=(32, 32))
+    assert set(train.classes) <= {"person", "stop_sign", "umbrella", "sports_ball", "kite", "clock"}
+    assert len(train) == counts["train"] > 5
+    assert train[0][0].shape == (3, 32, 32)
+    assert sum(1 for _ in (tmp_path / "crops/val").rglob("*.jpg")) == counts["val"]
+    with pytest.raises(UserError, match="holds something already"):
+        write_crops(tiny_coco, tmp_path / "crops")
+    with pytest.raises(UserError, match="px or larger"):
+        write_crops(tiny_coco, tmp_path / "none", smallest_side=1000)
+    assert not (tmp_path / "none").exists()
