@@ -30,8 +30,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy import commands
 from norton_deploy.checkpoint import load_checkpoint
-from norton_deploy.commands.predict import find_images
 from norton_deploy.config import parse_settings
+from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic_scene import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import Complexity, count_complexity
@@ -150,7 +150,7 @@ def prepare_images(settings: Settings) -> tuple[list[Path], str]:
         arrays = [draw_scene(seed, settings.image_size).image for seed in range(SYNTHETIC_IMAGES)]
         what = f"{len(arrays)} synthetic scenes, not photographs"
     else:
-        files = find_images([settings.images])
+        files = find_images(settings.images)
         arrays = []
         for file in files:
             image = read_image(file)

@@ -13,12 +13,10 @@ from tqdm import tqdm
 
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
+from norton_deploy.data.image_folder import find_images
 from norton_deploy.files import atomic_write
 from norton_deploy.runtime.drawing import draw_detections
 from norton_deploy.runtime.predictor import Backend, Image, load_predictor
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass
@@ -46,23 +44,21 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Detect in all images."""
     settings = parse_settings(Settings, argv, prog="predict", description=__doc__ or "")
-    files = find_images(settings.images)
+    files = [file for path in settings.images for file in find_images(path)]
     predictor = load_predictor(
         settings.model, settings.backend, score_threshold=settings.score_threshold, device=settings.device
     )
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     stages_ms: list[dict[str, float]] = []
-    for image_id, file in enumerate(tqdm(files, unit="image", file=sys.stderr), start=1):
+    for image_id, file in zip(image_ids(files), tqdm(files, unit="image", file=sys.stderr), strict=True):
         [(image, detections)] = predictor.predict_files([file])
         stages_ms.append(asdict(predictor.timing))
         height, width = detections.image_size
         images.append({"id": image_id, "file_name": str(file), "height": height, "width": width})
         for entry in detections.to_coco_results(image_id, predictor.categories):
             _, _, box_width, box_height = entry["bbox"]
-            annotations.append(
-                {"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0, **entry}
-            )
+            annotations.append({"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0, **entry})
         drawn = detections[detections.scores >= settings.draw_threshold]
         picture = draw_detections(image, drawn, predictor.categories)
         write_image(settings.out / f"{image_id:06d}_{file.stem}.jpg", picture)
@@ -84,23 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The given files and the images directly inside the given folders, sorted within each folder.
-
-    Raises:
-        UserError: a path does not exist or no image was found.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such image or folder")
-    if not files:
-        raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, paths))}")
-    return files
+def image_ids(files: Sequence[Path]) -> list[int]:
+    """COCO's own ids where all files are named by distinct numbers (000000000139.jpg), else 1, 2, 3, ..."""
+    stems = [file.stem for file in files]
+    if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(files):
+        return [int(stem) for stem in stems]
+    return list(range(1, len(files) + 1))
 
 
 def write_image(path: Path, image: Image) -> None:

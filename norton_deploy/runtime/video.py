@@ -25,7 +25,11 @@ WARM_UP_SIZE = (480, 640)
 
 @dataclass
 class _CapturedFrame:
-    """A frame and the moment it was captured (`time.perf_counter` seconds)."""
+    """A frame and the moment it was captured (`time.perf_counter` seconds).
+
+    A file has no such moment: its frames count from when inference takes them up, since how long they lay
+    read ahead says nothing.
+    """
 
     image: Image
     captured_s: float
@@ -142,6 +146,8 @@ class VideoPipeline:
     def _infer(self) -> None:
         order = list(range(len(self._models)))
         while (frame := self._captured.get()) is not None:
+            if not self._source.is_live:
+                frame.captured_s = time.perf_counter()
             detections: dict[int, Detections] = {}
             predict_ms = [0.0] * len(order)
             for index in order:
@@ -183,8 +189,9 @@ class VideoPipeline:
     def summary(self) -> dict[str, Any]:
         """The measured figures, JSON-ready.
 
-        `pipeline.capture_to_display_ms` runs from the decoded frame to the drawn and written one, the waiting
-        in queues and (with two models) both models included; `models[].fps` is what each model alone allows.
+        `pipeline.capture_to_display_ms` runs from the captured frame (for files: from when inference takes it
+        up) to the drawn and written one, with two models both of them included; `models[].fps` is what each
+        model alone allows.
         """
         measured, source = self._measured, self._source
         predict_ms = np.asarray(measured.predict_ms, float).reshape(-1, len(self._models))
