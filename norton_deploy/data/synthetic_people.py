@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -217,8 +218,6 @@ def _body_parts(
 
 def convex_outline(points: Points) -> Points:
     """Convex hull [P, 2] of the points [N, 2]."""
-    import cv2
-
     return np.asarray(cv2.convexHull(points.astype(np.float32))).reshape(-1, 2).astype(float)
 
 
