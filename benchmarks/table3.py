@@ -263,6 +263,7 @@ def measure_task(task: Task, settings: Settings, images: Sequence[Path]) -> dict
         "weights": weights,
         "device": {name: predictor.device for name, predictor in predictors.items()},
         "latency": {name: summary_to_dict(run.summary(name)) for name in predictors},
+        "inexact_batches": {name: predictors[name].inexact_batches for name in graphs},
         "total_ms": {name: run.total_ms[:, index].tolist() for index, name in enumerate(run.names)},
         "stages": {name: vars(split) for name, split in splits.items()},
         "complexity": {
@@ -281,3 +282,10 @@ def count(model: nn.Module, settings: Settings, detections: int | None = None) -
     """MACs and parameters with the benchmark's proposals and detections."""
     found = settings.detections if detections is None else detections
     return count_complexity(model, settings.image_size, proposals=settings.proposals, detections=found)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

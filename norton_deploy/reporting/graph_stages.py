@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,22 @@ LAST_STAGE = "postprocess"
 NEEDED = ("stage/body.", "stage/proposals", "stage/class_logits")
 
 
-def stages_of_graph(path: Path) -> dict[str, str]:
-    """The stage of every node name and of every tensor name that a node writes.
+@dataclass(frozen=True)
+class GraphStages:
+    """What a graph says about its stages.
 
-    The graph's own normalisation of the pixels counts to the backbone.
+    Attributes:
+        stage_of_name: the stage of every node name and of every tensor name that a node writes. The graph's own
+            normalisation of the pixels counts to the backbone.
+        proposals: rows of the proposals tensor, per image; None if the file does not record its shape.
+    """
+
+    stage_of_name: dict[str, str]
+    proposals: int | None
+
+
+def read_graph_stages(path: Path) -> GraphStages:
+    """Read an exported graph.
 
     Raises:
         UserError: the graph does not name the tensors between its stages.
@@ -35,11 +48,17 @@ def stages_of_graph(path: Path) -> dict[str, str]:
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    return stages_of_nodes(graph.node, str(path))
+    shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    proposals = shapes.get("stage/proposals")
+    return GraphStages(stages_of_nodes(graph.node, str(path)), proposals[1] if proposals else None)
 
 
 def stages_of_nodes(nodes: Sequence[Any], source: str) -> dict[str, str]:
-    """As `stages_of_graph`, from the nodes; subgraphs belong to the node that holds them."""
+    """`GraphStages.stage_of_name` from a graph's nodes; subgraphs belong to the node that holds them.
+
+    Raises:
+        UserError: a tensor between the stages is not there; names `source`.
+    """
     producer = {output: node for node in nodes for output in node.output if output}
     for prefix in NEEDED:
         if not any(name.startswith(prefix) for name in producer):
@@ -78,7 +97,7 @@ def stages_of_events(
 
     Args:
         events: the profile.
-        stage_of_name: from `stages_of_graph`.
+        stage_of_name: from `GraphStages`.
         skip_runs: warm-up runs at the beginning that do not count.
     """
     runs = sorted(event["ts"] for event in events if event.get("name") == "model_run")

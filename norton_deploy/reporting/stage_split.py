@@ -16,7 +16,7 @@ from torch import nn
 
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import Complexity
-from norton_deploy.reporting.graph_stages import stages_of_events, stages_of_graph
+from norton_deploy.reporting.graph_stages import read_graph_stages, stages_of_events
 from norton_deploy.runtime.predictor import Predictor
 from norton_deploy.runtime.torch_backend import TorchPredictor
 
@@ -34,8 +34,8 @@ class StageSplit:
     Attributes:
         stages_ms: for each of `STAGES`; "other" is what the engine spends between its nodes.
         method: how it was measured, in words.
-        proposals: mean number of proposals per image that entered the box head, None where the engine does
-            not show it.
+        proposals: mean number of proposals per image that entered the box head (of a graph: its fixed number of
+            rows); None where that is not known.
     """
 
     stages_ms: dict[str, float]
@@ -130,7 +130,7 @@ def _split_onnxruntime(predictor: Predictor, images: Sequence[Path], calls: int)
     from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
 
     assert isinstance(predictor, OnnxRuntimePredictor)
-    stage_of_name = stages_of_graph(Path(predictor.name))
+    graph = read_graph_stages(Path(predictor.name))
     with tempfile.TemporaryDirectory() as folder:
         profiled = OnnxRuntimePredictor(
             Path(predictor.name), providers=predictor.providers, profile_prefix=Path(folder) / "profile"
@@ -144,11 +144,11 @@ def _split_onnxruntime(predictor: Predictor, images: Sequence[Path], calls: int)
                 total_ms[stage] += timing[field]
             total_ms["other"] += timing["infer_ms"]
         events = json.loads(profiled.end_profiling().read_text())
-    for stage, time_ms in stages_of_events(events, stage_of_name, skip_runs=1).items():
+    for stage, time_ms in stages_of_events(events, graph.stage_of_name, skip_runs=1).items():
         total_ms[stage] += time_ms
         total_ms["other"] -= time_ms
     stages_ms = {stage: total / calls for stage, total in total_ms.items()}
-    return StageSplit(stages_ms, "ONNX Runtime's profiler, node times by stage", None)
+    return StageSplit(stages_ms, "ONNX Runtime's profiler, node times by stage", graph.proposals)
 
 
 def stage_macs(complexity: Complexity) -> dict[str, int]:

@@ -59,3 +59,44 @@ def test_events_are_added_up_by_stage_without_warm_up_and_inner_nodes():
     total_ms = stages_of_events(events, stages_of_nodes(chain(), "g.onnx"), skip_runs=1)
     expected = {"backbone": 0.24, "fpn_rpn": 0.7, "heads": 0.06, "postprocess": 0.02}
     assert total_ms == pytest.approx(expected)
+
+
+def test_eager_and_exported_detector_are_split_alike(tmp_path):
+    """A real export: every stage gets time, both engines find the same, and the proposals are counted."""
+    import cv2
+    import numpy as np
+    import torch
+
+    from norton_deploy.data.synthetic_scene import draw_scene
+    from norton_deploy.export.fuse import lower_model
+    from norton_deploy.export.onnx_export import export_onnx
+    from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+    from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+    from norton_deploy.reporting.stage_split import STAGES, split_stages
+    from norton_deploy.runtime.predictor import load_predictor
+    from norton_deploy.runtime.torch_backend import TorchPredictor
+    from norton_deploy.structures import Categories
+
+    torch.manual_seed(0)
+    settings = DetectorSettings(
+        num_classes=3, backbone="resnet18", norm="batch", fpn_channels=16, box_features=32, min_size=64,
+        max_size=64, anchor_sizes=(8, 16, 24, 32, 48), rpn_pre_nms=(50, 50), rpn_post_nms=(40, 40),
+        score_threshold=0.0, detections_per_image=10,
+    )  # fmt: skip
+    model = build_dense_detector("box", settings).eval()
+    categories = Categories((1, 2), (1, 2), ("a", "b"))
+    graph = StaticRCNN(lower_model(model), GraphSettings((64, 64)))
+    export_onnx(graph, tmp_path / "model.onnx", categories=categories)
+    image = tmp_path / "scene.png"
+    cv2.imwrite(str(image), draw_scene(3, (64, 64)).image)
+    eager = TorchPredictor(model, "box", categories, device="cpu")
+    exported = load_predictor(tmp_path / "model.onnx", device="cpu")
+    [(_, expected)], [(_, found)] = eager.predict_files([image]), exported.predict_files([image])
+    assert len(expected) == 10
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.02)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    for predictor in (eager, exported):
+        split = split_stages(predictor, [image], calls=2)
+        assert split.proposals == 40
+        for stage in set(STAGES) - {"other"}:
+            assert split.stages_ms[stage] > 0, (predictor.backend, stage)
