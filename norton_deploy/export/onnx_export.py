@@ -26,7 +26,6 @@ METADATA_FORMAT = 1
 STAGE_PREFIX = "stage/"
 INPUT_NAME = "images"
 Precision = Literal["fp32", "fp16"]
-LARGEST_PROTOBUF_BYTES = 2**31 - 1
 
 
 class _WithStages(nn.Module):
@@ -72,17 +71,44 @@ def export_onnx(
         UserError: the graph is larger than ONNX's 2 GiB for one file, or the file cannot be written.
     """
     import onnx_ir
+    from google.protobuf.message import EncodeError
 
     model = translate(detector).model
     simplify(model)
     outputs = [value for value in model.graph.outputs if not str(value.name).startswith(STAGE_PREFIX)]
     contract = describe(detector, outputs, categories, precision, weights_sha256, letterbox)
-    del model.graph.outputs[len(outputs) :]
     model.metadata_props[METADATA_KEY] = json.dumps(contract)
-    content = onnx_ir.to_proto(model).SerializeToString()
+    try:
+        proto = onnx_ir.to_proto(model)
+        proto.graph.value_info.extend(proto.graph.output[len(outputs) :])
+        del proto.graph.output[len(outputs) :]
+        content = proto.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise UserError(f"{path}: the graph is larger than the 2 GiB that one ONNX file can hold") from error
     with atomic_write(path) as stream:
         stream.write(content)
     return contract
+
+
+def read_contract(path: str | Path) -> dict[str, Any]:
+    """The contract in an exported file's metadata.
+
+    Raises:
+        UserError: the file is missing, is not ONNX, or was not written by `export_onnx`.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except DecodeError as error:
+        raise UserError(f"{path}: not an ONNX file") from error
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return dict(json.loads(entry.value))
+    raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
 
 
 def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:

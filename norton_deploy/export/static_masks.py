@@ -15,6 +15,9 @@ class StaticMaskHead(nn.Module):
     on the host (`norton_deploy.runtime.mask_paste`).
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, roi_heads: RoIHeads) -> None:
         """
         Args:
@@ -32,7 +35,9 @@ class StaticMaskHead(nn.Module):
             )
         self.head = roi_heads.mask_head
         self.body = nn.Sequential(*body)
-        self.last = last
+        bias = torch.zeros(last.out_channels) if last.bias is None else last.bias
+        self.register_buffer("weight", last.weight.detach().flatten(1).clone(), persistent=False)
+        self.register_buffer("bias", bias.detach().clone(), persistent=False)
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """
@@ -43,11 +48,9 @@ class StaticMaskHead(nn.Module):
         Returns:
             float32 [N, M, M], probability of each pixel of the box.
         """
-        features = self.body(self.head(pooled.permute(0, 3, 1, 2)))
+        features = self.body(self.head(pooled.permute(0, 3, 1, 2))).to(torch.float32)
         count, channels, height, width = features.shape
-        classes = self.last.out_channels
-        weight = self.last.weight.reshape(classes, channels).index_select(0, labels)
-        logits = torch.bmm(weight[:, None], features.reshape(count, channels, height * width)).to(torch.float32)
-        if self.last.bias is not None:
-            logits = logits + self.last.bias.to(torch.float32).index_select(0, labels)[:, None, None]
+        weight = self.weight.index_select(0, labels)
+        logits = torch.bmm(weight[:, None], features.reshape(count, channels, height * width))
+        logits = logits + self.bias.index_select(0, labels)[:, None, None]
         return torch.sigmoid(logits).reshape(count, height, width)

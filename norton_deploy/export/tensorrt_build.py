@@ -1,0 +1,194 @@
+"""TensorRT and TensorRT-RTX engines from an exported graph, and the manifest that stands beside each of them.
+
+Networks are strongly typed: every operator runs in the precision that the graph gives it, there is no builder
+flag to choose one. TensorRT-RTX compiles ahead of time on any machine, without a GPU; TensorRT times kernels and
+therefore needs the GPU that will run the engine.
+"""
+
+import importlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from norton_deploy.errors import UserError
+from norton_deploy.export.onnx_export import read_contract
+from norton_deploy.files import atomic_write, sha256_of
+
+Engine = Literal["tensorrt", "tensorrt-rtx"]
+MODULE_OF_ENGINE: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+MANIFEST_FORMAT = 1
+
+
+class EngineUnavailable(Exception):
+    """The engine cannot be built on this machine; the message says in one line what is missing."""
+
+
+def build_engine(
+    onnx_path: str | Path,
+    engine_path: str | Path,
+    *,
+    engine: Engine = "tensorrt-rtx",
+    compute_capability: str | None = None,
+) -> dict[str, Any]:
+    """Build an engine and write it, and its manifest, whole or not at all.
+
+    Args:
+        onnx_path: a graph of `export_onnx` with the "tensorrt" target.
+        engine_path: the .engine file; the manifest is `manifest_path(engine_path)`.
+        engine: "tensorrt" or "tensorrt-rtx".
+        compute_capability: "86" for 8.6, and so on. None: TensorRT-RTX makes a portable engine (8.0, 8.6, 8.9,
+            12.0 and later), TensorRT takes the GPU of this machine.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        EngineUnavailable: the engine's package or GPU is not there.
+        UserError: the graph has the wrong target, cannot be parsed or built, or the capability is unknown.
+    """
+    contract = read_contract(onnx_path)
+    if contract["target"] != "tensorrt":
+        raise UserError(f"{onnx_path}: built for target '{contract['target']}'; export it with target tensorrt")
+    package = engine_package(engine)
+    if engine == "tensorrt":
+        require_gpu(compute_capability)
+    log = _logger(package)
+    plan = _build(package, log, Path(onnx_path), compute_capability if engine == "tensorrt-rtx" else None)
+    with atomic_write(engine_path) as stream:
+        stream.write(plan)
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "engine": engine,
+        "engine_version": str(package.__version__),
+        "compute_capability": compute_capability or ("portable" if engine == "tensorrt-rtx" else local_capability()),
+        "precision": contract["precision"],
+        "norton_deploy_version": version("norton-deploy"),
+        "sha256": {
+            "weights": contract["weights_sha256"],
+            "graph": sha256_of(onnx_path),
+            "engine": sha256_of(engine_path),
+        },
+        "contract": contract,
+    }
+    with atomic_write(manifest_path(engine_path), "w") as stream:
+        stream.write(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def manifest_path(engine_path: str | Path) -> Path:
+    """The manifest of `model.engine` is `model.engine.json`."""
+    return Path(f"{engine_path}.json")
+
+
+def load_manifest(engine_path: str | Path) -> dict[str, Any]:
+    """Read an engine's manifest and check the engine against it; call it before deserialising anything.
+
+    Raises:
+        UserError: engine or manifest is missing or broken, or the engine is not the one that was built.
+    """
+    path = manifest_path(engine_path)
+    if not Path(engine_path).is_file():
+        raise UserError(f"{engine_path}: no such engine")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        recorded = manifest["sha256"]["engine"]
+        known = manifest["format"] == MANIFEST_FORMAT and manifest["engine"] in MODULE_OF_ENGINE
+        contract = manifest["contract"]
+    except OSError as error:
+        raise UserError(f"{path}: no manifest beside the engine; build it with export_trt") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an engine manifest ({error}); build the engine again") from error
+    if not known or not isinstance(contract, dict):
+        raise UserError(f"{path}: a manifest of another version; build the engine again")
+    if sha256_of(engine_path) != recorded:
+        raise UserError(f"{engine_path}: its SHA-256 is not the manifest's; it was changed or replaced, build it again")
+    return dict(manifest)
+
+
+def engine_package(engine: Engine) -> ModuleType:
+    """The Python package of an engine.
+
+    Raises:
+        EngineUnavailable: it is not installed.
+    """
+    name = MODULE_OF_ENGINE[engine]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        extra = "rtx" if engine == "tensorrt-rtx" else "tensorrt"
+        message = f"{engine}: the package '{name}' is not installed (pip install 'norton-deploy[{extra}]')"
+        raise EngineUnavailable(message) from error
+
+
+def local_capability() -> str | None:
+    """Compute capability of this machine's first GPU, as "86"; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}"
+
+
+def require_gpu(compute_capability: str | None) -> None:
+    """TensorRT builds for the GPU at hand only."""
+    found = local_capability()
+    if found is None:
+        raise EngineUnavailable("tensorrt: no GPU here, and TensorRT builds only on the GPU that runs the engine")
+    if compute_capability not in (None, found):
+        raise EngineUnavailable(f"tensorrt: this GPU is of compute capability {found}, not {compute_capability}")
+
+
+def target_commands(onnx_path: str | Path, engine_path: str | Path, engine: Engine) -> list[str]:
+    """The commands that finish on the target: this package's, and NVIDIA's own tool."""
+    own = f"python tools/export_trt.py --onnx {onnx_path} --engine {engine} --out {engine_path}"
+    if engine == "tensorrt-rtx":
+        return [own, f"tensorrt_rtx --onnx={onnx_path} --saveEngine={engine_path}"]
+    return [own, f"trtexec --onnx={onnx_path} --stronglyTyped --saveEngine={engine_path}"]
+
+
+def _logger(package: ModuleType) -> Any:
+    """A logger that keeps the errors instead of printing them."""
+
+    class KeptErrors(package.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (package.ILogger.ERROR, package.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return KeptErrors()
+
+
+def _build(package: ModuleType, log: Any, onnx_path: Path, compute_capability: str | None) -> bytes:
+    """Parse and compile; the serialized engine."""
+    builder = package.Builder(log)
+    strongly_typed = 1 << int(package.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(strongly_typed)
+    parser = package.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx_path)):
+        problem = parser.get_error(0).desc() if parser.num_errors else "; ".join(log.errors[:1])
+        raise UserError(f"{onnx_path}: {package.__name__} cannot parse it: {' '.join(problem.split())}")
+    config = builder.create_builder_config()
+    if compute_capability is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_capability(package, compute_capability), 0)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        problem = " ".join((log.errors or ["no reason given"])[0].split())
+        raise UserError(f"{onnx_path}: {package.__name__} cannot build it: {problem}")
+    return bytes(plan)
+
+
+def _capability(package: ModuleType, compute_capability: str) -> Any:
+    known = {name[2:]: value for name, value in vars(package.ComputeCapability).items() if name.startswith("SM")}
+    if compute_capability not in known:
+        raise UserError(
+            f"compute capability '{compute_capability}': {package.__name__} {package.__version__} knows "
+            f"{', '.join(sorted(known, key=int))}"
+        )
+    return known[compute_capability]

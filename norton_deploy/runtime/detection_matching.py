@@ -1,0 +1,98 @@
+"""Pairing the detections of two runs of one model, and measuring how far the pairs are apart."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from norton_deploy.structures import Detections
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Detections of two runs on one image, paired one to one by label and box.
+
+    Attributes:
+        pairs: [P, 2], index in the first and in the second run.
+        unmatched: detections of either run without a partner.
+        borderline: those of them that lie at a cut, where rounding decides: their score is within the score
+            tolerance of the score threshold or of the last place of a full list.
+        box_px: [P], largest corner distance in pixels.
+        score: [P], difference of scores.
+        mask_iou: [P], None without masks; two empty masks count as 1.
+        keypoint_px: [P, K], distance in pixels; None without keypoints.
+    """
+
+    pairs: npt.NDArray[np.int64]
+    unmatched: int
+    borderline: int
+    box_px: npt.NDArray[np.float32]
+    score: npt.NDArray[np.float32]
+    mask_iou: npt.NDArray[np.float32] | None
+    keypoint_px: npt.NDArray[np.float32] | None
+
+
+def pair_detections(
+    first: Detections,
+    second: Detections,
+    *,
+    score_threshold: float,
+    max_detections: int,
+    score_tolerance: float,
+    min_iou: float = 0.5,
+) -> Pairing:
+    """Pair greedily, closest boxes first, within each label.
+
+    Args:
+        first, second: two runs on the same image.
+        score_threshold: below it both runs drop detections.
+        max_detections: both runs keep at most so many.
+        score_tolerance: how far from a cut counts as borderline.
+        min_iou: pairs overlap at least this much.
+    """
+    distance = np.abs(first.boxes[:, None] - second.boxes[None]).max(axis=2)
+    allowed = (first.labels[:, None] == second.labels[None]) & (box_iou(first.boxes, second.boxes) >= min_iou)
+    distance = np.where(allowed, distance, np.inf)
+    pairs: list[tuple[int, int]] = []
+    free_rows, free_columns = np.ones(len(first), bool), np.ones(len(second), bool)
+    for flat in np.argsort(distance, axis=None, kind="stable"):
+        row, column = divmod(int(flat), max(len(second), 1))
+        if not np.isfinite(distance[row, column]):
+            break
+        if free_rows[row] and free_columns[column]:
+            pairs.append((row, column))
+            free_rows[row] = free_columns[column] = False
+    index = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    a, b = first[index[:, 0]], second[index[:, 1]]
+    lonely = np.concatenate([first.scores[free_rows], second.scores[free_columns]])
+    cuts = [score_threshold]
+    cuts += [float(run.scores.min()) for run in (first, second) if len(run) >= max_detections]
+    at_cut = (np.abs(lonely[:, None] - np.array(cuts)) <= score_tolerance).any(axis=1)
+    return Pairing(
+        pairs=index,
+        unmatched=len(lonely),
+        borderline=int(at_cut.sum()),
+        box_px=np.abs(a.boxes - b.boxes).max(axis=1, initial=0.0),
+        score=np.abs(a.scores - b.scores),
+        mask_iou=None if a.masks is None or b.masks is None else _mask_iou(a.masks, b.masks),
+        keypoint_px=None
+        if a.keypoints is None or b.keypoints is None
+        else np.linalg.norm(a.keypoints[..., :2] - b.keypoints[..., :2], axis=-1),
+    )
+
+
+def box_iou(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """IoU of all pairs of boxes [N, 4] and [M, 4]; [N, M]."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    intersection = np.prod((high - low).clip(0), axis=2)
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None] - intersection
+    iou: npt.NDArray[np.float32] = intersection / np.maximum(union, np.finfo(np.float32).tiny)
+    return iou
+
+
+def _mask_iou(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    intersection = (first & second).sum(axis=(1, 2))
+    union = (first | second).sum(axis=(1, 2))
+    return np.where(union > 0, intersection / np.maximum(union, 1), 1.0).astype(np.float32)

@@ -1,0 +1,168 @@
+"""Each stage of a torchvision detector in eager mode, computed from the exported graph's own input to that stage.
+
+Because every stage starts from the graph's tensors, an error shows in the stage that makes it and nowhere after.
+"""
+
+import copy
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, maskrcnn_inference
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from norton_deploy.structures import Detections
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+
+def without_resize(model: GeneralizedRCNN, image_size: tuple[int, int], max_detections: int) -> GeneralizedRCNN:
+    """A copy, sharing nothing, that takes images of `image_size` as they are and keeps `max_detections`."""
+    reference = copy.deepcopy(model)
+    old = reference.transform
+    reference.transform = GeneralizedRCNNTransform(
+        min(image_size), max(image_size), old.image_mean, old.image_std, size_divisible=old.size_divisible
+    )
+    reference.roi_heads.detections_per_img = max_detections
+    return reference.eval()
+
+
+class EagerStages:
+    """The stages of one detector for one image size; every method returns float32 arrays."""
+
+    def __init__(self, reference: GeneralizedRCNN, image_size: tuple[int, int]) -> None:
+        """
+        Args:
+            reference: a detector from `without_resize`.
+            image_size: (height, width) of the images.
+        """
+        self.model = reference
+        self.image_size = image_size
+
+    def whole(self, images: npt.NDArray[np.uint8]) -> list[Detections]:
+        """Images uint8 [B, H, W, 3] -> detections, the reference for the final comparison."""
+        inputs = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
+        results = self.model(list(inputs))
+        detections = []
+        for result in results:
+            masks, keypoints = result.get("masks"), result.get("keypoints")
+            if keypoints is not None:
+                keypoints = torch.cat([keypoints[..., :2], result["keypoints_scores"][..., None]], dim=-1).numpy()
+            detections.append(
+                Detections(
+                    result["boxes"].numpy(),
+                    result["scores"].numpy(),
+                    result["labels"].numpy(),
+                    self.image_size,
+                    None if masks is None else masks[:, 0].numpy() > 0.5,
+                    keypoints,
+                )
+            )
+        return detections
+
+    def backbone(self, images: npt.NDArray[np.uint8]) -> Arrays:
+        """Images uint8 [B, H, W, 3] -> "body.NAME" feature maps."""
+        inputs = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
+        padded = self.model.transform(list(inputs))[0].tensors
+        if isinstance(self.model.backbone, BackboneWithFPN):
+            maps = self.model.backbone.body(padded)
+        else:
+            maps = self.model.backbone(padded)
+            maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        return {f"body.{name}": value.numpy() for name, value in maps.items()}
+
+    def fpn(self, stages: Arrays) -> Arrays:
+        """The graph's body maps -> "fpn.NAME"."""
+        body = feature_maps(stages, "body.")
+        maps = self.model.backbone.fpn(body) if isinstance(self.model.backbone, BackboneWithFPN) else body
+        return {f"fpn.{name}": value.numpy() for name, value in maps.items()}
+
+    def rpn_head(self, stages: Arrays) -> Arrays:
+        """The graph's pyramid -> "rpn_logits.LEVEL" and "rpn_deltas.LEVEL"."""
+        logits, deltas = self.model.rpn.head(list(feature_maps(stages, "fpn.").values()))
+        outputs = {f"rpn_logits.{level}": value.numpy() for level, value in enumerate(logits)}
+        return outputs | {f"rpn_deltas.{level}": value.numpy() for level, value in enumerate(deltas)}
+
+    def proposals(self, stages: Arrays) -> list[npt.NDArray[np.float32]]:
+        """The graph's RPN logits and deltas -> proposals [P, 4] of each image."""
+        rpn = self.model.rpn
+        maps = list(feature_maps(stages, "fpn.").values())
+        logits = list(feature_maps(stages, "rpn_logits.").values())
+        deltas = list(feature_maps(stages, "rpn_deltas.").values())
+        batch = len(maps[0])
+        padded = [
+            self.model.transform.size_divisible * -(-side // self.model.transform.size_divisible)
+            for side in self.image_size
+        ]
+        images = ImageList(torch.empty(batch, 3, *padded), [self.image_size] * batch)
+        anchors = rpn.anchor_generator(images, maps)
+        counts = [level[0].numel() for level in logits]
+        objectness, regression = concat_box_prediction_layers(logits, deltas)
+        boxes = rpn.box_coder.decode(regression, anchors).reshape(batch, -1, 4)
+        kept, _ = rpn.filter_proposals(boxes, objectness, images.image_sizes, counts)
+        return [part.numpy() for part in kept]
+
+    def box_head(self, stages: Arrays) -> Arrays:
+        """The graph's pyramid and proposals -> "class_logits" and "box_deltas", one row per proposal."""
+        proposals = torch.from_numpy(np.asarray(stages["proposals"], np.float32))
+        heads = self.model.roi_heads
+        sizes = [self.image_size] * len(proposals)
+        pooled = heads.box_roi_pool(feature_maps(stages, "fpn."), list(proposals), sizes)
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+        return {"class_logits": logits.numpy(), "box_deltas": deltas.numpy()}
+
+    def detections(self, stages: Arrays) -> list[Detections]:
+        """The graph's proposals, logits and deltas -> boxes, scores and labels of each image."""
+        valid = torch.from_numpy(np.asarray(stages["proposal_valid"], bool))
+        proposals = torch.from_numpy(np.asarray(stages["proposals"], np.float32))
+        chosen = valid.reshape(-1)
+        boxes, scores, labels = self.model.roi_heads.postprocess_detections(
+            torch.from_numpy(np.asarray(stages["class_logits"], np.float32))[chosen],
+            torch.from_numpy(np.asarray(stages["box_deltas"], np.float32))[chosen],
+            [part[keep] for part, keep in zip(proposals, valid, strict=True)],
+            [self.image_size] * len(proposals),
+        )
+        return [
+            Detections(b.numpy(), s.numpy(), c.numpy(), self.image_size)
+            for b, s, c in zip(boxes, scores, labels, strict=True)
+        ]
+
+    def masks(self, stages: Arrays, outputs: Arrays) -> npt.NDArray[np.float32]:
+        """The graph's pyramid, boxes and labels -> mask probabilities [B * D, M, M]."""
+        heads, boxes = self.model.roi_heads, _tensor(outputs["boxes"])
+        pooled = heads.mask_roi_pool(feature_maps(stages, "fpn."), list(boxes), [self.image_size] * len(boxes))
+        logits = heads.mask_predictor(heads.mask_head(pooled))
+        labels = torch.from_numpy(np.asarray(outputs["labels"], np.int64)).reshape(-1)
+        result: npt.NDArray[np.float32] = maskrcnn_inference(logits, [labels])[0][:, 0].numpy()
+        return result
+
+    def heatmaps(self, stages: Arrays, outputs: Arrays) -> npt.NDArray[np.float32]:
+        """The graph's pyramid and boxes -> keypoint heatmaps [B * D, K, S, S]."""
+        heads, boxes = self.model.roi_heads, _tensor(outputs["boxes"])
+        pooled = heads.keypoint_roi_pool(feature_maps(stages, "fpn."), list(boxes), [self.image_size] * len(boxes))
+        result: npt.NDArray[np.float32] = heads.keypoint_predictor(heads.keypoint_head(pooled)).numpy()
+        return result
+
+    def keypoints(self, stages: Arrays, outputs: Arrays) -> npt.NDArray[np.float32]:
+        """The graph's heatmaps and boxes -> keypoints [B * D, K, 2] in pixels."""
+        boxes = _tensor(outputs["boxes"]).reshape(-1, 4)
+        points, _ = heatmaps_to_keypoints(_tensor(stages["heatmaps"]), boxes)
+        result: npt.NDArray[np.float32] = points[..., :2].numpy()
+        return result
+
+
+def feature_maps(stages: Arrays, prefix: str) -> "OrderedDict[str, Tensor]":
+    """The tensors whose name starts with `prefix`, by the rest of the name, float32, in order."""
+    return OrderedDict(
+        (name.removeprefix(prefix), _tensor(value)) for name, value in stages.items() if name.startswith(prefix)
+    )
+
+
+def _tensor(values: npt.NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32))
