@@ -14,11 +14,16 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import MultiScaleRoIAlign
 
 from norton_deploy.errors import UserError
 from norton_deploy.modeling.classifiers import build_resnet
+from norton_deploy.modeling.image_transform import DetectorTransform, ImageResize, KeypointScore, MaskPaste
+from norton_deploy.modeling.keypoint_predictor import NormalisedKeypointPredictor
 from norton_deploy.modeling.normalisation import Norm
+from norton_deploy.modeling.pyramid_anchors import PyramidAnchorGenerator
+from norton_deploy.modeling.pyramid_roi_align import PyramidRoIAlign
 from norton_deploy.structures import TASKS, Task
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -85,6 +90,28 @@ class DetectorSettings:
     """IoU threshold of the final, per-class NMS."""
     detections_per_image: int = 100
     """Detections kept per image, all classes together."""
+    stride_in_1x1: bool = False
+    """Bottlenecks stride in their first 1x1 convolution, as the original ResNet, not in their 3x3."""
+    level_strides: tuple[int, ...] = ()
+    """Pixels per cell of the five pyramid levels; empty: torchvision derives them from image sizes."""
+    anchor_rounding: bool = True
+    """Whether anchors have whole pixels."""
+    anchor_offset: float = 0.0
+    """Centre of the first anchor, in strides from the image's corner (needs level_strides)."""
+    roi_align_aligned: bool = False
+    """RoIAlign samples at true pixel centres, not half a cell beside them (needs level_strides)."""
+    roi_sampling_ratio: int = 2
+    """RoIAlign's samples per cell and axis; 0: one for each pixel of the feature map that the cell spans."""
+    box_delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    """Scale of the box head's regression deltas (dx, dy, dw, dh)."""
+    proposal_min_size: float = 1e-3
+    """Side in pixels below which a proposal is dropped."""
+    image_resize: ImageResize = "torchvision"
+    """How images are resized: torchvision's bilinear, or antialiased to 8 bits as Pillow does it."""
+    mask_paste: MaskPaste = "whole_pixels"
+    """Where masks land in the image: in boxes cut to whole pixels (torchvision), or at subpixel positions."""
+    keypoint_score: KeypointScore = "logit"
+    """Score of a keypoint: its heatmap's peak, or the probability of the peak among the heatmap's cells."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -97,6 +124,11 @@ class DetectorSettings:
             raise UserError(f"backbone '{self.backbone}': a detector needs a resnet")
         if self.min_size > self.max_size:
             raise UserError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
+        if self.level_strides and len(self.level_strides) != len(self.anchor_sizes):
+            raise UserError(f"level_strides: expected one for each of 5 levels, got {len(self.level_strides)}")
+        for name in ("anchor_rounding", "anchor_offset", "roi_align_aligned"):
+            if not self.level_strides and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"{name} {getattr(self, name)}: needs level_strides, for example 4 8 16 32 64")
 
 
 def build_body(settings: DetectorSettings) -> nn.Module:
@@ -111,6 +143,10 @@ def build_body(settings: DetectorSettings) -> nn.Module:
         norm_eps=settings.norm_eps,
         zero_init_residual=settings.zero_init_residual,
     )
+    if settings.stride_in_1x1:
+        for block in network.modules():
+            if isinstance(block, Bottleneck):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     return IntermediateLayerGetter(network, {stage: str(index) for index, stage in enumerate(STAGES)})
 
 
@@ -136,9 +172,7 @@ def build_dense_detector(task: Task, settings: DetectorSettings | None = None) -
     widths = _stage_widths(body)
     backbone = BackboneWithFPN(nn.Module(), {}, widths, s.fpn_channels)
     backbone.body = body
-    anchors = AnchorGenerator(
-        tuple((size,) for size in s.anchor_sizes), (tuple(s.anchor_ratios),) * len(s.anchor_sizes)
-    )
+    anchors = _anchors(s)
     options: dict[str, object] = {
         "num_classes": None,
         "min_size": (*s.train_short_sides, s.min_size) if s.train_short_sides else s.min_size,
@@ -161,6 +195,7 @@ def build_dense_detector(task: Task, settings: DetectorSettings | None = None) -
         "box_score_thresh": s.score_threshold,
         "box_nms_thresh": s.nms_threshold,
         "box_detections_per_img": s.detections_per_image,
+        "bbox_reg_weights": s.box_delta_weights,
     }
     if task == "box":
         model = FasterRCNN(backbone, **options)
@@ -173,12 +208,26 @@ def build_dense_detector(task: Task, settings: DetectorSettings | None = None) -
             mask_predictor=MaskRCNNPredictor(s.mask_channels[-1], s.mask_channels[-1], s.num_classes),
         )
     else:
+        by_probability = s.keypoint_score == "probability"
+        keypoint_predictor = NormalisedKeypointPredictor if by_probability else KeypointRCNNPredictor
         model = KeypointRCNN(
             backbone,
             **options,
             keypoint_roi_pool=_pool(s, 14),
             keypoint_head=KeypointRCNNHeads(s.fpn_channels, list(s.keypoint_channels)),
-            keypoint_predictor=KeypointRCNNPredictor(s.keypoint_channels[-1], s.num_keypoints),
+            keypoint_predictor=keypoint_predictor(s.keypoint_channels[-1], s.num_keypoints),
+        )
+    model.rpn.min_size = s.proposal_min_size
+    if (s.image_resize, s.mask_paste, s.keypoint_score) != ("torchvision", "whole_pixels", "logit"):
+        plain = model.transform
+        model.transform = DetectorTransform(
+            plain.min_size,
+            plain.max_size,
+            plain.image_mean,
+            plain.image_std,
+            image_resize=s.image_resize,
+            mask_paste=s.mask_paste,
+            keypoint_score=s.keypoint_score,
         )
     freeze_stages(body, s.trainable_layers)
     return model
@@ -191,9 +240,25 @@ def freeze_stages(body: nn.Module, trainable_layers: int) -> None:
         parameter.requires_grad_(any(name.startswith(stage) for stage in trained))
 
 
+def _anchors(settings: DetectorSettings) -> AnchorGenerator:
+    """One anchor size and all ratios at each pyramid level."""
+    sizes = tuple((size,) for size in settings.anchor_sizes)
+    ratios = (tuple(settings.anchor_ratios),) * len(sizes)
+    if not settings.level_strides:
+        return AnchorGenerator(sizes, ratios)
+    return PyramidAnchorGenerator(
+        sizes, ratios, settings.level_strides, rounding=settings.anchor_rounding, offset=settings.anchor_offset
+    )
+
+
 def _pool(settings: DetectorSettings, side: int) -> MultiScaleRoIAlign:
     """RoIAlign over the four pyramid levels that hold RoIs, to side x side cells."""
-    return MultiScaleRoIAlign(["0", "1", "2", "3"], side, sampling_ratio=2, canonical_scale=settings.canonical_scale)
+    levels = ["0", "1", "2", "3"]
+    scale, samples = settings.canonical_scale, settings.roi_sampling_ratio
+    if not settings.level_strides:
+        return MultiScaleRoIAlign(levels, side, sampling_ratio=samples, canonical_scale=scale)
+    strides = settings.level_strides[: len(levels)]
+    return PyramidRoIAlign(levels, side, samples, strides, aligned=settings.roi_align_aligned, canonical_scale=scale)
 
 
 def _stage_widths(body: nn.Module) -> list[int]:
