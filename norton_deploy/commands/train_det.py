@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="train_det", description=__doc__ or "")
     result = train_detector(
         settings,
-        detector_of_model=_detector,
+        detector_of_model=wrap_detector,
         command=command_line("train_det", argv),
         announce=lambda message: print(message, file=sys.stderr),
     )
@@ -49,5 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _detector(model: nn.Module, task: Task, categories: Categories, device: torch.device) -> Detector:
+def wrap_detector(model: nn.Module, task: Task, categories: Categories, device: torch.device) -> Detector:
+    """Make a model in training callable for evaluation."""
     return TorchPredictor(model, task, categories, device=str(device))

@@ -73,7 +73,7 @@ def test_weight_average_follows_its_rising_decay():
         average.update_parameters(model)
         decay = 0.0 if update == 0 else min(0.3, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * value
-        assert float(average.module.weight) == pytest.approx(expected)
+        assert float(average.module.weight.detach()) == pytest.approx(expected)
         assert float(average.module.running_mean) == pytest.approx(expected)
         assert int(average.module.num_batches_tracked) == update
 

@@ -1,10 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +6,6 @@ from tiny_run import cross_entropy, tiny_settings, tiny_trainer
 
 from norton_deploy.errors import UserError
 from norton_deploy.training.batch import Batch, Evaluation
-
-TINY_RUN = Path(__file__).with_name("tiny_run.py")
 
 
 class KilledError(Exception):
@@ -76,32 +68,6 @@ def test_death_in_an_evaluation_leaves_no_trace(tmp_path, uninterrupted, death):
     trainer = tiny_trainer(tiny_settings(tmp_path / "run", resume=True))
     assert trainer.run() == uninterrupted[1]
     assert_identical(all_tensors(trainer), uninterrupted[0])
-
-
-def log_lines(out):
-    log = out / "log.jsonl"
-    return log.read_text().splitlines() if log.exists() else []
-
-
-def test_sigkill_and_resume_in_new_processes(tmp_path):
-    out = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TINY_RUN), str(out)]
-    slow = json.dumps({"steps": 40, "pause_s": 0.1})
-    process = subprocess.Popen([*command, slow], env=environment)
-    try:  # die in the middle of an epoch, some steps after a saved state
-        while process.poll() is None and len(log_lines(out)) < 10:
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 10 <= len(log_lines(out)) < 40
-    resume = json.dumps({"steps": 40, "resume": True})
-    subprocess.run([*command, resume], env=environment, check=True)
-    whole = tmp_path / "whole"
-    subprocess.run([*command[:2], str(whole), json.dumps({"steps": 40})], env=environment, check=True)
-    first, second = (torch.load(folder / "weights.pt", weights_only=True) for folder in (out, whole))
-    assert_identical(first, second)
 
 
 def test_another_setting_is_named(tmp_path):

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from norton_deploy.training.batch import Evaluation
 from norton_deploy.training.logs import RunLog
 from norton_deploy.training.trainer import NonFiniteLossError
-
-TINY_RUN = Path(__file__).with_name("tiny_run.py")
 
 
 def read_log(out: Path, section: str) -> list[dict]:
@@ -109,20 +104,3 @@ def test_non_finite_numbers_stop_the_run_and_name_the_images(tmp_path, where):
     names = {name for name, value in report["processes"][0]["losses"].items() if value in ("nan", "inf")}
     assert names == ({"box", "total"} if where == "loss" else {"gradient_norm"})
     assert torch.isfinite(trainer.bare_model[0].weight).all()
-
-
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    common = {"dropout": 0.0, "steps": 8}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one, two = tmp_path / "one", tmp_path / "two"
-    tiny = [str(TINY_RUN)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for launcher, out, batch_size in (([sys.executable], one, 6), (torchrun, two, 3)):
-        changes = json.dumps({**common, "batch_size": batch_size})
-        subprocess.run([*launcher, *tiny, str(out), changes], env=environment, check=True)
-    first, second = (torch.load(folder / "weights.pt", weights_only=True) for folder in (one, two))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-    losses = [[line["losses"]["total"] for line in read_log(out, "train")] for out in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert all(line["step"] == index + 1 for index, line in enumerate(read_log(two, "train")))

@@ -1,11 +1,5 @@
-"""A tiny training run for the tests: a small CNN with dropout on random images, a few seconds at most.
+"""A tiny training run for the tests: a small CNN with dropout on random images."""
 
-As a script: `python tiny_run.py OUT SETTINGS_JSON` trains and writes OUT/weights.pt.
-"""
-
-import json
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,14 +36,14 @@ class RandomImages:
             yield Batch(self.images[chosen], self.labels[chosen], chosen.tolist())
 
 
-def tiny_model(dropout: float = 0.3) -> nn.Module:
+def tiny_model() -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.GroupNorm(2, 8),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Dropout(dropout),
+        nn.Dropout(0.3),
         nn.Linear(8 * 64, 4),
     )
 
@@ -67,9 +61,7 @@ def tiny_trainer(
 ) -> Trainer:
     accelerator = build_accelerator(settings)
     if accelerator.is_main_process:
-        RunFolder(settings.out).claim(
-            settings.identity(), resume=settings.resume, overwrite=settings.overwrite
-        )
+        RunFolder(settings.out).claim(settings.identity(), resume=settings.resume, overwrite=settings.overwrite)
     accelerator.wait_for_everyone()
 
     def score(trained: nn.Module) -> Evaluation:
@@ -103,24 +95,3 @@ def tiny_settings(out: Path, **changes: Any) -> TrainingSettings:
         "clip_norm": 1.0,
     }
     return TrainingSettings(out=out, **{**defaults, **changes})
-
-
-def main() -> None:
-    out, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
-    dropout, pause_s = changes.pop("dropout", 0.3), changes.pop("pause_s", 0.0)
-    torch.set_num_threads(1)
-
-    def slow_cross_entropy(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        time.sleep(pause_s)
-        return cross_entropy(model, batch)
-
-    trainer = tiny_trainer(
-        tiny_settings(out, **changes), model=tiny_model(dropout), loss_terms=slow_cross_entropy
-    )
-    trainer.run()
-    if trainer.accelerator.is_main_process:
-        torch.save(trainer.bare_model.state_dict(), out / "weights.pt")
-
-
-if __name__ == "__main__":
-    main()
