@@ -14,7 +14,6 @@ A finished task is written at once; running again does only what is missing.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -110,8 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.model is not None:
         settings = replace(settings, tasks=(trained_pair(settings)[0],))
     key = {name: str(value) for name, value in asdict(settings).items() if name not in ("out", "work", "tasks")}
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
-    settings = replace(settings, work=settings.work / digest)
     results = read_results(settings.out, key)
     settings.work.mkdir(parents=True, exist_ok=True)
     images, images_are = prepare_images(settings)
@@ -119,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if task in results["tasks"]:
             print(f"{task}: already in {settings.out}", file=sys.stderr)
             continue
-        results["tasks"][task] = {"images": images_are, **measure_task(task, settings, images)}
-        results["provenance"] = provenance()
+        measured = measure_task(task, settings, images)
+        results["tasks"][task] = {"images": images_are, "provenance": provenance(), **measured}
         commands.write_json(results, settings.out)
         report = table3_report(results)
         for suffix, text in ((".md", report.to_markdown(settings.out.parent)), (".html", report.to_html())):
@@ -137,7 +134,7 @@ def read_results(path: Path, settings: dict[str, str]) -> dict[str, Any]:
         UserError: the file was made with other settings.
     """
     if not path.is_file():
-        return {"settings": settings, "provenance": {}, "tasks": {}}
+        return {"settings": settings, "tasks": {}}
     results: dict[str, Any] = json.loads(path.read_text())
     if results.get("settings") != settings:
         raise UserError(f"{path}: was measured with other settings; move it away or choose another --out")
@@ -247,10 +244,9 @@ def measure_task(task: Task, settings: Settings, images: Sequence[Path]) -> dict
     }
     for name, (model, form) in graphs.items():
         file = settings.work / f"{task}_{'dense' if name == DENSE_ORT else form}.onnx"
-        if not file.is_file():
-            print(f"{task}: exporting {name}", file=sys.stderr)
-            graph = StaticRCNN(lower_model(model, form), GraphSettings(settings.image_size))
-            export_onnx(graph, file, categories=categories)
+        print(f"{task}: exporting {name}", file=sys.stderr)
+        graph = StaticRCNN(lower_model(model, form), GraphSettings(settings.image_size))
+        export_onnx(graph, file, categories=categories)
         predictors[name] = OnnxRuntimePredictor(file, device=settings.device)
     print(f"{task}: measuring {len(predictors)} models, {settings.rounds} rounds", file=sys.stderr)
     run = measure_alternating(predictors, images, rounds=settings.rounds, warm_up=settings.warm_up)

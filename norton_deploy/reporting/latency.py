@@ -116,9 +116,10 @@ def measure_alternating(
 ) -> AlternatingRun:
     """Time several models in one process, one image per call.
 
-    Every round calls every model once on the same image file, in an order that rotates by one, so that no
-    model always runs after the same other and slow drifts of the machine hit all alike. A predictor
-    synchronises its device before it returns.
+    Every round calls every model once on the same image file, so that slow drifts of the machine hit all
+    alike, in the order that `balanced_orders` gives: what ran just before leaves its traces in caches and
+    thread pools, and must not be the same model each time. A predictor synchronises its device before it
+    returns.
 
     Args:
         predictors: name -> model.
@@ -135,10 +136,10 @@ def measure_alternating(
     total_ms = np.zeros((rounds, len(names)))
     detections = np.zeros((rounds, len(names)), int)
     stages: list[list[dict[str, float]]] = [[] for _ in names]
+    orders = balanced_orders(len(names))
     for step in range(-warm_up, rounds):
         image = images[step % len(images)]
-        for offset in range(len(names)):
-            index = (step + offset) % len(names)
+        for index in orders[step % len(orders)]:
             predictor = predictors[names[index]]
             [(_, found)] = predictor.predict_files([image])
             if step < 0:
@@ -147,6 +148,17 @@ def measure_alternating(
             detections[step, index] = len(found)
             stages[index].append(dict(vars(predictor.timing)))
     return AlternatingRun(names, total_ms, tuple(tuple(calls) for calls in stages), detections)
+
+
+def balanced_orders(count: int) -> list[list[int]]:
+    """Williams' design: orders of 0..count-1 in which every one follows every other equally often.
+
+    Returns:
+        `count` orders, twice as many for an odd count (each then also reversed).
+    """
+    zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(count)]
+    orders = [[(index + shift) % count for index in zigzag] for shift in range(count)]
+    return orders + [order[::-1] for order in orders] if count % 2 else orders
 
 
 def paired_speedup(baseline_ms: npt.ArrayLike, candidate_ms: npt.ArrayLike, *, seed: int = 0) -> Speedup:

@@ -50,7 +50,7 @@ def table3_report(results: dict[str, Any]) -> Report:
             )
         report.blocks.append(detector_table(rows, "Table III's form", paper=task))
         report.blocks += [latency_table(measured), stage_table(measured), verdict_table(measured)]
-    report.blocks += [Heading("Machine and versions"), provenance_table(results["provenance"])]
+        report.blocks.append(provenance_table(measured["provenance"]))
     return report
 
 
@@ -102,5 +102,9 @@ def verdict_table(measured: dict[str, Any]) -> Table:
 
 
 def provenance_table(values: dict[str, Any]) -> Table:
-    """Whatever `provenance()` recorded, one entry a row."""
-    return Table(("What", "Value"), tuple((str(key), str(value)) for key, value in values.items()))
+    """What `provenance()` recorded, one entry a row."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{key} {name}".strip(), str(entry)) for name, entry in entries]
+    return Table(("What", "Value"), tuple(rows), "Machine and versions")
