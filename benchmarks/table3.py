@@ -198,7 +198,7 @@ def random_pair(task: Task, settings: Settings, images: Sequence[Path]) -> tuple
     return dense, norton, Categories(labels, labels, tuple(f"class {label}" for label in labels))
 
 
-def calibrate(model: nn.Module, images: Sequence[Path]) -> None:
+def calibrate(model: Any, images: Sequence[Path]) -> None:
     """Set every frozen normalisation's statistics to those of its input for two images, front to back."""
 
     def measure(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.tensorrt_build import EngineUnavailable, engine_package, load_manifest
+from norton_deploy.export.tensorrt_build import EngineUnavailableError, engine_package, load_manifest
 from norton_deploy.runtime.graph_contract import GraphContract
 from norton_deploy.runtime.static_graph import Outputs, StaticGraphPredictor
 from norton_deploy.runtime.torch_backend import choose_device
@@ -145,7 +145,7 @@ class TensorRTPredictor(StaticGraphPredictor):
         self._device = choose_device(device)
         try:
             package = engine_package(manifest["engine"])
-        except EngineUnavailable as error:
+        except EngineUnavailableError as error:
             raise UserError(f"{path}: {error}") from error
         check_runtime(path, manifest, str(package.__version__), torch.cuda.get_device_capability(self._device))
         with torch.cuda.device(self._device):
