@@ -173,26 +173,25 @@ def nms_keep_in_onnx(boxes: Any, valid: Any, groups: Any, group_count: int, iou_
     from onnxscript import opset20 as op
 
     count = boxes.shape[1]
-    group = op.Constant(value=_tensor(np.arange(group_count).reshape(1, group_count, 1)))
-    order = op.Constant(value=_tensor(np.arange(count, 0, -1, dtype=np.float32).reshape(1, 1, count)))
-    one, both = (op.Constant(value=_tensor(np.array(value))) for value in ([1], [0, 2]))
-    member = op.And(op.Equal(op.Unsqueeze(groups, one), group), op.Unsqueeze(valid, one))
-    zero = op.Constant(value=_tensor(np.array(0.0, dtype=np.float32)))
-    limit = op.Constant(value=_tensor(np.array([count])))
-    threshold = op.Constant(value=_tensor(np.array([iou_threshold], dtype=np.float32)))
-    lowest = op.Constant(value=_tensor(np.array([0.0], dtype=np.float32)))
-    selected = op.NonMaxSuppression(boxes, op.Where(member, order, zero), limit, threshold, lowest)
-    image_and_box = op.Gather(selected, both, axis=1)
-    first_column = op.Constant(value=_tensor(np.array(0)))
+    axis, image_and_box = _constant(np.array([1])), _constant(np.array([0, 2]))
+    first_column = _constant(np.array(0))
+    zero, one_zero = _constant(np.array(0, np.float32)), _constant(np.zeros(1, np.float32))
+    each_group = _constant(np.arange(group_count).reshape(1, group_count, 1))
+    falling = _constant(np.arange(count, 0, -1, dtype=np.float32).reshape(1, 1, count))
+    member = op.And(op.Equal(op.Unsqueeze(groups, axis), each_group), op.Unsqueeze(valid, axis))
+    scores = op.Where(member, falling, zero)
+    threshold = _constant(np.array([iou_threshold], np.float32))
+    selected: Any = op.NonMaxSuppression(boxes, scores, _constant(np.array([count])), threshold, one_zero)
     kept = op.GreaterOrEqual(op.Gather(selected, first_column, axis=1), first_column)
     nothing = op.And(valid, op.Not(valid))
-    return op.ScatterND(nothing, image_and_box, kept)
+    return op.ScatterND(nothing, op.Gather(selected, image_and_box, axis=1), kept)
 
 
-def _tensor(values: Any) -> Any:
+def _constant(values: Any) -> Any:
     from onnx import numpy_helper
+    from onnxscript import opset20 as op
 
-    return numpy_helper.from_array(values)
+    return op.Constant(value=numpy_helper.from_array(values))
 
 
 def describe(

@@ -21,7 +21,7 @@ MODULE_OF_ENGINE: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "
 MANIFEST_FORMAT = 1
 
 
-class EngineUnavailable(Exception):
+class EngineUnavailableError(Exception):
     """The engine cannot be built on this machine; the message says in one line what is missing."""
 
 
@@ -45,7 +45,7 @@ def build_engine(
         The manifest.
 
     Raises:
-        EngineUnavailable: the engine's package or GPU is not there.
+        EngineUnavailableError: the engine's package or GPU is not there.
         UserError: the graph has the wrong target, cannot be parsed or built, or the capability is unknown.
     """
     contract = read_contract(onnx_path)
@@ -111,7 +111,7 @@ def engine_package(engine: Engine) -> ModuleType:
     """The Python package of an engine.
 
     Raises:
-        EngineUnavailable: it is not installed.
+        EngineUnavailableError: it is not installed.
     """
     name = MODULE_OF_ENGINE[engine]
     try:
@@ -119,7 +119,7 @@ def engine_package(engine: Engine) -> ModuleType:
     except ImportError as error:
         extra = "rtx" if engine == "tensorrt-rtx" else "tensorrt"
         message = f"{engine}: the package '{name}' is not installed (pip install 'norton-deploy[{extra}]')"
-        raise EngineUnavailable(message) from error
+        raise EngineUnavailableError(message) from error
 
 
 def local_capability() -> str | None:
@@ -136,9 +136,9 @@ def require_gpu(compute_capability: str | None) -> None:
     """TensorRT builds for the GPU at hand only."""
     found = local_capability()
     if found is None:
-        raise EngineUnavailable("tensorrt: no GPU here, and TensorRT builds only on the GPU that runs the engine")
+        raise EngineUnavailableError("tensorrt: no GPU here, and TensorRT builds only on the GPU that runs the engine")
     if compute_capability not in (None, found):
-        raise EngineUnavailable(f"tensorrt: this GPU is of compute capability {found}, not {compute_capability}")
+        raise EngineUnavailableError(f"tensorrt: this GPU is of compute capability {found}, not {compute_capability}")
 
 
 def target_commands(onnx_path: str | Path, engine_path: str | Path, engine: Engine) -> list[str]:

@@ -5,6 +5,7 @@ Because every stage starts from the graph's tensors, an error shows in the stage
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from norton_deploy.structures import Detections
 
-Arrays = dict[str, npt.NDArray[np.generic]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 def without_resize(model: GeneralizedRCNN, image_size: tuple[int, int], max_detections: int) -> GeneralizedRCNN:

@@ -1,0 +1,58 @@
+"""Random weights with which a detector detects something: to try a target before there is anything to deploy.
+
+A freshly initialised detector overflows fp16 (its residual stream doubles at every block) and finds nothing
+(every class scores 1 / classes). Both make an export look fine, or broken, for the wrong reason.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.modeling.reestimate import reestimate_batch_norm
+
+LOGIT_SPREAD = 2.0
+"""Standard deviation that objectness, class and mask logits are scaled to."""
+BRANCH_GAIN = 0.25
+"""Share of a residual branch beside its identity; with 1, rounding errors grow from block to block as in no
+trained network, and the comparison with eager mode would measure that."""
+
+
+@torch.no_grad()
+def calibrate_random_detector(model: GeneralizedRCNN, images: Sequence[Tensor], settings: DetectorSettings) -> None:
+    """Re-estimate BatchNorm and scale the last layers of the heads, in place.
+
+    Args:
+        model: a detector with random weights; left in eval mode.
+        images: float [3, H, W], 0..1 RGB, one or more.
+        settings: what the model was built from.
+    """
+    model.eval()
+    for block in model.modules():
+        if isinstance(block, Bottleneck | BasicBlock):
+            norm = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+            norm.weight.fill_(BRANCH_GAIN)
+    reestimate_batch_norm(model, images, settings)
+    batch, _ = model.transform(list(images))
+    maps = model.backbone(batch.tensors)
+    logits, _ = model.rpn.head(list(maps.values()))
+    _scale(model.rpn.head.cls_logits, torch.cat([level.flatten() for level in logits]))
+    proposals, _ = model.rpn(batch, maps)
+    heads = model.roi_heads
+    classes, _ = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, batch.image_sizes)))
+    _scale(heads.box_predictor.cls_score, classes)
+    if heads.has_mask():
+        some = [part[:8] for part in proposals]
+        masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, some, batch.image_sizes)))
+        _scale(heads.mask_predictor.mask_fcn_logits, masks)
+
+
+def _scale(layer: nn.Conv2d | nn.Linear, outputs: Tensor) -> None:
+    """Scale a layer so that these outputs of its would have mean 0 and the spread `LOGIT_SPREAD`."""
+    gain = LOGIT_SPREAD / float(outputs.std().clamp(min=1e-12))
+    layer.weight.mul_(gain)
+    if layer.bias is not None:
+        layer.bias.sub_(outputs.mean()).mul_(gain)

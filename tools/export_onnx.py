@@ -1,0 +1,8 @@
+"""Run `norton export_onnx` from a checkout."""
+
+import sys
+
+from norton_deploy.commands import run
+
+if __name__ == "__main__":
+    sys.exit(run("export_onnx"))
