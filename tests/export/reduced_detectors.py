@@ -1,5 +1,6 @@
 """Small detectors with random weights that nevertheless find something, for the export tests."""
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
+from norton_deploy.modeling.cpd_block import CPDBlock
 from norton_deploy.structures import Task
 
 IMAGE_SIZE = (120, 150)
@@ -74,6 +76,18 @@ def reduced_detector(task: Task, num_classes: int = 6, frozen: bool = False, **c
             keypoint_head=KeypointRCNNHeads(48, (32, 32)),
             keypoint_predictor=KeypointRCNNPredictor(32, 5),
         )
+    calibrate(model)
+    return model
+
+
+@cache
+def compressed_detector(task: Task) -> FasterRCNN:
+    """`reduced_detector` with every 3x3 convolution of its body's second to fourth stage as a rank-2 CPDBlock."""
+    model = copy.deepcopy(reduced_detector(task))
+    for stage in ("layer2", "layer3", "layer4"):
+        for block in model.backbone.body[stage]:
+            block.conv1 = CPDBlock.from_conv(block.conv1, 2, starts=1)
+            block.conv2 = CPDBlock.from_conv(block.conv2, 2, starts=1)
     calibrate(model)
     return model
 
