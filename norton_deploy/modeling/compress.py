@@ -83,6 +83,7 @@ def compress(
     weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
     measure: Measure = "largest",
     progress: Callable[[str], None] | None = None,
+    kept: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """Compress a copy of a dense model.
 
@@ -100,6 +101,7 @@ def compress(
         weights: alpha, beta, gamma of eq. 11.
         measure: how the principal angles become one distance (`pabs_distance`).
         progress: called with the name of each layer or group when it is done.
+        kept: filled in place with the kept channels of every pruned group, int64 [O'] ascending.
 
     Returns:
         The compressed copy, in the mode (training or evaluation) of `model`.
@@ -116,7 +118,7 @@ def compress(
         factors[name] = decompose_filters(conv.weight.detach(), rank, seed=seed, starts=starts)
         replace_submodule(small, name, CPDBlock.from_factors(factors[name], conv))
         report(name)
-    kept: dict[str, Tensor] = {}
+    kept = {} if kept is None else kept
     groups = channel_groups(model)
     for name, count in plan.keep.items():
         layers = [model.get_submodule(producer) for producer in groups[name].producers]

@@ -108,6 +108,14 @@ class CPDBlock(nn.Module):
         """The factors A [O, Kh, R], B [O, Kw, R], C [O, I, R] now in the block: copies, without gradient."""
         return CPFactors(*(part.detach().clone() for part in self._factor_views()))
 
+    @torch.no_grad()
+    def load_factors(self, factors: CPFactors) -> None:
+        """Put other factors of the same shapes into the block's convolutions."""
+        _, in_channels, _ = factors.C.shape
+        self.pointwise.weight.copy_(factors.C.mT.reshape(-1, in_channels, 1, 1))
+        self.horizontal.weight.copy_(factors.B.mT.reshape(-1, 1, 1, self.kernel_size[1]))
+        self.vertical.weight.copy_(factors.A.mT.reshape(-1, 1, self.kernel_size[0], 1))
+
     def dense_weight(self) -> Tensor:
         """The weight [O, I, Kh, Kw] of the one convolution that the block equals (eq. 2); differentiable."""
         A, B, C = self._factor_views()
@@ -168,11 +176,9 @@ class CPDBlock(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        with torch.no_grad():
-            block.pointwise.weight.copy_(factors.C.mT.reshape(-1, in_channels, 1, 1))
-            block.horizontal.weight.copy_(factors.B.mT.reshape(-1, 1, 1, kernel_w))
-            block.vertical.weight.copy_(factors.A.mT.reshape(-1, 1, kernel_h, 1))
-            if block.bias is not None and bias is not None:
+        block.load_factors(factors)
+        if block.bias is not None and bias is not None:
+            with torch.no_grad():
                 block.bias.copy_(bias)
         return block.train(like.training)
 
