@@ -1,5 +1,6 @@
 """What a detector does to images before, and to detections after the network, where it is not torchvision's way."""
 
+import math
 from typing import Literal
 
 import torch
@@ -14,6 +15,8 @@ from torchvision.models.detection.transform import (
 ImageResize = Literal["torchvision", "antialiased"]
 MaskPaste = Literal["whole_pixels", "subpixel"]
 KeypointScore = Literal["logit", "probability"]
+PILLOW_BITS = 22
+"""Fractional bits of Pillow's filter weights for 8-bit images."""
 
 
 class DetectorTransform(GeneralizedRCNNTransform):
@@ -96,21 +99,45 @@ def shortest_edge_size(image_size: tuple[int, int], short_side: int, max_size: i
 
 
 def resize_like_pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pillow's bilinear resizing of an 8-bit image: antialiased, columns then rows, rounded to 1/255 after each.
+    """Pillow's bilinear resizing of an 8-bit image, to the bit: antialiased, first along rows, then along columns.
 
     Args:
-        image: [3, H, W], 0..1.
+        image: [3, H, W], 0..1; rounded to steps of 1/255.
         size: (height, width) of the result.
 
     Returns:
         [3, *size], 0..1 in steps of 1/255.
     """
-    rows = image.shape[-2]
-    for target in ((rows, size[1]), size):
-        if target != image.shape[-2:]:
-            resized = F.interpolate(image[None], target, mode="bilinear", align_corners=False, antialias=True)[0]
-            image = (resized * 255).round() / 255
-    return image
+    levels = (image * 255).round().to(torch.int32)
+    for axis in (2, 1):
+        if levels.shape[axis] == size[axis - 1]:
+            continue
+        taps, weights = pillow_taps(levels.shape[axis], size[axis - 1])
+        shape = (-1, 1) if axis == 1 else (-1,)
+        # Whole numbers below 2^31 throughout, so that nothing is rounded but here, half up.
+        total = sum(
+            levels.index_select(axis, tap) * weight.reshape(shape)
+            for tap, weight in zip(taps.to(image.device), weights.to(image.device), strict=True)
+        )
+        levels = ((total + (1 << (PILLOW_BITS - 1))) >> PILLOW_BITS).clamp(0, 255)
+    return levels.to(image.dtype) / 255
+
+
+def pillow_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
+    """What each of `target` pixels takes from an axis of `source` pixels in Pillow's bilinear filter.
+
+    Returns:
+        taps int64 [T, target], weights int32 [T, target] in units of 2^-22; unused taps weigh 0.
+    """
+    scale = source / target
+    support = max(scale, 1.0)
+    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    first = (centre - support + 0.5).trunc().clamp(min=0)
+    end = (centre + support + 0.5).trunc().clamp(max=source)
+    taps = first[None] + torch.arange(2 * math.ceil(support) + 1, dtype=torch.float64)[:, None]
+    hat = (1 - ((taps - centre + 0.5) * (1 / support)).abs()).clamp(min=0) * (taps < end)
+    weights = (hat / hat.sum(dim=0) * (1 << PILLOW_BITS) + 0.5).trunc()
+    return taps.clamp(max=source - 1).to(torch.int64), weights.to(torch.int32)
 
 
 def paste_subpixel(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,38 @@
+"""Import a Faster, Mask or Keypoint R-CNN R50-FPN that was trained in Detectron2."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from norton_deploy.checkpoint import save_checkpoint
+from norton_deploy.commands import command_line
+from norton_deploy.integrations.detectron2_checkpoint import import_detectron2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of tools/import_detectron2.py."""
+
+    config: Path
+    """Detectron2's YAML file of the model; files named by _BASE_ are read too."""
+    weights: Path
+    """Its weights: model_final.pkl (model zoo) or model_final.pth."""
+    out: Path
+    """Checkpoint to write (.safetensors)."""
+    annotations: Path | None = None
+    """COCO annotation file of the training data, for the names and ids of its categories; COCO's own need none."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    # Not parse_settings: --config is Detectron2's file here.
+    settings = tyro.cli(Settings, args=argv, prog="import_detectron2", description=__doc__)
+    imported = import_detectron2(settings.config, settings.weights, settings.annotations)
+    header = imported.header.made_by(command_line("import_detectron2", argv), settings.weights)
+    save_checkpoint(settings.out, imported.model, header)
+    count = len(header.categories.labels)
+    print(f"{settings.out}: task {header.task}, {count} categories, all keys of {settings.weights}", file=sys.stderr)
+    return 0
