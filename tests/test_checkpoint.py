@@ -26,7 +26,9 @@ from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.structures import Categories
 
 PLAN = CompressionPlan("resnet18", {"layer1.0.conv1": 1}, {"layer1.0.conv1": 40, "layer3": 200})
-SETTINGS = DetectorSettings(num_classes=3, backbone="resnet18", fpn_channels=16, box_features=32, min_size=64, max_size=64)
+SETTINGS = DetectorSettings(
+    num_classes=3, backbone="resnet18", fpn_channels=16, box_features=32, min_size=64, max_size=64
+)
 HEADER = CheckpointHeader("mask", SETTINGS, PLAN, Categories((1, 2), (1, 37), ("person", "sports ball")))
 
 

@@ -62,5 +62,5 @@ def test_a_required_setting_missing_everywhere_stops(tmp_path: Path) -> None:
 
 
 def test_missing_file() -> None:
-    with pytest.raises(UserError, match="nowhere.yaml"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
         parse("--config", "nowhere.yaml")

@@ -13,7 +13,6 @@ from norton_deploy.modeling.classifiers import ClassifierSettings
 from norton_deploy.modeling.detectors import DetectorSettings
 from norton_deploy.modeling.surgery import replace_submodule
 
-
 BATCH = 16
 
 

@@ -32,9 +32,7 @@ in turn on the same images; exported graphs are faster. The paper's lines are qu
 (COCO-2017, 800 pixels, RTX 3060) and were not measured here."""
 
 
-def write_demo_report(
-    out: Path, task: Task, *, dense: Path, compressed: Path, data: Path, command: str
-) -> Path:
+def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, data: Path, command: str) -> Path:
     """Measure latency, draw detections and write report.md, report.html and report.json into `out`.
 
     Args:
@@ -125,6 +123,8 @@ def _score_table(task: Task, metrics: dict[str, Any]) -> Table:
     rows = []
     for kind in kinds:
         for measure, dense in metrics["dense"]["metrics"][kind].items():
+            if dense < 0:  # pycocotools' sign for "no objects of this size".
+                continue
             small = metrics["NORTON"]["metrics"][kind][measure]
             kept = f"{small / dense:.2f}" if dense > 0 else "-"
             rows.append((kind, measure, f"{dense:.3f}", f"{small:.3f}", kept))

@@ -81,8 +81,10 @@ def test_keypoint_head_of_a_hundred_people() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "macs_reduction", "params_reduction"),
-    [(1, 88.03, 87.06), (2, 76.44, 75.98), (3, 64.85, 64.91), (4, 53.27, 53.84)]
-    + [(5, 41.69, 42.76), (6, 30.10, 31.69), (7, 18.51, 20.61), (8, 6.93, 9.54)],
+    [
+        *((1, 88.03, 87.06), (2, 76.44, 75.98), (3, 64.85, 64.91), (4, 53.27, 53.84)),
+        *((5, 41.69, 42.76), (6, 30.10, 31.69), (7, 18.51, 20.61), (8, 6.93, 9.54)),
+    ],
 )
 def test_table_iv_reductions(rank: int, macs_reduction: float, params_reduction: float) -> None:
     dense = build_dense_classifier(ClassifierSettings("vgg16_bn", 10, image_size=(32, 32)))

@@ -59,7 +59,8 @@ def stages(model: nn.Module, images: Tensor) -> list[Tensor]:
     boxes = [torch.tensor([[4.0, 4.0, 60.0, 50.0], [10.0, 20.0, 90.0, 90.0]])]
     maps = dict(zip(["0", "1", "2", "3"], features[:4], strict=True))
     sizes = [tuple(images.shape[-2:])]
-    outputs = [*features, *logits, *deltas, *heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, boxes, sizes)))]
+    pooled = heads.box_roi_pool(maps, boxes, sizes)
+    outputs = [*features, *logits, *deltas, *heads.box_predictor(heads.box_head(pooled))]
     if heads.has_mask():
         outputs.append(heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes))))
     if heads.has_keypoint():
