@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from norton_deploy.data.classification import ClassificationFolder
+from norton_deploy.data.loading import iterate
 
 
 @torch.no_grad()
@@ -38,7 +39,8 @@ def evaluate_classifier(
     hits = torch.zeros(2, dtype=torch.int64)
     loader = DataLoader(own, batch_size, num_workers=workers)
     hidden = not (progress and state.is_main_process)
-    for images, labels, _ in tqdm(loader, "evaluating", leave=False, dynamic_ncols=True, disable=hidden):
+    bar = tqdm(iterate(loader), "evaluating", len(loader), leave=False, dynamic_ncols=True, disable=hidden)
+    for images, labels, _ in bar:
         logits = model(images.to(device))
         ranking = logits.topk(min(5, logits.shape[1])).indices.cpu()
         correct = ranking == labels[:, None]

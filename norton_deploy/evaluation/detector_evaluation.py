@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.loading import iterate
 from norton_deploy.evaluation.coco_metrics import (
     IOU_TYPES,
     IouType,
@@ -105,7 +106,7 @@ def evaluate_detector(
 
 
 def _detections(detect: Detector, loader: DataLoader[Any]) -> Iterator[tuple[int, Detections]]:
-    for batch in loader:
+    for batch in iterate(loader):
         found = detect([pixels for _, pixels in batch])
         yield from zip((image_id for image_id, _ in batch), found, strict=True)
 

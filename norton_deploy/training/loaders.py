@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from norton_deploy.data.loading import iterate
 from norton_deploy.data.samplers import GroupedBatchSampler
 from norton_deploy.training.batch import Batch
 
@@ -48,13 +49,8 @@ class SampledBatches:
         self.dataset.set_epoch(epoch)
         self.sampler.set_epoch(epoch, first_batch)
         as_dataset: Dataset[Any] = self.dataset  # type: ignore[assignment]
-        yield from DataLoader(
-            as_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.collate,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+        loader = DataLoader(as_dataset, batch_sampler=self.sampler, collate_fn=self.collate, num_workers=self.workers)
+        yield from iterate(loader)
 
 
 def collate_detections(items: list[Any]) -> Batch:

@@ -61,6 +61,7 @@ class RunFolder:
         if resume:
             if not self.settings.is_file():
                 raise UserError(f"{self.root}: no run to resume here; start it without --resume")
+            self.non_finite.unlink(missing_ok=True)
             return
         present = [path for path in self._all() if path.exists()]
         if present and not overwrite:
