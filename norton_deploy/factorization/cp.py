@@ -80,7 +80,7 @@ def decompose_filters(
     seed: int = 0,
     starts: int = 3,
     max_iterations: int = 50,
-    tolerance: float = 1e-4,
+    tolerance: float = 3e-4,
 ) -> CPFactors:
     """Least-squares CPD of every filter of a layer (eq. 2), all filters at once.
 

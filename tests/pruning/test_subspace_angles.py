@@ -44,7 +44,7 @@ def test_a_known_small_angle_is_kept() -> None:
 def test_scale_sign_and_order_of_columns_do_not_matter(rank: int, measure: str) -> None:
     factors = random_factors(6, 30, rank)
     order = torch.randperm(rank, generator=torch.Generator().manual_seed(1))
-    scale = torch.tensor([-3.0, 0.01, 40.0, 1e-4])[:rank]
+    scale = torch.tensor([-3e-5, 1e4, 40.0, 1e-4])[:rank]
     changed = CPFactors(*((part * scale)[..., order] for part in (factors.A, factors.B, factors.C)))
     torch.testing.assert_close(
         pabs_distance(changed, measure=measure), pabs_distance(factors, measure=measure), rtol=0, atol=1e-6
@@ -113,6 +113,13 @@ def test_rank_deficient_factors_count_with_their_numerical_dimension() -> None:
     tilted = torch.stack([e[0] + e[2], zero], dim=1)[None]
     angles = principal_angles(tilted, X[1:2])[0, 0]
     torch.testing.assert_close(angles, torch.tensor([0, math.pi / 4]).double())
+
+
+def test_columns_that_are_parallel_but_for_rounding_span_a_line() -> None:
+    column = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    twice = torch.cat([column, column / 3], dim=1)[None]
+    alone = torch.cat([column, torch.zeros_like(column)], dim=1)[None]
+    assert float(principal_angles(twice, alone)[0, 0, -1]) < 1e-6
 
 
 def test_nearly_equal_subspaces_of_different_dimension() -> None:
