@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,10 +126,7 @@ def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(wrapped, (example,), strict=False)
-        quiet = logging.getLogger("torch.onnx")
-        level = quiet.level
-        quiet.setLevel(logging.ERROR)
-        try:
+        with _quiet("torch.onnx"):
             program = torch.onnx.export(
                 exported,
                 input_names=[INPUT_NAME],
@@ -138,8 +137,6 @@ def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:
                 verbose=False,
                 custom_translation_table={torch.ops.norton_deploy.nms_keep.default: nms_keep_in_onnx},
             )
-        finally:
-            quiet.setLevel(level)
     assert program is not None
     return program
 
@@ -164,7 +161,20 @@ def simplify(model: Any) -> None:
         passes.RemoveUnusedOpsetsPass(),
         passes.OutputFixPass(),
     ):
-        simplification(model)
+        with _quiet("onnx_ir"):
+            simplification(model)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a logger through with errors only: the exporter's warnings speak to its own developers."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def nms_keep_in_onnx(boxes: Any, valid: Any, groups: Any, group_count: int, iou_threshold: float) -> Any:
@@ -226,6 +236,7 @@ def describe(
         "precision": precision,
         "weights_sha256": weights_sha256,
         "resize": "letterbox" if letterbox else "none",
+        "mask_paste": detector.mask_paste,
     }
 
 

@@ -23,7 +23,7 @@ trained network, and the comparison with eager mode would measure that."""
 
 @torch.no_grad()
 def calibrate_random_detector(model: GeneralizedRCNN, images: Sequence[Tensor], settings: DetectorSettings) -> None:
-    """Re-estimate BatchNorm and scale the last layers of the heads, in place.
+    """Weaken residual branches, re-estimate BatchNorm and scale the last layers of the heads, in place.
 
     Args:
         model: a detector with random weights; left in eval mode.
