@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
@@ -16,7 +17,9 @@ from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.model_source import open_model
 from norton_deploy.modeling.compress import compress, fit_plan
 from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.modeling.probe import make_probes
 from norton_deploy.modeling.reestimate import reestimate_batch_norm
+from norton_deploy.modeling.refit import refit
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.pruning.subspace_angles import Measure
 
@@ -39,6 +42,10 @@ class Settings:
     """Starts of every decomposition; the best is kept for each filter."""
     seed: int = 0
     """Seed of the random starts."""
+    refit: Path | None = None
+    """Folder of unlabelled images on which every layer is refitted by least squares to the dense one's outputs."""
+    refit_images: int = 64
+    """How many of those images to use, at most; they stay in memory."""
     reestimate: Path | None = None
     """Folder of images with which the BatchNorm statistics are estimated anew; without it they stay."""
     reestimate_images: int = 256
@@ -55,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if dense.header.plan is not None:
         raise UserError(f"{settings.model}: is compressed already; start from its dense original")
     fitted = fit_plan(dense.model, plan)
+    kept: dict[str, Tensor] = {}
     steps = len(fitted.ranks) + len(fitted.keep)
     with tqdm(total=steps, desc="compress", unit="layer", disable=None) as bar:
         small = compress(
@@ -64,7 +72,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             starts=settings.starts,
             measure=settings.measure,
             progress=lambda name: (bar.set_postfix_str(name), bar.update())[0],
+            kept=kept,
         )
+    if settings.refit is not None:
+        images = read_images(settings.refit, settings.refit_images)
+        probes = list(make_probes(dense.model, images, dense.header.settings))
+        with tqdm(desc="refit", unit="layer", disable=None) as bar:
+            refit(
+                small,
+                dense.model,
+                kept,
+                probes,
+                seed=settings.seed,
+                progress=lambda name: (bar.set_postfix_str(name), bar.update())[0],
+            )
     if settings.reestimate is not None:
         images = read_images(settings.reestimate, settings.reestimate_images)
         reestimate_batch_norm(small, images, dense.header.settings)

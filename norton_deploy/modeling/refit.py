@@ -1,0 +1,246 @@
+"""Quick recovery without labels: each layer is refitted to give the dense layer's outputs from the inputs it now has.
+
+Decomposition and pruning change what every later layer reads. In the order of the data, each layer of the small
+model is solved again by least squares on sampled positions of unlabelled images: the wanted outputs are the dense
+layer's, the inputs those that the small model computes with all earlier layers already refitted. A plain layer has
+one closed form; a CPDBlock has one for each factor given the other two.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.modeling.compress import channel_groups
+from norton_deploy.modeling.cpd_block import CPDBlock
+from norton_deploy.modeling.normal_equations import NormalEquations, fit_factors
+from norton_deploy.modeling.probe import Probe, run_stages
+
+SAMPLES = 8192
+SWEEPS = 2
+EXACT = 1e-10
+"""Relative squared error below which a layer is left alone."""
+
+
+@dataclass(frozen=True)
+class LayerRefit:
+    """One layer's relative squared error on the sampled positions, before and after."""
+
+    name: str
+    error_before: float
+    error_after: float
+
+
+@dataclass
+class _Call:
+    """Sampled output positions of one call of a layer, and the dense layer's outputs there, [P, O']."""
+
+    positions: Tensor
+    wanted: Tensor
+
+
+class _Reached(Exception):  # noqa: N818 (ends a forward pass early, nothing went wrong)
+    """The layer in question has been called for the last time."""
+
+
+@torch.no_grad()
+def refit(
+    small: nn.Module,
+    dense: nn.Module,
+    kept: dict[str, Tensor],
+    probes: Sequence[Probe],
+    *,
+    samples: int = SAMPLES,
+    sweeps: int = SWEEPS,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[LayerRefit]:
+    """Refit the layers of `small`, in place.
+
+    Transposed convolutions are left as they are. The layers' biases are refitted with their weights;
+    normalisations stay (`reestimate_batch_norm` is for those).
+
+    Args:
+        small: what `compress` made of `dense`.
+        dense: the model it was made from.
+        kept: kept channels of every pruned group, as `compress` tells them.
+        probes: batches of images (`make_probes`).
+        samples: output positions per layer, or twice its number of inputs if that is more.
+        sweeps: rounds over the factors of a CPDBlock.
+        seed: of the choice of positions.
+        progress: called with each layer's name.
+
+    Returns:
+        What happened to each layer, in order. The error on the sampled positions never rises: a filter whose
+        error would is left as it was.
+    """
+    modes = small.training, dense.training
+    small.eval(), dense.eval()
+    channels = {
+        producer: kept[name]
+        for name, group in channel_groups(dense).items()
+        if name in kept
+        for producer in group.producers
+    }
+    order = _layers_in_order(small, probes[0])
+    report = progress or (lambda name: None)
+    targets = _dense_outputs(dense, order, _budgets(small, order, samples), channels, probes, seed)
+    results = []
+    for name in order:
+        equations = _collect(small, name, targets.pop(name), probes)
+        results.append(_refit_layer(small.get_submodule(name), equations, name, sweeps))
+        report(name)
+    small.train(modes[0]), dense.train(modes[1])
+    return results
+
+
+def refittable_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that `refit` changes: CPDBlocks, linear layers and ungrouped convolutions."""
+    inside = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, CPDBlock))
+    return [name for name, layer in model.named_modules() if _is_refittable(layer) and not name.startswith(inside)]
+
+
+def _is_refittable(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear) or (isinstance(layer, CPDBlock) and not isinstance(layer.padding, str))
+
+
+def _layers_in_order(model: nn.Module, probe: Probe) -> list[str]:
+    """The refittable layers in the order in which they are first called."""
+    order: dict[str, None] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _m, _i, name=name: order.setdefault(name))
+        for name in refittable_layers(model)
+    ]
+    run_stages(model, probe)
+    for handle in handles:
+        handle.remove()
+    return list(order)
+
+
+def _inputs(layer: nn.Module) -> int:
+    """Number of unknowns per filter of a plain layer, or of the convolution that a block stands for."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    kernel_h, kernel_w = layer.kernel_size  # type: ignore[misc]
+    return int(layer.in_channels) * int(kernel_h) * int(kernel_w)  # type: ignore[arg-type]
+
+
+def _budgets(model: nn.Module, names: Sequence[str], samples: int) -> dict[str, int]:
+    return {name: max(samples, 2 * _inputs(model.get_submodule(name))) for name in names}
+
+
+def _dense_outputs(
+    dense: nn.Module,
+    order: Sequence[str],
+    budgets: dict[str, int],
+    channels: dict[str, Tensor],
+    probes: Sequence[Probe],
+    seed: int,
+) -> dict[str, list[list[_Call]]]:
+    """Layer -> probe -> call -> sampled positions and outputs of the dense layer."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[list[_Call]]] = {name: [] for name in order}
+
+    def record(name: str, output: Tensor) -> None:
+        rows = output.flatten(2).transpose(1, 2).flatten(0, 1) if output.ndim == 4 else output
+        # Each probe has a like share; a layer that is called per pyramid level gives each level its part.
+        share = -(-budgets[name] // len(probes))
+        positions = torch.randperm(len(rows), generator=generator)[:share]
+        wanted = rows[positions]
+        found[name][-1].append(_Call(positions, wanted[:, channels[name]] if name in channels else wanted))
+
+    handles = [
+        dense.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
+        for name in order
+    ]
+    for probe in probes:
+        for calls in found.values():
+            calls.append([])
+        run_stages(dense, probe)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _collect(small: nn.Module, name: str, targets: list[list[_Call]], probes: Sequence[Probe]) -> NormalEquations:
+    """Normal equations of one layer: its inputs in the small model, the dense layer's outputs."""
+    layer = small.get_submodule(name)
+    equations = NormalEquations.empty(_inputs(layer), targets[0][0].wanted.shape[1])
+    pending: list[_Call] = []
+
+    def take(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        call = pending.pop(0)
+        equations.add(input_patches(layer, inputs[0], call.positions), call.wanted)
+        if not pending:
+            raise _Reached
+
+    handle = layer.register_forward_pre_hook(take)
+    for probe, calls in zip(probes, targets, strict=True):
+        pending[:] = calls
+        try:
+            run_stages(small, probe)
+        except _Reached:
+            continue
+    handle.remove()
+    return equations
+
+
+def input_patches(layer: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
+    """What a layer reads to compute its outputs at `positions`.
+
+    Args:
+        layer: convolution or CPDBlock with zero padding, or a linear layer.
+        x: [N, I, H, W], or [N, F] for a linear layer.
+        positions: int64 [P], indices into the flattened [N, H', W'] of the output.
+
+    Returns:
+        [P, I * Kh * Kw], or [P, F].
+    """
+    if isinstance(layer, nn.Linear):
+        return x[positions]
+    (kernel_h, kernel_w), (stride_h, stride_w) = layer.kernel_size, layer.stride  # type: ignore[misc]
+    (pad_h, pad_w), (dilation_h, dilation_w) = layer.padding, layer.dilation  # type: ignore[misc]
+    height = (x.shape[2] + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    width = (x.shape[3] + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    padded = nn.functional.pad(x, (pad_w, pad_w, pad_h, pad_h))
+    image, place = positions // (height * width), positions % (height * width)
+    rows = (place // width * stride_h)[:, None, None] + dilation_h * torch.arange(kernel_h)[:, None]
+    columns = (place % width * stride_w)[:, None, None] + dilation_w * torch.arange(kernel_w)
+    patches = padded[image[:, None, None], :, rows, columns]  # [P, Kh, Kw, I]
+    return torch.einsum("phwi->pihw", patches).flatten(1)
+
+
+def _refit_layer(layer: nn.Module, equations: NormalEquations, name: str, sweeps: int) -> LayerRefit:
+    """Solve one layer, filter by filter taking only what is better."""
+    old = layer.dense_weight() if isinstance(layer, CPDBlock) else layer.weight
+    old = old.detach().flatten(1)  # type: ignore[operator]
+    old_bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
+    before = equations.squared_error(old, old_bias)
+    energy = float(equations.energy.sum())
+    if energy == 0 or float(before.sum()) <= EXACT * energy:
+        return LayerRefit(name, 0.0, 0.0)
+    problem = equations if old_bias is None else equations.centred()
+    if isinstance(layer, CPDBlock):
+        factors = fit_factors(problem, layer.factors(), sweeps)
+        new = factors.reconstruct().flatten(1)
+    else:
+        new = problem.fit(old).float()
+    new_bias = None if old_bias is None else equations.bias(new).float()
+    after = equations.squared_error(new, new_bias)
+    better = after < before
+    if isinstance(layer, CPDBlock):
+        present = layer.factors()
+        chosen = (
+            torch.where(better[:, None, None], fresh, stale)
+            for fresh, stale in ((factors.A, present.A), (factors.B, present.B), (factors.C, present.C))
+        )
+        layer.load_factors(type(factors)(*chosen))
+    else:
+        weight = layer.weight
+        weight.copy_(torch.where(better[:, None], new, old).view_as(weight))  # type: ignore[operator,arg-type]
+    if old_bias is not None and new_bias is not None:
+        layer.bias.copy_(torch.where(better, new_bias, old_bias))  # type: ignore[operator]
+    return LayerRefit(name, float(before.sum()) / energy, float(torch.minimum(before, after).sum()) / energy)
