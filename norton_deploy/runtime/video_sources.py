@@ -196,17 +196,18 @@ class SyntheticSource(FrameSource):
 
     name = "synthetic"
     SCENE_S = 5.0
+    OBJECTS = 6
 
     def __init__(self, image_size: tuple[int, int]) -> None:
         """Frames of (height, width) pixels."""
         self._image_size = image_size
-        self._scene = SyntheticVideo(0, image_size)
+        self._scene = SyntheticVideo(0, image_size, self.OBJECTS)
         self._frames = 0
 
     def read(self) -> Image:
         scene, step = divmod(self._frames, round(self.SCENE_S * self.fps))
         if step == 0 and scene:
-            self._scene = SyntheticVideo(scene, self._image_size)
+            self._scene = SyntheticVideo(scene, self._image_size, self.OBJECTS)
         self._frames += 1
         return self._scene.frame(step / self.fps).image
 
