@@ -1,0 +1,89 @@
+"""Engines: TensorRT-RTX really builds here, without a GPU; they cannot be run here."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from norton_deploy.errors import UserError
+from norton_deploy.export import tensorrt_build
+from norton_deploy.export.tensorrt_build import (
+    EngineUnavailableError,
+    build_engine,
+    load_manifest,
+    manifest_path,
+    target_commands,
+)
+from norton_deploy.files import sha256_of
+from norton_deploy.structures import TASKS, Task
+
+needs_rtx = pytest.mark.skipif(not tensorrt_build.is_installed("tensorrt-rtx"), reason="tensorrt_rtx is not installed")
+
+
+@needs_rtx
+@pytest.mark.parametrize(("precision", "compressed"), [("fp32", False), ("fp16", True)])
+@pytest.mark.parametrize("task", TASKS)
+def test_rtx_engine_is_built_for_an_rtx_3060(
+    task: Task, precision: str, compressed: bool, exported: Callable, tmp_path: Path
+) -> None:
+    _, graph = exported(task, "tensorrt", precision, compressed)
+    engine = tmp_path / "model.engine"
+    manifest = build_engine(graph, engine, engine="tensorrt-rtx", compute_capability="86")
+    assert engine.stat().st_size > 1_000_000
+    assert (manifest["compute_capability"], manifest["precision"]) == ("86", precision)
+    assert manifest["sha256"]["graph"] == sha256_of(graph)
+    assert manifest["contract"]["task"] == task
+    assert load_manifest(engine) == manifest
+
+
+def test_loader_checks_before_anything_is_deserialised(tmp_path: Path) -> None:
+    engine = tmp_path / "model.engine"
+    with pytest.raises(UserError, match="no such engine"):
+        load_manifest(engine)
+    engine.write_bytes(b"engine")
+    with pytest.raises(UserError, match="no manifest"):
+        load_manifest(engine)
+    content = {"format": 1, "engine": "tensorrt-rtx", "contract": {}, "sha256": {"engine": sha256_of(engine)}}
+    manifest_path(engine).write_text(json.dumps(content))
+    assert load_manifest(engine)["engine"] == "tensorrt-rtx"
+    engine.write_bytes(b"Engine")
+    with pytest.raises(UserError, match="SHA-256"):
+        load_manifest(engine)
+    manifest_path(engine).write_text(json.dumps(content | {"format": 2}))
+    with pytest.raises(UserError, match="another version"):
+        load_manifest(engine)
+    manifest_path(engine).write_text("{")
+    with pytest.raises(UserError, match="not an engine manifest"):
+        load_manifest(engine)
+
+
+@needs_rtx
+def test_mistakes_are_named(exported: Callable, tmp_path: Path) -> None:
+    _, native = exported("box", "onnxruntime")
+    with pytest.raises(UserError, match="target 'onnxruntime'"):
+        build_engine(native, tmp_path / "a.engine")
+    _, graph = exported("box", "tensorrt")
+    with pytest.raises(UserError, match=r"'42'.*86"):
+        build_engine(graph, tmp_path / "a.engine", compute_capability="42")
+    assert not list(tmp_path.iterdir())
+
+
+def test_absent_package_or_gpu_is_one_line(exported: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, graph = exported("box", "tensorrt")
+    monkeypatch.setitem(tensorrt_build.MODULE_OF_ENGINE, "tensorrt", "no_such_package")
+    with pytest.raises(EngineUnavailableError, match="not installed"):
+        build_engine(graph, tmp_path / "a.engine", engine="tensorrt")
+    monkeypatch.setattr(tensorrt_build, "local_capability", lambda: None)
+    with pytest.raises(EngineUnavailableError, match="no GPU"):
+        tensorrt_build.require_gpu(None)
+    monkeypatch.setattr(tensorrt_build, "local_capability", lambda: "86")
+    tensorrt_build.require_gpu("86")
+    with pytest.raises(EngineUnavailableError, match="86, not 89"):
+        tensorrt_build.require_gpu("89")
+
+
+def test_commands_for_the_target() -> None:
+    own, nvidia = target_commands("m.onnx", "m.engine", "tensorrt")
+    assert own == "python tools/export_trt.py --onnx m.onnx --engine tensorrt --out m.engine"
+    assert nvidia == "trtexec --onnx=m.onnx --stronglyTyped --saveEngine=m.engine"
