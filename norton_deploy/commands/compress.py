@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 from tqdm import tqdm
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=settings.seed,
             starts=settings.starts,
             measure=settings.measure,
-            progress=lambda name: (bar.set_postfix_str(name), bar.update())[0],
+            progress=lambda name: _advance(bar, name),
             kept=kept,
         )
     if settings.refit is not None:
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 kept,
                 probes,
                 seed=settings.seed,
-                progress=lambda name: (bar.set_postfix_str(name), bar.update())[0],
+                progress=lambda name: _advance(bar, name),
             )
     if settings.reestimate is not None:
         images = read_images(settings.reestimate, settings.reestimate_images)
@@ -109,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     write_json(figures, settings.json)
     return 0
+
+
+def _advance(bar: "tqdm[NoReturn]", layer: str) -> None:
+    bar.set_postfix_str(layer)
+    bar.update()
 
 
 def _input_size(header: CheckpointHeader) -> tuple[int, int]:

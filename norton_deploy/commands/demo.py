@@ -87,13 +87,15 @@ def demo_steps(settings: Settings) -> list[Step]:
     dense_body, small_body = out / "pretrain", out / "finetune"
 
     def classifier(title: str, folder: Path, steps: int, *initial: str) -> Step:
-        arguments = ("--config", str(CONFIGS / "train" / "demo_cls.yaml"), "--data", str(crops))
-        arguments += ("--steps", str(steps), "--seed", seed, "--out", str(folder), *initial)
+        config = str(CONFIGS / "train" / "demo_cls.yaml")
+        run_arguments = ("--steps", str(steps), "--seed", seed, "--out", str(folder), *initial)
+        arguments = ("--config", config, "--data", str(crops), *run_arguments)
         return _training(title, "train_cls", arguments, folder)
 
     def detector(title: str, folder: Path, body: Path) -> Step:
-        arguments = ("--config", str(CONFIGS / "train" / f"demo_{settings.task}.yaml"), "--data", str(data))
-        arguments += ("--steps", str(settings.detector_steps), "--seed", seed, "--out", str(folder))
+        config = str(CONFIGS / "train" / f"demo_{settings.task}.yaml")
+        run_arguments = ("--steps", str(settings.detector_steps), "--seed", seed, "--out", str(folder))
+        arguments = ("--config", config, "--data", str(data), *run_arguments)
         return _training(title, "train_det", (*arguments, "--init", str(body / "last.safetensors")), folder)
 
     compressed = out / "compressed.safetensors"
@@ -154,5 +156,3 @@ def _run_step(step: Step, title: str, out: Path) -> int:
         seconds = round(time.perf_counter() - started, 1)
         json.dump({"command": shown, "arguments": list(step.arguments), "seconds": seconds}, stream)
     return 0
-
-

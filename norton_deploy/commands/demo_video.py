@@ -93,7 +93,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         file=sys.stderr,
     )
     if source.problem:
-        raise UserError(
-            f"{settings.source}: {source.problem}; what was recorded until then is in {output.path}"
-        )
+        raise UserError(f"{settings.source}: {source.problem}; what was recorded until then is in {output.path}")
     return INTERRUPTED if summary["ended"] == "interrupted" else 0
