@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import supervision
 
 Task = Literal["box", "mask", "keypoint"]
+MaskPaste = Literal["whole_pixels", "subpixel"]
 TASKS: tuple[Task, ...] = ("box", "mask", "keypoint")
 
 COCO_CATEGORY_COUNT = 80

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from norton_deploy.data.synthetic_coco import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import primary_iou_type
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
+from norton_deploy.export.fixed_sampling import fix_sampling, is_adaptive
 from norton_deploy.export.fuse import lower_model
 from norton_deploy.export.lowering import Form
 from norton_deploy.export.onnx_export import Precision, export_onnx, weights_digest
@@ -33,6 +34,7 @@ from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.runtime.parity import Image, check_parity
 from norton_deploy.runtime.predictor import read_image
+from norton_deploy.runtime.sampling_effect import measure_sampling_effect
 from norton_deploy.runtime.torch_backend import TorchPredictor
 from norton_deploy.structures import Categories, Task
 
@@ -105,7 +107,9 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
     """
     if settings.parity_images < 1:
         raise UserError("parity_images: every export is compared on at least 1 image")
-    model, categories, task = open_detector(settings)
+    original, categories, task = open_detector(settings)
+    adaptive = is_adaptive(original)
+    model = fix_sampling(original) if adaptive else original
     unchecked = out.with_suffix(".unchecked.onnx")
     started = time.perf_counter()
     graph = StaticRCNN(
@@ -131,7 +135,8 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
         letterbox=settings.resize == "letterbox",
     )
     exported = time.perf_counter()
-    parity = check_parity(model, unchecked, parity_images(settings))
+    images = parity_images(settings)
+    parity = check_parity(model, unchecked, images)
     compared = time.perf_counter()
     print(f"{out}: {task}, {settings.precision}, {target}\n{parity.table()}", file=sys.stderr)
     if parity.detections == 0:
@@ -145,8 +150,12 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
         "export_s": exported - started,
         "parity_s": compared - exported,
     }
+    if adaptive:
+        effect = measure_sampling_effect(original, model, images, settings.image_size)
+        print(f"note: {effect.sentence()}", file=sys.stderr)
+        report["sampling_effect"] = asdict(effect)
     if settings.eval is not None:
-        report["average_precision"] = average_precision(settings, model, categories, task, out)
+        report["average_precision"] = average_precision(settings, original, categories, task, out)
     print(
         f"{out}: equal to eager mode on {parity.images} images ({parity.detections} detections); "
         f"export {exported - started:.0f} s, comparison {compared - exported:.0f} s",

@@ -20,6 +20,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from norton_deploy.errors import UserError
+from norton_deploy.modeling.keypoint_predictor import NormalisedKeypointPredictor
 
 CUBIC_A = -0.75
 """Coefficient of PyTorch's bicubic kernel."""
@@ -50,6 +51,7 @@ class StaticKeypointHead(nn.Module):
                 f"keypoint predictor: expected torchvision's KeypointRCNNPredictor, found {type(predictor).__name__}"
             )
         self.head = roi_heads.keypoint_head
+        self.by_probability = isinstance(predictor, NormalisedKeypointPredictor)
         self.low_resolution = predictor.kps_score_lowres
         self.up_scale = float(predictor.up_scale)
         self.coarse = min(coarse, max(image_size))
@@ -59,13 +61,16 @@ class StaticKeypointHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled RoIs [N, P_h, P_w, C] -> heatmaps float32 [N, K, S, S]."""
         low = self.low_resolution(self.head(pooled.permute(0, 3, 1, 2))).to(torch.float32)
-        return F.interpolate(
+        heatmaps = F.interpolate(
             low,
             scale_factor=self.up_scale,
             mode="bilinear",
             align_corners=False,
             recompute_scale_factor=False,
         )
+        if self.by_probability:
+            heatmaps = heatmaps - heatmaps.flatten(2).logsumexp(dim=2)[:, :, None, None]
+        return heatmaps
 
     def keypoints(self, heatmaps: Tensor, boxes: Tensor) -> Tensor:
         """Decode heatmaps, as torchvision's `heatmaps_to_keypoints`.
@@ -75,7 +80,7 @@ class StaticKeypointHead(nn.Module):
             boxes: float32 [N, 4] xyxy in pixels.
 
         Returns:
-            float32 [N, K, 3]: x, y in pixels and the heatmap's value there.
+            float32 [N, K, 3]: x, y in pixels and the heatmap's value there, or the probability that it stands for.
         """
         x1, y1, x2, y2 = boxes[:, None, :].unbind(-1)
         width, height = (x2 - x1).clamp(min=1), (y2 - y1).clamp(min=1)
@@ -83,7 +88,7 @@ class StaticKeypointHead(nn.Module):
         x, y, score = self.best_pixel(heatmaps, columns, rows)
         x = (x + 0.5) * (width / columns) + x1
         y = (y + 0.5) * (height / rows) + y1
-        return torch.stack([x, y, score], dim=-1)
+        return torch.stack([x, y, score.exp() if self.by_probability else score], dim=-1)
 
     def best_pixel(self, heatmaps: Tensor, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Argmax of each heatmap resized to [rows, columns].

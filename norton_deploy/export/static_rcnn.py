@@ -21,7 +21,8 @@ from norton_deploy.export.static_masks import StaticMaskHead
 from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, StaticNMS
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 from norton_deploy.export.static_rpn import StaticRPN
-from norton_deploy.structures import Task
+from norton_deploy.modeling.image_transform import DetectorTransform
+from norton_deploy.structures import MaskPaste, Task
 
 Target = Literal["onnxruntime", "tensorrt"]
 InputDtype = Literal["uint8", "float32"]
@@ -72,6 +73,7 @@ class StaticRCNN(nn.Module):
         task: box, mask or keypoint.
         settings: with `max_detections` filled in `max_detections`.
         padded_size: (height, width) after padding to the model's size divisor.
+        mask_paste: how its masks come into the image.
     """
 
     scale: Tensor
@@ -98,6 +100,9 @@ class StaticRCNN(nn.Module):
         self.register_buffer("scale", 1.0 / (pixel * std), persistent=False)
         self.register_buffer("shift", -torch.tensor(transform.image_mean, dtype=torch.float32) / std, persistent=False)
         self.compute_dtype = torch.float32
+        self.mask_paste: MaskPaste = "whole_pixels"
+        if isinstance(transform, DetectorTransform):
+            self.mask_paste = transform.mask_paste
 
         self.backbone = model.backbone
         with torch.no_grad():

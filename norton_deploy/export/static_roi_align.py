@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torchvision.ops.poolers import MultiScaleRoIAlign, _setup_scales
 
 from norton_deploy.errors import UserError
+from norton_deploy.modeling.pyramid_roi_align import PyramidRoIAlign
 
 GATHER_CHUNK = 256
 """RoIs gathered at once; 784 rows of 256 fp32 channels each, 1000 RoIs in one piece would take 800 MB."""
 
 
 class StaticRoIAlign(nn.Module):
-    """torchvision's `MultiScaleRoIAlign` for fixed feature sizes (aligned=False, as torchvision's detectors).
+    """torchvision's `MultiScaleRoIAlign`, or `PyramidRoIAlign` with its alignment, for fixed feature sizes.
 
     Output rows are channels-last: [B * R, P_h, P_w, C].
     """
@@ -48,7 +49,7 @@ class StaticRoIAlign(nn.Module):
         if pooler.sampling_ratio <= 0:
             raise UserError(
                 "RoI pooling: the sampling ratio is adaptive (<= 0), its number of samples depends on the box; "
-                "build the detector with a fixed one, torchvision's default is 2"
+                "fix it (norton_deploy.export.fixed_sampling), torchvision's default is 2"
             )
         self.levels = [name for name in feature_sizes if name in pooler.featmap_names]
         if not self.levels:
@@ -57,8 +58,12 @@ class StaticRoIAlign(nn.Module):
         self.samples = int(pooler.sampling_ratio)
         self.chunk = chunk
         sizes = [feature_sizes[name] for name in self.levels]
-        empty = [torch.empty(1, 1, *size) for size in sizes]
-        scales, mapper = _setup_scales(empty, [image_size], pooler.canonical_scale, pooler.canonical_level)
+        self.aligned = isinstance(pooler, PyramidRoIAlign) and pooler.aligned
+        if isinstance(pooler, PyramidRoIAlign):
+            scales, mapper = pooler.scales, pooler.map_levels
+        else:
+            empty = [torch.empty(1, 1, *size) for size in sizes]
+            scales, mapper = _setup_scales(empty, [image_size], pooler.canonical_scale, pooler.canonical_level)
         # level >= k where floor(lvl0 + log2(side / s0) + eps) >= k: one comparison per threshold, exact at
         # the thresholds, where log2 and floor would depend on the engine's log2.
         self.thresholds = [
@@ -140,7 +145,10 @@ class StaticRoIAlign(nn.Module):
         sample = torch.arange(bins * samples, device=low.device)
         bin_index = torch.div(sample, samples, rounding_mode="floor").to(low.dtype)
         within = (sample % samples).to(low.dtype) + 0.5
-        bin_size = ((high - low).clamp(min=1.0) / bins)[:, None]
+        if self.aligned:
+            low, high = low - 0.5, high - 0.5
+        extent = high - low if self.aligned else (high - low).clamp(min=1.0)
+        bin_size = (extent / bins)[:, None]
         # In torchvision's order of operations, so that positions round alike.
         position = low[:, None] + bin_index * bin_size + within * bin_size / samples
         last = size[:, None] - 1

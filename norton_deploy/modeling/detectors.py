@@ -19,12 +19,12 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from norton_deploy.errors import UserError
 from norton_deploy.modeling.classifiers import build_resnet
-from norton_deploy.modeling.image_transform import DetectorTransform, ImageResize, KeypointScore, MaskPaste
+from norton_deploy.modeling.image_transform import DetectorTransform, ImageResize, KeypointScore
 from norton_deploy.modeling.keypoint_predictor import NormalisedKeypointPredictor
 from norton_deploy.modeling.normalisation import Norm
 from norton_deploy.modeling.pyramid_anchors import PyramidAnchorGenerator
 from norton_deploy.modeling.pyramid_roi_align import PyramidRoIAlign
-from norton_deploy.structures import TASKS, Task
+from norton_deploy.structures import TASKS, MaskPaste, Task
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 FREEZING_ORDER = ("layer4", "layer3", "layer2", "layer1", "conv1")

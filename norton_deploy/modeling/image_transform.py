@@ -12,8 +12,9 @@ from torchvision.models.detection.transform import (
     resize_keypoints,
 )
 
+from norton_deploy.structures import MaskPaste
+
 ImageResize = Literal["torchvision", "antialiased"]
-MaskPaste = Literal["whole_pixels", "subpixel"]
 KeypointScore = Literal["logit", "probability"]
 PILLOW_BITS = 22
 """Fractional bits of Pillow's filter weights for 8-bit images."""

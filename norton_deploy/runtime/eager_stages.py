@@ -16,7 +16,6 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, maskrcnn_inference
 from torchvision.models.detection.rpn import concat_box_prediction_layers
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from norton_deploy.structures import Detections
 
@@ -26,10 +25,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 def without_resize(model: GeneralizedRCNN, image_size: tuple[int, int], max_detections: int) -> GeneralizedRCNN:
     """A copy, sharing nothing, that takes images of `image_size` as they are and keeps `max_detections`."""
     reference = copy.deepcopy(model)
-    old = reference.transform
-    reference.transform = GeneralizedRCNNTransform(
-        min(image_size), max(image_size), old.image_mean, old.image_std, size_divisible=old.size_divisible
-    )
+    reference.transform.min_size = (min(image_size),)
+    reference.transform.max_size = max(image_size)
     reference.roi_heads.detections_per_img = max_detections
     return reference.eval()
 

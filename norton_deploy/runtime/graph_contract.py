@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from norton_deploy.errors import UserError
-from norton_deploy.structures import TASKS, Categories, Task
+from norton_deploy.structures import TASKS, Categories, MaskPaste, Task
 
 METADATA_KEY = "norton_deploy"
 FORMAT = 1
@@ -32,6 +32,7 @@ class GraphContract:
         weights_sha256: digest of the weights that the graph was made from, "" if not recorded.
         score_threshold: the graph drops detections below this score; None if not recorded.
         flags: which of `FLAGS` the graph returns.
+        mask_paste: how its masks come into the image.
     """
 
     task: Task
@@ -45,6 +46,7 @@ class GraphContract:
     weights_sha256: str
     score_threshold: float | None
     flags: tuple[str, ...]
+    mask_paste: MaskPaste = "whole_pixels"
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -93,6 +95,7 @@ class GraphContract:
                 letterbox=str(fields["resize"]) == "letterbox",
                 weights_sha256=str(fields.get("weights_sha256", "")),
                 score_threshold=None if threshold is None else float(threshold),
+                mask_paste=fields.get("mask_paste", "whole_pixels"),
                 flags=tuple(name for name in FLAGS if name in [entry["name"] for entry in fields["outputs"]]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -101,6 +104,8 @@ class GraphContract:
             ) from error
         if contract.task not in TASKS:
             raise UserError(f"{source}: metadata: task '{contract.task}' is none of {', '.join(TASKS)}")
+        if contract.mask_paste not in get_args(MaskPaste):
+            raise UserError(f"{source}: metadata: mask_paste '{contract.mask_paste}', expected {get_args(MaskPaste)}")
         if contract.input_dtype not in ("uint8", "float32"):
             raise UserError(f"{source}: metadata: input dtype '{contract.input_dtype}', expected uint8 or float32")
         if min(*contract.image_size, contract.batch, contract.max_detections) < 1:

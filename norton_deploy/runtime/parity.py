@@ -22,7 +22,7 @@ from norton_deploy.runtime.detection_matching import Pairing, pair_detections
 from norton_deploy.runtime.eager_stages import Arrays, EagerStages, without_resize
 from norton_deploy.runtime.letterbox import Letterbox
 from norton_deploy.runtime.mask_paste import paste_masks
-from norton_deploy.structures import Detections
+from norton_deploy.structures import Detections, MaskPaste
 
 Image = npt.NDArray[np.uint8]
 
@@ -230,7 +230,7 @@ def compare_final(
 ) -> None:
     """The detections of the whole graph against those of the whole model."""
     for index, expected in enumerate(eager.whole(batch)):
-        found = detections_of(outputs, index, eager.image_size)
+        found = detections_of(outputs, index, eager.image_size, mask_paste=contract["mask_paste"])
         pairing = pair(eager, expected, found, limits)
         report.detections += len(found)
         record_pairing(report, "final", pairing, len(expected) + len(found), limits)
@@ -262,12 +262,18 @@ def record_pairing(report: ParityReport, name: str, pairing: Pairing, total: int
         report.record(name, "keypoint distance, px", quantile(pairing.keypoint_px, share), limits.keypoint_px)
 
 
-def detections_of(outputs: Arrays, index: int, image_size: tuple[int, int], paste: bool = True) -> Detections:
+def detections_of(
+    outputs: Arrays,
+    index: int,
+    image_size: tuple[int, int],
+    paste: bool = True,
+    mask_paste: MaskPaste = "whole_pixels",
+) -> Detections:
     """The detections of one image of a graph's batch; without masks and keypoints unless `paste`."""
     count = int(outputs["num_detections"][index])
     part = {name: np.asarray(outputs[name][index, :count]) for name in ("boxes", "scores", "labels")}
     masks = (
-        paste_masks(outputs["masks"][index, :count], part["boxes"], image_size)
+        paste_masks(outputs["masks"][index, :count], part["boxes"], image_size, mask_paste=mask_paste)
         if "masks" in outputs and paste
         else None
     )

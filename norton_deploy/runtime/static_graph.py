@@ -15,7 +15,7 @@ from norton_deploy.runtime.graph_contract import GraphContract
 from norton_deploy.runtime.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
 from norton_deploy.runtime.mask_paste import paste_masks
 from norton_deploy.runtime.predictor import Image, Predictor
-from norton_deploy.structures import Categories, Detections
+from norton_deploy.structures import Categories, Detections, MaskPaste
 
 logger = logging.getLogger(__name__)
 Outputs = dict[str, npt.NDArray[np.generic]]
@@ -72,7 +72,16 @@ class StaticGraphPredictor(Predictor):
             started = time.perf_counter()
             self._check_flags(outputs)
             for index, letterbox in enumerate(letterboxes):
-                detections.append(decode_outputs(outputs, index, letterbox, self.categories, self._score_threshold))
+                detections.append(
+                    decode_outputs(
+                        outputs,
+                        index,
+                        letterbox,
+                        self.categories,
+                        self._score_threshold,
+                        self.contract.mask_paste,
+                    )
+                )
             self.timing.add("postprocess_ms", started)
         return detections
 
@@ -109,7 +118,12 @@ def to_graph_input(canvas: npt.NDArray[np.uint8], input_dtype: str) -> npt.NDArr
 
 
 def decode_outputs(
-    outputs: Outputs, index: int, letterbox: Letterbox, categories: Categories, score_threshold: float
+    outputs: Outputs,
+    index: int,
+    letterbox: Letterbox,
+    categories: Categories,
+    score_threshold: float,
+    mask_paste: MaskPaste = "whole_pixels",
 ) -> Detections:
     """The detections of one image of a batch, in that image's pixels.
 
@@ -122,6 +136,7 @@ def decode_outputs(
         letterbox: how that image lay in the graph's input.
         categories: the labels that exist.
         score_threshold: detections below it are dropped.
+        mask_paste: how masks come into the image, see `GraphContract`.
     """
     count = int(outputs["num_detections"][index])
     scores = np.asarray(outputs["scores"][index, :count], np.float32)
@@ -135,7 +150,7 @@ def decode_outputs(
     masks = keypoints = None
     if "masks" in outputs:
         probabilities = np.asarray(outputs["masks"][index], np.float32)[order]
-        masks = paste_masks(probabilities, graph_boxes[order], letterbox.image_size)
+        masks = paste_masks(probabilities, graph_boxes[order], letterbox.image_size, mask_paste=mask_paste)
     if "keypoints" in outputs:
         keypoints = letterbox.keypoints_to_image(np.asarray(outputs["keypoints"][index], np.float32)[order])
     return Detections(boxes[order], scores[order], labels[order], letterbox.image_size, masks, keypoints)

@@ -20,7 +20,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from seeded import GOLDEN, HERE, IMAGE_SIZES, TASKS, seeded_image, seeded_weights, zoo_shapes  # noqa: E402
+from seeded import GOLDEN, HERE, IMAGE_SIZES, TASKS, seeded_image, seeded_weights, zoo_shapes
 
 ZOO = {
     "box": "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
