@@ -98,7 +98,7 @@ def count_complexity(
         layer.register_forward_hook(record)
     with torch.no_grad():
         if is_detector(shadow):
-            _run_detector(shadow, image_size, proposals, detections)
+            run_detector(shadow, image_size, proposals, detections)
         else:
             shadow(torch.empty(1, 3, *image_size, device="meta"))
     layers = tuple(
@@ -115,11 +115,18 @@ def count_complexity(
     return Complexity(sum(layer.macs for layer in layers), params, layers)
 
 
-def _run_detector(model: Any, image_size: tuple[int, int], proposals: int, detections: int) -> None:
-    """Send tensors of the right shapes through every stage that has weights."""
+def run_detector(model: Any, image_size: tuple[int, int], proposals: int, detections: int, batch: int = 1) -> None:
+    """Send tensors of the right shapes through every stage that has weights.
+
+    Args:
+        model: a detector on the meta device.
+        image_size: (height, width) of the images.
+        proposals, detections: RoIs in all, through the box head and through the mask or keypoint head.
+        batch: images.
+    """
     divisor = model.transform.size_divisible
     height, width = (-(-side // divisor) * divisor for side in image_size)
-    features = model.backbone(torch.empty(1, 3, height, width, device="meta"))
+    features = model.backbone(torch.empty(batch, 3, height, width, device="meta"))
     model.rpn.head(list(features.values()))
     channels = model.backbone.out_channels
     heads = model.roi_heads
