@@ -84,7 +84,7 @@ def test_the_table_is_kept_and_belongs_to_one_machine(tmp_path: Path, monkeypatc
 
 def test_the_fastest_form_over_all_calls_wins_and_slow_factors_stay_dense() -> None:
     table = TimingTable(None, {})
-    small = BLOCK.resized(6, 8, 1)
+    small = BLOCK.resized(6, 6, 1)
     for shape, times in ((BLOCK, (9.0, 8.0, 5.0)), (small, (1.0, 2.5, 2.0))):
         for form, time_ms in zip(tuning.FORMS, times, strict=True):
             table.times_ms[shape.key(form)] = time_ms
