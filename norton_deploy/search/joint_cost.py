@@ -1,0 +1,125 @@
+"""Cost of a whole plan: MACs, parameters or milliseconds, from the widths on both sides of every layer.
+
+A layer's cost depends on two groups, the one whose channels it reads and the one it writes: roughly the product of
+their widths. So the cost is always that of the joint plan; nothing is linearised.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from norton_deploy.evaluation.complexity import layer_params
+from norton_deploy.export.layer_calls import LayerCall
+from norton_deploy.export.layer_graphs import LayerShape
+from norton_deploy.modeling.compress import channel_groups
+from norton_deploy.planning.plan import CompressionPlan
+
+Measure = Literal["macs", "params", "latency_ms"]
+PYRAMID = "backbone.fpn.layer_blocks"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    shapes: tuple[LayerShape, ...]
+    reads: str | None
+    columns: int
+    writes: str | None
+
+
+@dataclass
+class JointCost:
+    """Sum over all layers of the cost of their shapes, plus what does not depend on any layer.
+
+    Attributes:
+        layers: every layer with weights, its calls and the groups on its two sides.
+        shape_cost: cost of one call (of one layer for parameters).
+        once: whether a layer counts once, however often it is called (parameters).
+        fixed: cost outside the layers: everything else that takes time, or normalisations' parameters.
+        per_pyramid_channel: what the pyramid's width costs outside the layers (RoIAlign).
+    """
+
+    layers: tuple[_Layer, ...]
+    shape_cost: Callable[[LayerShape], float]
+    once: bool = False
+    fixed: float = 0.0
+    per_pyramid_channel: float = 0.0
+    pyramid_width: int = 0
+    _known: dict[tuple[str, int, int, int], float] = field(default_factory=dict, repr=False)
+
+    def of(self, ranks: Mapping[str, int], keep: Mapping[str, int]) -> float:
+        """Cost of a plan given by the ranks of layers and the kept filters of groups (absent: untouched)."""
+        total = self.fixed + self.per_pyramid_channel * keep.get(PYRAMID, self.pyramid_width)
+        return total + sum(self.layer(layer, ranks, keep) for layer in self.layers)
+
+    def of_plan(self, plan: CompressionPlan) -> float:
+        """Cost of a plan that was fitted to the model (`fit_plan`)."""
+        return self.of(plan.ranks, plan.keep)
+
+    def layer(self, layer: _Layer, ranks: Mapping[str, int], keep: Mapping[str, int]) -> float:
+        """Cost of one layer under a plan."""
+        first = layer.shapes[0]
+        inputs = first.in_channels if layer.reads is None else keep.get(layer.reads, 0) * layer.columns
+        outputs = first.out_channels if layer.writes is None else keep.get(layer.writes, 0)
+        inputs, outputs = inputs or first.in_channels, outputs or first.out_channels
+        key = (layer.name, inputs, outputs, ranks.get(layer.name, 0))
+        if key not in self._known:
+            shapes = layer.shapes[:1] if self.once else layer.shapes
+            self._known[key] = sum(self.shape_cost(shape.resized(*key[1:])) for shape in shapes)
+        return self._known[key]
+
+    def touching(self, group: str) -> tuple[_Layer, ...]:
+        """The layers whose cost depends on a group."""
+        return tuple(layer for layer in self.layers if group in (layer.reads, layer.writes))
+
+
+def joint_cost(
+    model: nn.Module, calls: list[LayerCall], measure: Measure, time_ms: Callable[[LayerShape], float] | None = None
+) -> JointCost:
+    """The cost of plans for a dense model.
+
+    Args:
+        model: dense.
+        calls: its calls for one image (`layer_calls`).
+        measure: what to count. For latency, `fixed` and `per_pyramid_channel` are left at 0 (see `calibrate`).
+        time_ms: time of a layer shape in its fastest form; needed for latency.
+    """
+    groups = channel_groups(model)
+    writes = {producer: group.name for group in groups.values() for producer in group.producers}
+    reads = {reader.layer: (group.name, reader.columns) for group in groups.values() for reader in group.readers}
+    shapes: dict[str, list[LayerShape]] = {}
+    for call in calls:
+        shapes.setdefault(call.name, []).append(call.shape)
+    layers = tuple(
+        _Layer(
+            name, tuple(found), reads[name][0] if name in reads else None, reads.get(name, ("", 1))[1], writes.get(name)
+        )
+        for name, found in shapes.items()
+    )
+    width = next((layer.shapes[0].out_channels for layer in layers if layer.writes == PYRAMID), 0)
+    if measure == "latency_ms":
+        assert time_ms is not None
+        return JointCost(layers, time_ms, pyramid_width=width)
+    if measure == "macs":
+        return JointCost(layers, lambda shape: float(shape.macs), pyramid_width=width)
+    cost = JointCost(layers, lambda shape: float(shape.params), once=True, pyramid_width=width)
+    # Biases and normalisations; their small fall with the widths is left out, so the budget is kept with room.
+    cost.fixed = sum(layer_params(layer) for layer in model.modules()) - cost.of({}, {})
+    return cost
+
+
+def calibrate(cost: JointCost, measured_ms: list[tuple[CompressionPlan, float]]) -> None:
+    """Set the time outside the layers from whole models that were timed end to end, in place.
+
+    Box selection, NMS and pixels take the same time for every plan; RoIAlign grows with the pyramid's width.
+    One measurement gives the constant; two with different pyramids give both terms (never below zero).
+    """
+    cost.fixed = cost.per_pyramid_channel = 0.0
+    rest = [(plan.keep.get(PYRAMID, cost.pyramid_width), ms - cost.of_plan(plan)) for plan, ms in measured_ms]
+    (wide, slow), (narrow, fast) = rest[0], rest[-1]
+    if wide != narrow:
+        cost.per_pyramid_channel = max(0.0, (slow - fast) / (wide - narrow))
+    # Exact at the last measurement, the one nearest to what is wanted.
+    cost.fixed = fast - cost.per_pyramid_channel * narrow

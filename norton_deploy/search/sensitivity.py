@@ -1,0 +1,121 @@
+"""Harm of single choices: the error they cause where the model is judged, on real images.
+
+A layer's own reconstruction error says little about what a detector loses by it. Here one group at a time is
+compressed, coupled layers together, and the dense model's feature pyramid and head outputs are compared with those
+that come out now, at the same boxes.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+from norton_deploy.modeling.compress import compress
+from norton_deploy.modeling.probe import Probe, run_stages
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.search.decisions import Choice, Decision
+
+PYRAMID = "backbone.fpn.layer_blocks"
+
+
+class Sensitivity:
+    """Harm of each rank and each width of each decision, measured once and kept in a JSON file.
+
+    The harm of outputs y' against the dense model's y is sum (y' - y)^2 / sum (y - mean y)^2, averaged over the
+    kinds of output (pyramid, objectness, box deltas, class logits, masks or heatmaps). The harms of a group's rank
+    and width are added, and so are those of different groups.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        architecture: str,
+        probes: Sequence[Probe],
+        *,
+        path: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            dense: in evaluation mode.
+            architecture: of the plans, "rcnn" for a detector.
+            probes: images with boxes (`make_probes`).
+            path: file that the results are kept in.
+            identity: what the results depend on (weights, images, size, seed), compared with the file's.
+            resume: go on with the file's results.
+            seed: of the decompositions.
+
+        Raises:
+            UserError: the file to go on with is about another model or other images.
+        """
+        self.dense, self.architecture, self.probes, self.seed = dense, architecture, probes, seed
+        self.path = path
+        self.identity = {key: str(value) for key, value in (identity or {}).items()}
+        self.harm: dict[str, float] = {}
+        if resume and path is not None and path.is_file():
+            content = json.loads(path.read_text())
+            if content.get("identity") != self.identity:
+                raise UserError(f"{path}: was measured for another model or other images; run without --resume")
+            self.harm = content["harm"]
+        with torch.no_grad():
+            self._wanted = [run_stages(dense, probe) for probe in probes]
+
+    def measure(self, decisions: Sequence[Decision], progress: Callable[[str], None] | None = None) -> None:
+        """Measure what is missing; the file is written after every choice."""
+        for key, plan in self._single_choices(decisions):
+            if key not in self.harm:
+                self.harm[key] = self.of_plan(plan)
+                self._save()
+            if progress is not None:
+                progress(key)
+
+    def of_choice(self, choice: Choice) -> float:
+        """Predicted harm of a joint choice: the sum over its groups."""
+        return sum(self.of_option(group, option.rank, option.keep) for group, option in choice.items())
+
+    def of_option(self, group: str, rank: int, keep: int) -> float:
+        """Predicted harm of one group's option; what was not measured is untouched."""
+        return self.harm.get(f"{group} rank {rank}", 0.0) + self.harm.get(f"{group} keep {keep}", 0.0)
+
+    @torch.no_grad()
+    def of_plan(self, plan: CompressionPlan) -> float:
+        """Measured harm of a plan."""
+        kept: dict[str, Tensor] = {}
+        small = compress(self.dense, plan, seed=self.seed, starts=1, kept=kept)
+        squared: dict[str, float] = {}
+        energy: dict[str, float] = {}
+        for probe, wanted in zip(self.probes, self._wanted, strict=True):
+            for name, found in run_stages(small, probe).items():
+                target = wanted[name]
+                if found.shape != target.shape:  # A narrower pyramid is compared where it still exists.
+                    target = target[:, kept[PYRAMID]]
+                kind = name.partition(".")[0]
+                squared[kind] = squared.get(kind, 0.0) + float((found - target).square().sum())
+                energy[kind] = energy.get(kind, 0.0) + float((target - target.mean()).square().sum())
+        return sum(squared[kind] / energy[kind] for kind in squared) / len(squared)
+
+    @staticmethod
+    def count(decisions: Sequence[Decision]) -> int:
+        """Number of single choices to measure."""
+        return sum(len(decision.ranks) + len(decision.widths) - 2 for decision in decisions)
+
+    def _single_choices(self, decisions: Sequence[Decision]) -> Iterator[tuple[str, CompressionPlan]]:
+        for decision in decisions:
+            for rank in decision.ranks[1:]:
+                ranks = dict.fromkeys(decision.decomposed, rank)
+                yield f"{decision.group} rank {rank}", CompressionPlan(self.architecture, ranks)
+            for width in decision.widths[1:]:
+                keep = {decision.group: width}
+                yield f"{decision.group} keep {width}", CompressionPlan(self.architecture, {}, keep)
+
+    def _save(self) -> None:
+        if self.path is not None:
+            with atomic_write(self.path, "w") as stream:
+                json.dump({"identity": self.identity, "harm": self.harm}, stream, indent=1)

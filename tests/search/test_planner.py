@@ -1,0 +1,162 @@
+"""The planner against exhaustive search, and its costs and harms against the real models."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.complexity import count_complexity
+from norton_deploy.export.layer_calls import layer_calls
+from norton_deploy.modeling.compress import compress, fit_plan
+from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.modeling.probe import Probe, make_probes, run_stages
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.search.decisions import Decision, list_decisions, to_plan, untouched
+from norton_deploy.search.joint_cost import PYRAMID, calibrate, joint_cost
+from norton_deploy.search.planner import Planner
+from norton_deploy.search.sensitivity import Sensitivity
+
+SETTINGS = DetectorSettings(
+    num_classes=3, backbone="resnet18", fpn_channels=32, box_features=32, keypoint_channels=(32, 32),
+    min_size=64, max_size=64,
+)  # fmt: skip
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    return build_dense_detector("keypoint", SETTINGS).eval()
+
+
+@pytest.fixture(scope="module")
+def decisions(dense: nn.Module) -> list[Decision]:
+    return list_decisions(dense, ranks=(1, 2, 9, 20), fractions=(0.75, 0.5))
+
+
+@pytest.fixture(scope="module")
+def probes(dense: nn.Module) -> list[Probe]:
+    images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    return list(make_probes(dense, images, SETTINGS, boxes=8))
+
+
+def toy_harm(group: str, rank: int, keep: int) -> float:
+    """Some fixed numbers that fall with rank and width and differ between groups."""
+    weight = 1 + sum(map(ord, group)) % 7
+    return weight * ((0.0 if rank == 0 else 1 / rank) + 40 / keep)
+
+
+def test_coupled_layers_are_one_decision_and_impossible_ranks_are_left_out(decisions: list[Decision]) -> None:
+    by_group = {decision.group: decision for decision in decisions}
+    assert by_group["backbone.fpn.inner_blocks"].ranks == (0,)
+    assert by_group[PYRAMID].decomposed == tuple(f"backbone.fpn.layer_blocks.{level}.0" for level in range(4))
+    assert by_group[PYRAMID].ranks == (0, 1, 2, 9)
+    assert by_group[PYRAMID].widths == (32, 16)
+    assert by_group["backbone.body.layer3"].widths == (256, 192, 128)
+    # The stem shares the first stage's residual stream, whose other producers are decomposed.
+    assert "backbone.body.conv1" not in by_group["backbone.body.conv1"].decomposed
+
+
+def test_joint_costs_are_those_of_the_compressed_model(dense: nn.Module, decisions: list[Decision]) -> None:
+    calls = layer_calls(dense, SIZE, proposals=10, detections=4)
+    macs = joint_cost(dense, calls, "macs")
+    choice = {d.group: d.options[(3 * index) % len(d.options)] for index, d in enumerate(decisions)}
+    plan = to_plan(choice, decisions, "rcnn")
+    small = compress(dense, plan, starts=1)
+    counted = count_complexity(small, SIZE, proposals=10, detections=4)
+    assert macs.of_plan(plan) == counted.macs
+    assert Planner(decisions, macs, toy_harm).point(choice).cost == counted.macs
+    params = joint_cost(dense, calls, "params")
+    assert counted.params <= params.of_plan(plan) <= counted.params * 1.05
+
+
+def test_no_combination_is_better_than_the_plan_by_more_than_the_grid_allows(
+    dense: nn.Module, decisions: list[Decision]
+) -> None:
+    """Three neighbouring groups, all 3 x 8 x 8 combinations tried."""
+    names = ("backbone.fpn.inner_blocks", PYRAMID, "rpn.head.conv.0.0")
+    some = [decision for decision in decisions if decision.group in names]
+    cost = joint_cost(dense, layer_calls(dense, SIZE), "macs")
+    planner = Planner(some, cost, toy_harm)
+    everything = [
+        planner.point(dict(zip((d.group for d in some), options, strict=True)))
+        for options in itertools.product(*(d.options for d in some))
+    ]
+    cheapest, dearest = min(point.cost for point in everything), cost.of({}, {})
+    for share in (0.1, 0.3, 0.5, 0.8):
+        budget = cheapest + share * (dearest - cheapest)
+        found = planner.within(budget)
+        best = min(point.harm for point in everything if point.cost <= budget)
+        assert found.cost <= budget
+        assert found.harm <= 1.1 * best
+    assert planner.solve(float("inf"), untouched(some)).cost == cheapest
+    with pytest.raises(UserError, match="smallest plan"):
+        planner.within(0.9 * cheapest)
+    front = planner.frontier()
+    assert [p.harm for p in front] == sorted((p.harm for p in front), reverse=True)
+    assert front[-1].cost == dearest
+
+
+def test_a_budget_that_the_dense_model_keeps_changes_nothing(dense: nn.Module, decisions: list[Decision]) -> None:
+    cost = joint_cost(dense, layer_calls(dense, SIZE), "macs")
+    point = Planner(decisions, cost, toy_harm).within(cost.of({}, {}))
+    assert to_plan(point.choice, decisions, "rcnn") == CompressionPlan("rcnn")
+
+
+def test_latency_is_calibrated_by_whole_models(dense: nn.Module) -> None:
+    calls = layer_calls(dense, SIZE)
+    cost = joint_cost(dense, calls, "latency_ms", lambda shape: shape.macs / 1e6)
+    whole, narrow = CompressionPlan("rcnn"), CompressionPlan("rcnn", {}, {PYRAMID: 16})
+    first, second = cost.of_plan(whole) + 30 + 0.5 * 32, cost.of_plan(narrow) + 30 + 0.5 * 16
+    calibrate(cost, [(whole, first), (narrow, second)])
+    assert cost.per_pyramid_channel == pytest.approx(0.5)
+    assert cost.of_plan(whole) == pytest.approx(first)
+    assert cost.of_plan(narrow) == pytest.approx(second)
+    calibrate(cost, [(whole, first), (CompressionPlan("rcnn", {"rpn.head.conv.0.0": 1}), first)])
+    assert cost.per_pyramid_channel == 0
+
+
+def test_harm_is_the_relative_error_of_what_the_detector_is_judged_by(
+    dense: nn.Module, probes: list[Probe], decisions: list[Decision], tmp_path: Path
+) -> None:
+    path = tmp_path / "harm.json"
+    sensitivity = Sensitivity(dense, "rcnn", probes, path=path, identity={"model": "a"})
+    assert sensitivity.of_plan(CompressionPlan("rcnn")) == 0
+    # Nothing upstream of the RPN head changes, so only its two outputs can be wrong.
+    plan = CompressionPlan("rcnn", {"rpn.head.conv.0.0": 1})
+    small = compress(dense, plan, starts=1)
+    expected = []
+    for kind in ("rpn_logits", "rpn_deltas"):
+        with torch.no_grad():
+            wanted, found = run_stages(dense, probes[0]), run_stages(small, probes[0])
+        names = [name for name in wanted if name.startswith(kind)]
+
+        def energy(name: str, wanted: dict[str, Tensor] = wanted) -> float:
+            return float((wanted[name] - wanted[name].mean()).square().sum())
+
+        wrong = sum(float((found[name] - wanted[name]).square().sum()) for name in names)
+        expected.append(wrong / sum(energy(name) for name in names))
+    assert sensitivity.of_plan(plan) == pytest.approx(sum(expected) / 6, rel=1e-4)
+
+    rpn = [decision for decision in decisions if decision.group in ("rpn.head.conv.0.0", PYRAMID)]
+    seen: list[str] = []
+    sensitivity.measure(rpn, seen.append)
+    assert len(seen) == Sensitivity.count(rpn) == 8
+    assert sensitivity.of_option("rpn.head.conv.0.0", 1, 32) == pytest.approx(sum(expected) / 6, rel=1e-4)
+    assert sensitivity.of_option(PYRAMID, 9, 32) < 1e-4 < sensitivity.of_option(PYRAMID, 1, 32)
+
+    again = Sensitivity(dense, "rcnn", probes, path=path, identity={"model": "a"}, resume=True)
+    assert again.harm == sensitivity.harm
+    with pytest.raises(UserError, match="another model"):
+        Sensitivity(dense, "rcnn", probes, path=path, identity={"model": "b"}, resume=True)
+
+
+def test_a_planned_detector_fits_its_model(dense: nn.Module, decisions: list[Decision]) -> None:
+    cost = joint_cost(dense, layer_calls(dense, SIZE), "macs")
+    point = Planner(decisions, cost, toy_harm).within(0.4 * cost.of({}, {}))
+    plan = to_plan(point.choice, decisions, "rcnn", "test")
+    assert fit_plan(dense, plan) == plan
+    assert count_complexity(compress(dense, plan, starts=1), SIZE, detections=100).macs == point.cost
