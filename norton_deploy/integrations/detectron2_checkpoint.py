@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from norton_deploy.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_header, read_tensors
+from norton_deploy.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_tensors
 from norton_deploy.errors import UserError
-from norton_deploy.integrations.detectron2_config import Detectron2Config, read_config
+from norton_deploy.integrations.detectron2_backbone import backbone_structure
+from norton_deploy.integrations.detectron2_config import read_config
 from norton_deploy.integrations.detectron2_pickle import read_pickle
 from norton_deploy.integrations.detectron2_weights import convert_weights
-from norton_deploy.modeling.compress import BODY, apply_structure
+from norton_deploy.modeling.compress import apply_structure
 from norton_deploy.modeling.detectors import build_dense_detector
-from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.structures import Categories, Task
-
-BACKBONE = "backbone."
 
 
 def import_detectron2(config: str | Path, weights: str | Path, annotations: str | Path | None = None) -> Checkpoint:
@@ -39,8 +37,8 @@ def import_detectron2(config: str | Path, weights: str | Path, annotations: str 
             key that does not, or what in a pickle was refused.
     """
     parsed = read_config(config)
-    settings, task = parsed.settings(), parsed.task
-    plan = backbone_plan(parsed) if parsed.is_norton else None
+    settings, plan = backbone_structure(parsed) if parsed.is_norton else (parsed.settings(), None)
+    task = parsed.task
     model = build_dense_detector(task, settings)
     if plan is not None:
         apply_structure(model, plan)
@@ -48,30 +46,6 @@ def import_detectron2(config: str | Path, weights: str | Path, annotations: str 
     load_weights(model, converted, str(weights))
     categories = _categories(task, settings.num_classes, annotations)
     return Checkpoint(model.eval(), CheckpointHeader(task, settings, plan, categories))
-
-
-def backbone_plan(config: Detectron2Config) -> CompressionPlan | None:
-    """The plan that the registered backbone of a configuration has, in a detector's names; None: it is dense.
-
-    It stands in the file MODEL.NORTON.PLAN, or in the header of the checkpoint MODEL.NORTON.WEIGHTS. Only its
-    backbone part (body and pyramid) holds: Detectron2 builds the heads.
-
-    Raises:
-        UserError: both files have a plan, or one cannot be read.
-    """
-    file, weights = config["MODEL.NORTON.PLAN"], config["MODEL.NORTON.WEIGHTS"]
-    from_weights = read_header(weights).plan if weights else None
-    if file and from_weights is not None:
-        raise UserError(
-            f"{config.source}: MODEL.NORTON.PLAN is {file}, but {weights} is compressed already; leave PLAN empty"
-        )
-    plan = CompressionPlan.load(file) if file else from_weights
-    if plan is None:
-        return None
-    if plan.architecture != "rcnn":
-        return plan.with_prefix("rcnn", BODY)
-    part = plan.within_prefix("rcnn", BACKBONE)
-    return part.with_prefix("rcnn", BACKBONE)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
