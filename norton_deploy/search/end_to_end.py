@@ -1,0 +1,86 @@
+"""Whole detectors in ONNX Runtime, timed in turn: what predictions of latency are calibrated by and checked against."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from norton_deploy.export.fixed_sampling import fix_sampling
+from norton_deploy.export.fuse import lower_model
+from norton_deploy.export.layer_calls import layer_calls
+from norton_deploy.export.onnx_export import export_onnx
+from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+from norton_deploy.export.tuning import TimingTable, tune_blocks
+from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.runtime.predictor import Image
+from norton_deploy.structures import Categories
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one image is for every model alike: its size and the regions through the heads."""
+
+    image_size: tuple[int, int]
+    proposals: int
+    detections: int
+
+    @classmethod
+    def of(cls, detector: Any, image_size: tuple[int, int]) -> "Workload":
+        """The detector's own numbers of proposals and detections."""
+        return cls(image_size, int(detector.rpn._post_nms_top_n["testing"]), int(detector.roi_heads.detections_per_img))
+
+
+def measure_end_to_end(
+    models: Mapping[str, nn.Module],
+    workload: Workload,
+    categories: Categories,
+    images: Sequence[Image],
+    table: TimingTable,
+    *,
+    rounds: int,
+) -> dict[str, float]:
+    """Median time in ms of one image, pixels to detections, each model in its fastest forms.
+
+    The models are exported and then called in turn, in an order that rotates, on the same images.
+
+    Args:
+        models: detectors in evaluation mode.
+        workload: image size; proposals and detections are the models' own.
+        categories: of the models.
+        images: uint8 RGB [H, W, 3], used in turn.
+        table: times of the layers' forms; also says which provider runs the graphs.
+        rounds: measured calls of each model, after one for warm-up.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        predictors = {}
+        for index, (name, model) in enumerate(models.items()):
+            file = Path(folder) / f"{index}.onnx"
+            export_tuned(model, workload, categories, table, file)
+            predictors[name] = OnnxRuntimePredictor(file, providers=[table.provider])
+            file.unlink()
+        times_ms: dict[str, list[float]] = {name: [] for name in models}
+        names = list(models)
+        for step in range(-1, rounds):
+            for offset in range(len(names)):
+                name = names[(step + offset) % len(names)]
+                predictors[name]([images[step % len(images)]])
+                if step >= 0:
+                    times_ms[name].append(predictors[name].timing.total_ms)
+    return {name: float(np.median(times)) for name, times in times_ms.items()}
+
+
+def export_tuned(
+    model: nn.Module, workload: Workload, categories: Categories, table: TimingTable, file: Path
+) -> dict[str, str]:
+    """Export a detector with every CPDBlock in its fastest form; returns block -> form."""
+    calls = layer_calls(model, workload.image_size, proposals=workload.proposals, detections=workload.detections)
+    forms = {tuning.name: tuning.form for tuning in tune_blocks(calls, table)}
+    assert isinstance(model, GeneralizedRCNN)
+    lowered = lower_model(fix_sampling(model), "grouped", forms)
+    export_onnx(StaticRCNN(lowered, GraphSettings(workload.image_size)), file, categories=categories)
+    return dict(forms)

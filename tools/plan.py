@@ -1,0 +1,5 @@
+import sys
+
+from norton_deploy.commands import run
+
+sys.exit(run("plan"))
