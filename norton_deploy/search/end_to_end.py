@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
@@ -43,8 +44,8 @@ def measure_end_to_end(
     table: TimingTable,
     *,
     rounds: int,
-) -> dict[str, float]:
-    """Median time in ms of one image, pixels to detections, each model in its fastest forms.
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Times in ms of one image, pixels to detections, each model in its fastest forms; [rounds] per model.
 
     The models are exported and then called in turn, in an order that rotates, on the same images.
 
@@ -71,7 +72,7 @@ def measure_end_to_end(
                 predictors[name]([images[step % len(images)]])
                 if step >= 0:
                     times_ms[name].append(predictors[name].timing.total_ms)
-    return {name: float(np.median(times)) for name, times in times_ms.items()}
+    return {name: np.asarray(times) for name, times in times_ms.items()}
 
 
 def export_tuned(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from scipy.optimize import nnls
 from torch import nn
 
 from norton_deploy.evaluation.complexity import layer_params
@@ -18,6 +20,7 @@ from norton_deploy.planning.plan import CompressionPlan
 
 Measure = Literal["macs", "params", "latency_ms"]
 PYRAMID = "backbone.fpn.layer_blocks"
+LAST_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class JointCost:
         layers: every layer with weights, its calls and the groups on its two sides.
         shape_cost: cost of one call (of one layer for parameters).
         once: whether a layer counts once, however often it is called (parameters).
+        scale: what the layers' cost counts inside a whole graph (their times, measured one by one).
         fixed: cost outside the layers: everything else that takes time, or normalisations' parameters.
         per_pyramid_channel: what the pyramid's width costs outside the layers (RoIAlign).
     """
@@ -44,6 +48,7 @@ class JointCost:
     layers: tuple[_Layer, ...]
     shape_cost: Callable[[LayerShape], float]
     once: bool = False
+    scale: float = 1.0
     fixed: float = 0.0
     per_pyramid_channel: float = 0.0
     pyramid_width: int = 0
@@ -68,7 +73,7 @@ class JointCost:
         if key not in self._known:
             shapes = layer.shapes[:1] if self.once else layer.shapes
             self._known[key] = sum(self.shape_cost(shape.resized(*key[1:])) for shape in shapes)
-        return self._known[key]
+        return self.scale * self._known[key]
 
     def touching(self, group: str) -> tuple[_Layer, ...]:
         """The layers whose cost depends on a group."""
@@ -83,7 +88,7 @@ def joint_cost(
     Args:
         model: dense.
         calls: its calls for one image (`layer_calls`).
-        measure: what to count. For latency, `fixed` and `per_pyramid_channel` are left at 0 (see `calibrate`).
+        measure: what to count. For latency, `fixed` and `per_pyramid_channel` are left as they are (see `calibrate`).
         time_ms: time of a layer shape in its fastest form; needed for latency.
     """
     groups = channel_groups(model)
@@ -111,15 +116,18 @@ def joint_cost(
 
 
 def calibrate(cost: JointCost, measured_ms: list[tuple[CompressionPlan, float]]) -> None:
-    """Set the time outside the layers from whole models that were timed end to end, in place.
+    """Fit the three terms of a latency to whole models that were timed end to end, in place.
 
-    Box selection, NMS and pixels take the same time for every plan; RoIAlign grows with the pyramid's width.
-    One measurement gives the constant; two with different pyramids give both terms (never below zero).
+    Latency = scale * (sum of the layers) + per_pyramid_channel * (pyramid's width) + fixed. Box selection, NMS and
+    pixels take the same time for every plan; RoIAlign grows with the pyramid's width. Relative errors are
+    minimised, no term below zero; the last measurement, the one nearest to what is wanted, counts ten times.
     """
-    cost.fixed = cost.per_pyramid_channel = 0.0
-    rest = [(plan.keep.get(PYRAMID, cost.pyramid_width), ms - cost.of_plan(plan)) for plan, ms in measured_ms]
-    (wide, slow), (narrow, fast) = rest[0], rest[-1]
-    if wide != narrow:
-        cost.per_pyramid_channel = max(0.0, (slow - fast) / (wide - narrow))
-    # Exact at the last measurement, the one nearest to what is wanted.
-    cost.fixed = fast - cost.per_pyramid_channel * narrow
+    cost.scale, cost.fixed, cost.per_pyramid_channel = 1.0, 0.0, 0.0
+    layers_ms = [cost.of_plan(plan) for plan, _ in measured_ms]
+    widths = [plan.keep.get(PYRAMID, cost.pyramid_width) for plan, _ in measured_ms]
+    total_ms = np.array([ms for _, ms in measured_ms])
+    weight = np.ones(len(total_ms))
+    weight[-1] = LAST_WEIGHT
+    terms = np.stack([layers_ms, np.asarray(widths, float), np.ones(len(total_ms))], axis=1)
+    solution, _ = nnls(terms / total_ms[:, None] * weight[:, None], weight)
+    cost.scale, cost.per_pyramid_channel, cost.fixed = (float(term) for term in solution)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from norton_deploy.export.layer_calls import layer_calls
@@ -23,7 +24,15 @@ MOST_PLANS = 3
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """A plan with its predicted and measured latency, and the dense model's measured in the same turns."""
+    """A plan with its predicted and measured latency.
+
+    Attributes:
+        point, plan: the plan.
+        predicted_ms: by the calibrated cost.
+        measured_ms: `dense_ms` times the median ratio of plan to dense over calls in turn, so that a machine that
+            has become busier or quieter since the calibration does not count.
+        dense_ms: the dense model's median when the cost was calibrated.
+    """
 
     point: Point
     plan: CompressionPlan
@@ -60,37 +69,43 @@ class LatencySearch:
         calls = layer_calls(dense, workload.image_size, proposals=workload.proposals, detections=workload.detections)
         self.cost: JointCost = joint_cost(dense, calls, "latency_ms", lambda shape: table.fastest(shape)[1])
         self.dense_ms = 0.0
+        self._measured: list[tuple[CompressionPlan, float]] = []
 
     def start(self) -> None:
-        """Time the dense model and a uniform plan end to end, and calibrate the cost by both."""
-        uniform = to_plan(
-            {d.group: Option(d.ranks[min(1, len(d.ranks) - 1)], d.widths[len(d.widths) // 2]) for d in self.decisions},
-            self.decisions,
-            "rcnn",
-        )
-        self.report("timing the dense model and a uniform plan end to end")
-        times = self._measure(uniform)
-        self.dense_ms = times["dense"]
-        calibrate(self.cost, [(CompressionPlan("rcnn"), times["dense"]), (uniform, times["plan"])])
+        """Time the dense model and two uniform plans end to end, and calibrate the cost by all three."""
+        decomposed = {d.group: Option(d.ranks[min(1, len(d.ranks) - 1)], d.widths[0]) for d in self.decisions}
+        narrowed = {d.group: Option(decomposed[d.group].rank, d.widths[len(d.widths) // 2]) for d in self.decisions}
+        plans = [to_plan(choice, self.decisions, "rcnn") for choice in (decomposed, narrowed)]
+        self.report("timing the dense model and two uniform plans end to end")
+        dense_ms, ratios = self._measure(plans)
+        self.dense_ms = dense_ms
+        self._measured = [(CompressionPlan("rcnn"), dense_ms)]
+        self._measured += [(plan, dense_ms * ratio) for plan, ratio in zip(plans, ratios, strict=True)]
+        calibrate(self.cost, self._measured)
         self.table.save()
 
     def find(self, latency_ms: float | None, speedup: float | None) -> LatencyResult:
         """The plan for a latency in ms, or for a speed-up over the dense model, measured and corrected."""
+        budget = latency_ms if speedup is None else self.dense_ms / speedup
+        assert budget is not None
         for attempt in range(MOST_PLANS):
-            budget = latency_ms if speedup is None else self.dense_ms / speedup
-            assert budget is not None
             point = Planner(self.decisions, self.cost, self.harm).within(budget)
             self.table.save()
             plan = to_plan(point.choice, self.decisions, "rcnn")
-            times = self._measure(plan)
-            result = LatencyResult(point, plan, point.cost, times["plan"], times["dense"])
-            self.dense_ms = times["dense"]
-            self.report(f"plan {attempt + 1}: predicted {point.cost:.1f} ms, measured {times['plan']:.1f} ms")
-            if abs(times["plan"] / point.cost - 1) <= TOLERANCE:
+            _, [ratio] = self._measure([plan])
+            measured_ms = self.dense_ms * ratio
+            self.report(f"plan {attempt + 1}: predicted {point.cost:.1f} ms, measured {measured_ms:.1f} ms")
+            result = LatencyResult(point, plan, point.cost, measured_ms, self.dense_ms)
+            if abs(measured_ms / point.cost - 1) <= TOLERANCE:
                 break
-            calibrate(self.cost, [(CompressionPlan("rcnn"), times["dense"]), (plan, times["plan"])])
+            self._measured.append((plan, measured_ms))
+            calibrate(self.cost, self._measured)
         return result
 
-    def _measure(self, plan: CompressionPlan) -> dict[str, float]:
-        models = {"dense": self.dense, "plan": compress(self.dense, plan, seed=self.seed, starts=1)}
-        return measure_end_to_end(models, self.workload, self.categories, self.images, self.table, rounds=self.rounds)
+    def _measure(self, plans: Sequence[CompressionPlan]) -> tuple[float, list[float]]:
+        """Median time of the dense model, and the median ratio plan / dense of calls in the same turn."""
+        models = {str(index): compress(self.dense, plan, seed=self.seed, starts=1) for index, plan in enumerate(plans)}
+        times = measure_end_to_end(
+            {"dense": self.dense, **models}, self.workload, self.categories, self.images, self.table, rounds=self.rounds
+        )
+        return float(np.median(times["dense"])), [float(np.median(times[name] / times["dense"])) for name in models]

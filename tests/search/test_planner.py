@@ -109,14 +109,19 @@ def test_a_budget_that_the_dense_model_keeps_changes_nothing(dense: nn.Module, d
 def test_latency_is_calibrated_by_whole_models(dense: nn.Module) -> None:
     calls = layer_calls(dense, SIZE)
     cost = joint_cost(dense, calls, "latency_ms", lambda shape: shape.macs / 1e6)
-    whole, narrow = CompressionPlan("rcnn"), CompressionPlan("rcnn", {}, {PYRAMID: 16})
-    first, second = cost.of_plan(whole) + 30 + 0.5 * 32, cost.of_plan(narrow) + 30 + 0.5 * 16
-    calibrate(cost, [(whole, first), (narrow, second)])
-    assert cost.per_pyramid_channel == pytest.approx(0.5)
-    assert cost.of_plan(whole) == pytest.approx(first)
-    assert cost.of_plan(narrow) == pytest.approx(second)
-    calibrate(cost, [(whole, first), (CompressionPlan("rcnn", {"rpn.head.conv.0.0": 1}), first)])
-    assert cost.per_pyramid_channel == 0
+    plans = [
+        CompressionPlan("rcnn"),
+        CompressionPlan("rcnn", {"rpn.head.conv.0.0": 1, "backbone.body.layer1.0.conv1": 1}),
+        CompressionPlan("rcnn", {}, {PYRAMID: 16}),
+    ]
+    widths = (32, 32, 16)
+    truth = [1.25 * cost.of_plan(plan) + 30 + 0.5 * width for plan, width in zip(plans, widths, strict=True)]
+    calibrate(cost, list(zip(plans, truth, strict=True)))
+    assert (cost.scale, cost.fixed, cost.per_pyramid_channel) == pytest.approx((1.25, 30, 0.5), rel=1e-5)
+    for plan, ms in zip(plans, truth, strict=True):
+        assert cost.of_plan(plan) == pytest.approx(ms)
+    planner = Planner(list_decisions(dense), cost, toy_harm)
+    assert planner.point(untouched(planner.decisions)).cost == pytest.approx(truth[0])
 
 
 def test_harm_is_the_relative_error_of_what_the_detector_is_judged_by(
