@@ -6,11 +6,12 @@ any chosen pixels of that size as two products with cubic weights. Two steps fin
 
 1. up to `coarse` (112) of the RoI's own pixels per axis; all of them when the RoI is no larger, and then the
    result is torchvision's by construction;
-2. in a larger RoI, all true pixels around the `peaks` (8) best local maxima of step 1. Their window reaches
+2. in a larger RoI, all true pixels around the `peaks` (16) best local maxima of step 1. Their window reaches
    past the neighbouring coarse samples.
 
-The result differs from torchvision's only where the true maximum lies at none of the 8 best coarse maxima, or
-where two pixels tie to within rounding; tests count both.
+The result differs from torchvision's only where the true maximum lies at none of the 16 best coarse maxima, or
+where two pixels tie to within rounding. With 8 peaks one of 1,700 keypoints of a random 800 x 800 detector was
+missed, with 16 none.
 """
 
 import torch
@@ -33,7 +34,7 @@ NOWHERE = -3.0e38
 class StaticKeypointHead(nn.Module):
     """Keypoint head and predictor, and the decoding of their heatmaps."""
 
-    def __init__(self, roi_heads: RoIHeads, image_size: tuple[int, int], *, coarse: int = 112, peaks: int = 8) -> None:
+    def __init__(self, roi_heads: RoIHeads, image_size: tuple[int, int], *, coarse: int = 112, peaks: int = 16) -> None:
         """
         Args:
             roi_heads: supplies the keypoint head and predictor.

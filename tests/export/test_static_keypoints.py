@@ -42,13 +42,13 @@ def test_same_pixels_as_torchvision() -> None:
 
 
 def test_where_the_search_differs_from_torchvision() -> None:
-    """On white noise at full resolution, which the predictor's last 2x upsampling never gives: 8 of 612."""
+    """On white noise at full resolution, which the predictor's last 2x upsampling never gives: 2 of 612."""
     heatmaps = torch.randn(36, 17, 56, 56, generator=torch.Generator().manual_seed(5))
     boxes = boxes_of_all_sizes(36, 500.0)
     points, scores = heatmaps_to_keypoints(heatmaps, boxes)
     found = head((600, 600)).keypoints(heatmaps, boxes)
     wrong = (found[..., :2] - points[..., :2]).norm(dim=-1) > 0.01
-    assert 0 < int(wrong.sum()) <= 12
+    assert 0 < int(wrong.sum()) <= 4
     assert bool((found[..., 2][wrong] < scores[wrong]).all())
 
 
