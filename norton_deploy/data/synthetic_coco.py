@@ -2,7 +2,7 @@
 
 Six COCO categories: articulated people with keypoints, and stop signs, umbrellas, sports balls, kites and
 clocks as textured shapes, on textured backgrounds among shapes that are no category. The class is carried
-mostly by outline and inner drawing; each shape also has a favourite hue that it takes three times in four
+mostly by outline and inner drawing; each shape also has a favourite hue that it takes nine times in ten
 (`synthetic_shapes.COLOUR_HINT`), which makes training from nothing much quicker, and which other objects use
 too. It is a stand-in with exact ground truth for trying the whole pipeline, not a substitute for COCO: scores
 on it say nothing about scores on COCO.

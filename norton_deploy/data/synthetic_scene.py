@@ -214,16 +214,16 @@ def _sample_objects(rng: np.random.Generator, image_size: tuple[int, int], objec
     side = min(height, width)
     shape_ids = sorted(SHAPES)
     if objects is None:
-        objects = 0 if rng.uniform() < 0.05 else int(np.clip(rng.geometric(0.25), 1, 8))
-    plan = [0] * int(rng.integers(2, 8))
+        objects = 0 if rng.uniform() < 0.05 else int(np.clip(rng.geometric(0.22), 1, 8))
+    plan = [0] * int(rng.integers(1, 5))
     plan += [PERSON if rng.uniform() < 0.4 else int(rng.choice(shape_ids)) for _ in range(objects)]
     items: list[_SceneObject] = []
     taken: list[tuple[float, float, float]] = []
     for category in plan:
         if category == PERSON:
-            size = _log_uniform(rng, max(26.0, 0.13 * side), 0.95 * height)
+            size = _log_uniform(rng, max(30.0, 0.2 * side), 0.95 * height)
         else:
-            size = _log_uniform(rng, max(12.0, 0.06 * side), 0.62 * side)
+            size = _log_uniform(rng, max(14.0, 0.1 * side), 0.66 * side)
         centre = np.array([rng.uniform(0.05, 0.95) * width, rng.uniform(0.08, 0.92) * height])
         for _ in range(4):  # prefer free places, yet let things overlap when there is none
             near = [np.hypot(*(centre - (x, y))) < 0.45 * (size + other) for x, y, other in taken]

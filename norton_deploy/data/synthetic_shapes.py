@@ -5,7 +5,7 @@ object; `angle` in radians turns it, `time_s` moves what moves by itself (a cloc
 
 What carries the class: mostly the outline and the inner drawing (octagon with lettering, panels of a ball,
 sectors and tail of a kite, dial with hands, ribs and handle of an umbrella). Each class also has a favourite
-hue, used three times in four (`COLOUR_HINT`), and other classes and distractors use the same hues.
+hue, used nine times in ten (`COLOUR_HINT`), and other classes and distractors use the same hues.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from norton_deploy.data.canvas import Canvas, Colour, Points, capsule, ellipse
 from norton_deploy.data.textures import random_colour, tint
 
-COLOUR_HINT = 0.75
+COLOUR_HINT = 0.9
 WHITE: Colour = (240, 240, 236)
 BLACK: Colour = (24, 24, 28)
 
