@@ -21,10 +21,9 @@ from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_c
 from norton_deploy.modeling.compress import apply_structure
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.structures import TASKS, Categories
+from norton_deploy.structures import METADATA_KEY, TASKS, Categories
 
 FORMAT_VERSION = 1
-METADATA_KEY = "norton_deploy"
 CheckpointTask = Literal["cls", "box", "mask", "keypoint"]
 
 

@@ -18,6 +18,9 @@ Task = Literal["box", "mask", "keypoint"]
 MaskPaste = Literal["whole_pixels", "subpixel"]
 TASKS: tuple[Task, ...] = ("box", "mask", "keypoint")
 
+# The key under which checkpoints and graphs carry their header.
+METADATA_KEY = "norton_deploy"
+
 COCO_CATEGORY_COUNT = 80
 COCO_LARGEST_CATEGORY_ID = 90
 

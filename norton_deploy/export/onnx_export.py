@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from norton_deploy.errors import UserError
 from norton_deploy.export.static_rcnn import StaticRCNN
 from norton_deploy.files import atomic_write
-from norton_deploy.structures import Categories
+from norton_deploy.structures import METADATA_KEY, Categories
 
 OPSET = 20
-METADATA_KEY = "norton_deploy"
 METADATA_FORMAT = 1
 STAGE_PREFIX = "stage/"
 INPUT_NAME = "images"

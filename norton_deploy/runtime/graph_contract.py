@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from norton_deploy.errors import UserError
-from norton_deploy.structures import TASKS, Categories, MaskPaste, Task
+from norton_deploy.structures import METADATA_KEY, TASKS, Categories, MaskPaste, Task
 
-METADATA_KEY = "norton_deploy"
 FORMAT = 1
 # Whether the graph's two shortcuts (unrolled NMS, limited candidates) were exact for a batch.
 FLAGS = ("nms_converged", "candidates_complete")

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.errors import UserError
-from norton_deploy.runtime.graph_contract import METADATA_KEY, GraphContract
+from norton_deploy.runtime.graph_contract import GraphContract
 from norton_deploy.runtime.static_graph import Outputs, StaticGraphPredictor
+from norton_deploy.structures import METADATA_KEY
 
 try:
     import onnxruntime
