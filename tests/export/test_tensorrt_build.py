@@ -22,7 +22,8 @@ needs_rtx = pytest.mark.skipif(not tensorrt_build.is_installed("tensorrt-rtx"), 
 
 
 @needs_rtx
-@pytest.mark.parametrize(("precision", "compressed"), [("fp32", False), ("fp16", True)])
+@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_rtx_engine_is_built_for_an_rtx_3060(
     task: Task, precision: str, compressed: bool, exported: Callable, tmp_path: Path
