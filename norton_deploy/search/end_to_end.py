@@ -24,11 +24,12 @@ from norton_deploy.structures import Categories
 
 @dataclass(frozen=True)
 class Workload:
-    """What one image is for every model alike: its size and the regions through the heads."""
+    """What every model gets alike: image size, regions through the heads per image, images per call."""
 
     image_size: tuple[int, int]
     proposals: int
     detections: int
+    batch: int = 1
 
     @classmethod
     def of(cls, detector: Any, image_size: tuple[int, int]) -> "Workload":
@@ -83,5 +84,5 @@ def export_tuned(
     forms = {tuning.name: tuning.form for tuning in tune_blocks(calls, table)}
     assert isinstance(model, GeneralizedRCNN)
     lowered = lower_model(fix_sampling(model), "grouped", forms)
-    export_onnx(StaticRCNN(lowered, GraphSettings(workload.image_size)), file, categories=categories)
+    export_onnx(StaticRCNN(lowered, GraphSettings(workload.image_size, workload.batch)), file, categories=categories)
     return dict(forms)
