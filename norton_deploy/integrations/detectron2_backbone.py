@@ -13,6 +13,8 @@ from norton_deploy.modeling.detectors import DetectorSettings
 from norton_deploy.planning.plan import CompressionPlan
 
 BACKBONE = "backbone."
+PYRAMID = "backbone.fpn.layer_blocks"
+RPN = "rpn.head.conv.0.0"
 PIXEL_TOLERANCE = 1e-4
 """Of the pixels' mean and std, in units of 0..1."""
 
@@ -43,7 +45,11 @@ def backbone_structure(config: Detectron2Config) -> tuple[DetectorSettings, Comp
     plan = CompressionPlan.load(file) if file else own
     if plan is None or plan.architecture != "rcnn":
         return settings, None if plan is None else plan.with_prefix("rcnn", BODY)
-    return settings, plan.within_prefix("rcnn", BACKBONE).with_prefix("rcnn", BACKBONE)
+    part = plan.within_prefix("rcnn", BACKBONE).with_prefix("rcnn", BACKBONE)
+    if PYRAMID in part.keep:
+        # Detectron2's RPN is as wide as the pyramid that it reads.
+        part = replace(part, keep={**part.keep, RPN: part.keep[PYRAMID]})
+    return settings, part
 
 
 def _settings_of(header: CheckpointHeader, settings: DetectorSettings, config: Detectron2Config) -> DetectorSettings:

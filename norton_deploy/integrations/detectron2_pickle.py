@@ -95,9 +95,15 @@ def _encode(text: object, encoding: object) -> bytes:
     return codecs.latin_1_encode(text)[0]
 
 
+def _empty_bytes() -> bytes:
+    return b""
+
+
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
+    # how the older protocols write the bytes of an empty array
+    ("__builtin__", "bytes"): _empty_bytes,
     ("numpy", "dtype"): _DtypeStub,
     ("numpy", "ndarray"): _ArrayStub,
 }

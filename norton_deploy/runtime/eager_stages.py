@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, maskrcnn_inference
+from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from norton_deploy.structures import Detections
@@ -145,13 +145,6 @@ class EagerStages:
         heads, boxes = self.model.roi_heads, _tensor(outputs["boxes"])
         pooled = heads.keypoint_roi_pool(feature_maps(stages, "fpn."), list(boxes), [self.image_size] * len(boxes))
         result: npt.NDArray[np.float32] = heads.keypoint_predictor(heads.keypoint_head(pooled)).numpy()
-        return result
-
-    def keypoints(self, stages: Arrays, outputs: Arrays) -> npt.NDArray[np.float32]:
-        """The graph's heatmaps and boxes -> keypoints [B * D, K, 2] in pixels."""
-        boxes = _tensor(outputs["boxes"]).reshape(-1, 4)
-        points, _ = heatmaps_to_keypoints(_tensor(stages["heatmaps"]), boxes)
-        result: npt.NDArray[np.float32] = points[..., :2].numpy()
         return result
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnxruntime
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
@@ -20,8 +18,10 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import STAGE_PREFIX, read_contract
 from norton_deploy.runtime.detection_matching import Pairing, pair_detections
 from norton_deploy.runtime.eager_stages import Arrays, EagerStages, without_resize
+from norton_deploy.runtime.keypoint_ties import keypoint_distances
 from norton_deploy.runtime.letterbox import Letterbox
 from norton_deploy.runtime.mask_paste import paste_masks
+from norton_deploy.runtime.staged_graph import cpu_session, run, with_stage_outputs
 from norton_deploy.structures import Detections, MaskPaste
 
 Image = npt.NDArray[np.uint8]
@@ -177,8 +177,8 @@ def check_parity(
             for name, value in everything.items()
             if name.startswith(STAGE_PREFIX)
         }
-        compare_stages(report, eager, batch, stages, everything, limits)
-        compare_final(report, eager, batch, outputs, contract, limits)
+        ambiguous = compare_stages(report, eager, batch, stages, everything, limits)
+        compare_final(report, eager, batch, outputs, contract, limits, ambiguous)
         report.images += len(batch)
         for flag in report.inexact:
             report.inexact[flag] += int(not outputs[flag].all())
@@ -187,8 +187,12 @@ def check_parity(
 
 def compare_stages(
     report: ParityReport, eager: EagerStages, batch: Image, stages: Arrays, outputs: Arrays, limits: Tolerances
-) -> None:
-    """Every stage from the graph's input to it; `outputs` and `stages` are of the same run."""
+) -> npt.NDArray[np.bool_] | None:
+    """Every stage from the graph's input to it; `outputs` and `stages` are of the same run.
+
+    Returns:
+        With keypoints: which have several maxima, [B, D, K].
+    """
     for name, expected in (
         ("backbone", eager.backbone(batch)),
         ("fpn", eager.fpn(stages)),
@@ -216,8 +220,13 @@ def compare_stages(
         gap_relative = relative_difference(heatmaps, {"heatmaps": stages["heatmaps"][real]})
         report.record("heatmaps", "largest relative difference", gap_relative, limits.tensor)
         points = outputs["keypoints"].reshape(-1, *outputs["keypoints"].shape[2:])[real][..., :2]
-        gap = np.linalg.norm(eager.keypoints(stages, outputs)[real] - points, axis=-1)
+        boxes = outputs["boxes"].reshape(-1, 4)[real]
+        gap, ties = keypoint_distances(stages["heatmaps"][real], boxes, points, limits.keypoint_px)
         report.record("keypoints", "distance, px", quantile(gap, limits.share), limits.keypoint_px)
+        ambiguous = np.zeros((len(real), points.shape[1]), bool)
+        ambiguous[real] = ties
+        return ambiguous.reshape(*outputs["labels"].shape, -1)
+    return None
 
 
 def compare_final(
@@ -227,11 +236,14 @@ def compare_final(
     outputs: Arrays,
     contract: dict[str, Any],
     limits: Tolerances,
+    ambiguous: npt.NDArray[np.bool_] | None,
 ) -> None:
-    """The detections of the whole graph against those of the whole model."""
+    """The detections of the whole graph against those of the whole model; `ambiguous` keypoints may differ."""
     for index, expected in enumerate(eager.whole(batch)):
         found = detections_of(outputs, index, eager.image_size, mask_paste=contract["mask_paste"])
         pairing = pair(eager, expected, found, limits)
+        if ambiguous is not None and pairing.keypoint_px is not None:
+            pairing.keypoint_px[ambiguous[index, pairing.pairs[:, 1]]] = 0.0
         report.detections += len(found)
         record_pairing(report, "final", pairing, len(expected) + len(found), limits)
 
@@ -279,30 +291,6 @@ def detections_of(
     )
     keypoints = np.asarray(outputs["keypoints"][index, :count]) if "keypoints" in outputs and paste else None
     return Detections(part["boxes"], part["scores"], part["labels"].astype(np.int64), image_size, masks, keypoints)
-
-
-def with_stage_outputs(onnx_path: str | Path) -> bytes:
-    """The graph with its stage tensors as further outputs."""
-    model = onnx.load_model(onnx_path)
-    stages = [value for value in model.graph.value_info if value.name.startswith(STAGE_PREFIX)]
-    if not stages:
-        raise UserError(f"{onnx_path}: its stage tensors are gone; check the file as export_onnx wrote it")
-    model.graph.output.extend(stages)
-    content: bytes = model.SerializeToString()
-    return content
-
-
-def cpu_session(content: bytes) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
-def run(session: onnxruntime.InferenceSession, input_name: str, images: npt.NDArray[np.generic]) -> Arrays:
-    """All outputs by name."""
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {input_name: images}), strict=True))
 
 
 def canvases(images: Sequence[Image], batch: int, size: tuple[int, int]) -> Iterator[Image]:
