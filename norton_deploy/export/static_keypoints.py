@@ -27,6 +27,8 @@ CUBIC_A = -0.75
 """Coefficient of PyTorch's bicubic kernel."""
 BORDER = 2
 """Rows by which a heatmap is extended, so that the kernel's taps past the border repeat the edge."""
+STEEP = 1.0e30
+"""Factor that sends every pixel that is not a local maximum far below all that are."""
 NOWHERE = -3.0e38
 """Below every heatmap value; finite, since an infinity times a zero weight would be NaN."""
 
@@ -104,33 +106,37 @@ class StaticKeypointHead(nn.Module):
         count, keypoints, size = heatmaps.shape[:3]
         extended = F.pad(heatmaps, (BORDER, BORDER, BORDER, BORDER), mode="replicate")
 
-        x_coarse, x_inside = self.coarse_pixels(columns)
-        y_coarse, y_inside = self.coarse_pixels(rows)
+        x_coarse, x_outside = self.coarse_pixels(columns)
+        y_coarse, y_outside = self.coarse_pixels(rows)
         x_weights = cubic_weights(x_coarse, columns, size)[:, None]
         y_weights = cubic_weights(y_coarse, rows, size)[:, None]
+        # Sums with 0 or NOWHERE instead of selections: engines run them several times faster.
         coarse = y_weights @ extended @ x_weights.transpose(-1, -2)
-        inside = y_inside[:, None, :, None] & x_inside[:, None, None, :]
-        coarse = torch.where(inside, coarse, NOWHERE)
-        highest_near = F.max_pool2d(coarse, kernel_size=3, stride=1, padding=1)
-        peaks = torch.where(coarse >= highest_near, coarse, NOWHERE).flatten(2)
+        coarse = coarse + (y_outside[:, None, :, None] + x_outside[:, None, None, :]).clamp(min=NOWHERE)
+        below = coarse - F.max_pool2d(coarse, kernel_size=3, stride=1, padding=1)
+        peaks = (coarse + below * STEEP).flatten(2)
         index = peaks.topk(min(self.peaks, peaks.shape[-1]), dim=-1).indices
         y_peak = torch.div(index, self.coarse, rounding_mode="floor")
         x_peak = index - y_peak * self.coarse
         found = index.shape[-1]
 
-        x_window = self.window(x_coarse, x_peak.reshape(count, -1)).reshape(count, keypoints, found, -1)
-        y_window = self.window(y_coarse, y_peak.reshape(count, -1)).reshape(count, keypoints, found, -1)
-        side = x_window.shape[-1]
-        maps = count * keypoints
-        x_weights = cubic_weights(x_window.reshape(count, -1), columns, size).reshape(maps * found, side, -1)
-        y_weights = cubic_weights(y_window.reshape(count, -1), rows, size).reshape(maps, found * side, -1)
-        by_row = torch.bmm(y_weights, extended.reshape(maps, size + 2 * BORDER, size + 2 * BORDER))
-        fine = torch.bmm(by_row.reshape(maps * found, side, -1), x_weights.transpose(-1, -2))
-        fine = fine.reshape(count, keypoints, found, side, side)
-        limits = rows[:, :, None, None], columns[:, :, None, None]
-        y_inside = (y_window >= 0) & (y_window < limits[0])
-        x_inside = (x_window >= 0) & (x_window < limits[1])
-        fine = torch.where(y_inside[..., :, None] & x_inside[..., None, :], fine, NOWHERE)
+        x_window, x_start, x_weights, x_outside = self.window(x_coarse, x_peak.reshape(count, -1), columns, size)
+        y_window, y_start, y_weights, y_outside = self.window(y_coarse, y_peak.reshape(count, -1), rows, size)
+        side, cell_count = x_weights.shape[-2:]
+        windows = count * keypoints * found
+        step = torch.arange(cell_count, device=x_start.device)
+        width = size + 2 * BORDER
+        owner = torch.arange(count * keypoints, device=x_start.device).repeat_interleave(found) * (width * width)
+        row = owner[:, None] + (y_start.reshape(-1, 1) + step) * width
+        patch_index = row[:, :, None] + (x_start.reshape(-1, 1) + step)[:, None, :]
+        patches = extended.reshape(-1).index_select(0, patch_index.reshape(-1))
+        patches = patches.reshape(windows, cell_count, cell_count)
+        by_row = torch.bmm(y_weights.reshape(windows, side, cell_count), patches)
+        fine = torch.bmm(by_row, x_weights.reshape(windows, side, cell_count).transpose(-1, -2))
+        outside = y_outside.reshape(windows, side, 1) + x_outside.reshape(windows, 1, side)
+        fine = (fine + outside.clamp(min=NOWHERE)).reshape(count, keypoints, found, side, side)
+        x_window = x_window.reshape(count, keypoints, found, side)
+        y_window = y_window.reshape(count, keypoints, found, side)
 
         score, best = fine.flatten(2).topk(1, dim=-1)
         peak = torch.div(best, side * side, rounding_mode="floor")
@@ -141,16 +147,41 @@ class StaticKeypointHead(nn.Module):
         return x[..., 0], y[..., 0], score[..., 0]
 
     def coarse_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole pixels spread over each axis of `pixels` [N, 1]; [N, coarse] and whether each exists."""
+        """Whole pixels spread over each axis of `pixels` [N, 1]; [N, coarse], and 0 or NOWHERE where none is left."""
         sample = torch.arange(self.coarse, device=pixels.device, dtype=pixels.dtype)[None]
         spread = torch.floor((sample + 0.5) * pixels / self.coarse)
         chosen = torch.where(pixels <= self.coarse, sample + 0.0 * pixels, spread)
-        return chosen, chosen < pixels
+        return chosen, torch.where(chosen < pixels, 0.0, NOWHERE)
 
-    def window(self, coarse: Tensor, peak: Tensor) -> Tensor:
-        """True pixels around coarse samples: [N, coarse], index [N, Q] -> [N, Q, 2 * reach + 1]."""
+    def window(self, coarse: Tensor, peak: Tensor, pixels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The true pixels around coarse samples along one axis, and how they read the heatmap's cells near them.
+
+        A window spans few cells: at `coarse` pixels or more, `reach` pixels are at most reach * size / coarse cells.
+        In a smaller RoI, where the coarse samples are all pixels, the window is cut to as many cells.
+
+        Args:
+            coarse: [N, coarse] pixels.
+            peak: [N, Q] index of each window's middle.
+            pixels: [N, 1], size of the RoI.
+            size: S, cells of the heatmap.
+
+        Returns:
+            pixels [N, Q, W], index of the first cell of the extended heatmap [N, Q], weights of T cells from there
+            [N, Q, W, T], and 0 or NOWHERE for pixels that do not count [N, Q, W].
+        """
         offsets = torch.arange(-self.reach, self.reach + 1, device=coarse.device, dtype=coarse.dtype)
-        return coarse.gather(1, peak)[..., None] + offsets
+        middle = coarse.gather(1, peak)
+        window = middle[..., None] + offsets
+        span = self.reach * size / self.coarse
+        cell_count = min(int(2 * span) + 6, size + 2 * BORDER)
+        first = torch.floor(cells(middle, pixels, size) - span) - 1
+        first = first.clamp(min=-BORDER, max=size + BORDER - cell_count)
+        taps = first[..., None] + torch.arange(cell_count, device=coarse.device, dtype=coarse.dtype)
+        position = cells(window, pixels[..., None], size)
+        weights = cubic(position[..., None] - taps[:, :, None, :])
+        near = offsets.abs() * (self.coarse / self.reach) <= pixels[..., None]
+        counts = (window >= 0) & (window < pixels[..., None]) & near
+        return window, (first + BORDER).to(torch.int64), weights, torch.where(counts, 0.0, NOWHERE)
 
 
 def cubic_weights(pixels: Tensor, target: Tensor, source: int) -> Tensor:
@@ -164,9 +195,22 @@ def cubic_weights(pixels: Tensor, target: Tensor, source: int) -> Tensor:
     Returns:
         [N, Q, source + 4], weights of the input extended by `BORDER` repeated pixels on both sides.
     """
-    position = (pixels + 0.5) * (source / target) - 0.5
     taps = torch.arange(-BORDER, source + BORDER, device=pixels.device, dtype=pixels.dtype)
-    distance = (position[..., None] - taps).abs()
-    near = ((CUBIC_A + 2) * distance - (CUBIC_A + 3)) * distance * distance + 1
-    far = ((CUBIC_A * distance - 5 * CUBIC_A) * distance + 8 * CUBIC_A) * distance - 4 * CUBIC_A
-    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    return cubic(cells(pixels, target, source)[..., None] - taps)
+
+
+def cells(pixels: Tensor, target: Tensor, source: int) -> Tensor:
+    """Where pixels of a map resized to `target` pixels lie on its `source` cells (align_corners=False)."""
+    return (pixels + 0.5) * (source / target) - 0.5
+
+
+def cubic(distance: Tensor) -> Tensor:
+    """PyTorch's bicubic kernel (Keys, a = -0.75), elementwise; 0 from a distance of 2 on.
+
+    Each of its two pieces vanishes with its own clamped argument, so their sum needs no case distinction.
+    """
+    near = distance.abs()
+    far = (near - 1).clamp(min=0, max=1)
+    near = near.clamp(max=1)
+    rest = 1 - far
+    return 1 - near * near * ((CUBIC_A + 3) - (CUBIC_A + 2) * near) + CUBIC_A * far * (rest * rest)
