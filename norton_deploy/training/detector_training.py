@@ -17,7 +17,7 @@ from norton_deploy.evaluation.detector_evaluation import Detector, evaluate_dete
 from norton_deploy.modeling.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batch import Batch, Evaluation
-from norton_deploy.training.initial_weights import initial_detector
+from norton_deploy.training.initial_weights import initial_detector, training_categories
 from norton_deploy.training.loaders import SampledBatches, collate_detections
 from norton_deploy.training.resume import seed_step
 from norton_deploy.training.run_folder import RunFolder
@@ -91,6 +91,7 @@ def train_detector(
         keep_empty=settings.keep_empty,
         skip_bad=settings.skip_bad,
     )
+    train.categories = training_categories(settings.task, train.categories, settings.init)
     val = CocoDetection(settings.data, "val", settings.task, categories=train.categories, skip_bad=settings.skip_bad)
     seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
     start = initial_detector(settings.task, train.categories, settings.detector, init=settings.init, plan=settings.plan)

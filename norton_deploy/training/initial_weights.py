@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from norton_deploy.checkpoint import Checkpoint, load_weights
+from norton_deploy.checkpoint import Checkpoint, load_weights, read_header
 from norton_deploy.errors import UserError
 from norton_deploy.model_source import open_model
 from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
@@ -25,6 +25,23 @@ class InitialModel:
     settings: DetectorSettings | ClassifierSettings
     plan: CompressionPlan | None
     origin: str
+
+
+def training_categories(task: Task, data: Categories, init: Path | None) -> Categories:
+    """The labels to train with: the checkpoint's own when it detects the data's categories, so that its heads fit.
+
+    Models of torchvision label COCO's categories by their ids, those of other frameworks 1 to 80.
+
+    Args:
+        task: box, mask or keypoint.
+        data: categories of the training data.
+        init: a checkpoint or a .pth file, or None.
+    """
+    if init is None or init.suffix != ".safetensors":
+        return data
+    header = read_header(init)
+    is_same = header.task == task and set(header.categories.ids) == set(data.ids)
+    return header.categories if is_same else data
 
 
 def initial_detector(

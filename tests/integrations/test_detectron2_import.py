@@ -9,13 +9,15 @@ import torch
 import yaml
 from seeded import HERE, TASKS, seeded_weights, zoo_shapes
 
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.commands import run
 from norton_deploy.errors import UserError
 from norton_deploy.integrations.detectron2_checkpoint import import_detectron2
 from norton_deploy.integrations.detectron2_config import read_config
 from norton_deploy.integrations.detectron2_weights import detectron2_name
 from norton_deploy.modeling.detectors import build_dense_detector
+from norton_deploy.structures import Categories
+from norton_deploy.training.initial_weights import training_categories
 
 PARAMETERS = {"box": 41_699_936, "mask": 44_343_216, "keypoint": 59_133_158}
 CONFIG = HERE / "configs" / "box.yaml"
@@ -171,6 +173,18 @@ def test_command_writes_a_checkpoint_that_loads(
     assert checkpoint.header.lineage[-1]["source"] == str(source)
     assert run("import_detectron2", [*arguments[:3], str(tmp_path / "none.pkl"), *arguments[4:]]) == 1
     assert "none.pkl: cannot read" in capsys.readouterr().err
+
+
+def test_fine_tuning_keeps_the_labels_of_the_imported_model(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    imported = import_detectron2(CONFIG, save(tmp_path / "m.pkl", weights))
+    path = tmp_path / "imported.safetensors"
+    save_checkpoint(path, imported.model, imported.header)
+    own = imported.header.categories
+    data = Categories(own.ids, own.ids, own.names)  # torchvision's labels of the same categories
+    assert training_categories("box", data, path) == own != data
+    assert training_categories("mask", data, path) == data
+    assert training_categories("box", Categories((1, 2), (1, 2), ("a", "b")), path).labels == (1, 2)
+    assert training_categories("box", data, None) == data
 
 
 def test_categories_of_other_data(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
