@@ -32,7 +32,8 @@ from norton_deploy.modeling.detectors import FREEZING_ORDER, build_dense_detecto
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 CLASSIFICATION_LAYER = "fc."
-logger = logging.getLogger(__name__)
+# Below Detectron2's own logger, which its tools set up for printing.
+logger = logging.getLogger("detectron2.norton_deploy")
 
 
 class NortonBackbone(Backbone):  # type: ignore[misc]

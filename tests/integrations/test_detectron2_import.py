@@ -8,13 +8,14 @@ import pytest
 import torch
 import yaml
 from seeded import HERE, TASKS, seeded_weights, zoo_shapes
+from torch import nn
 
 from norton_deploy.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.commands import run
 from norton_deploy.errors import UserError
 from norton_deploy.integrations.detectron2_checkpoint import import_detectron2
 from norton_deploy.integrations.detectron2_config import read_config
-from norton_deploy.integrations.detectron2_weights import detectron2_name
+from norton_deploy.integrations.detectron2_weights import convert_weights, detectron2_name
 from norton_deploy.modeling.detectors import build_dense_detector
 from norton_deploy.structures import Categories
 from norton_deploy.training.initial_weights import training_categories
@@ -38,6 +39,17 @@ def weights() -> dict[str, np.ndarray]:
 def save(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     path.write_bytes(pickle.dumps({"model": tensors}))
     return path
+
+
+def convert(config: Path, tensors: dict[str, np.ndarray], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The conversion alone, without files of 170 MB."""
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    return convert_weights(state, model, read_config(config), "m.pkl")
+
+
+@pytest.fixture(scope="module")
+def faster_rcnn() -> nn.Module:
+    return build_dense_detector("box", read_config(CONFIG).settings())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -68,8 +80,8 @@ def test_settings_of_the_zoo() -> None:
     assert settings.train_short_sides == (128, 160) and settings.rpn_post_nms == (100, 60)
 
 
-def test_weights_are_permuted_as_documented(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
-    state = import_detectron2(CONFIG, save(tmp_path / "m.pkl", weights)).model.state_dict()
+def test_weights_are_permuted_as_documented(weights: dict[str, np.ndarray], faster_rcnn: nn.Module) -> None:
+    state = convert(CONFIG, weights, faster_rcnn)
     stem = torch.from_numpy(weights["backbone.bottom_up.stem.conv1.weight"])
     assert torch.equal(state["backbone.body.conv1.weight"], stem[:, [2, 1, 0]])
     classes = torch.from_numpy(weights["roi_heads.box_predictor.cls_score.bias"])
@@ -79,36 +91,37 @@ def test_weights_are_permuted_as_documented(tmp_path: Path, weights: dict[str, n
     assert torch.equal(boxes[4:], torch.from_numpy(weights["roi_heads.box_predictor.bbox_pred.bias"]))
 
 
-def test_class_agnostic_boxes_and_rgb(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+def test_class_agnostic_boxes_and_rgb(tmp_path: Path, weights: dict[str, np.ndarray], faster_rcnn: nn.Module) -> None:
     head = {"CLS_AGNOSTIC_BBOX_REG": True}
     config = write_config(tmp_path / "c.yaml", MODEL={"ROI_BOX_HEAD": head}, INPUT={"FORMAT": "RGB"})
     changed = dict(weights)
     for kind in ("weight", "bias"):
         name = f"roi_heads.box_predictor.bbox_pred.{kind}"
         changed[name] = weights[name][:4]
-    state = import_detectron2(config, save(tmp_path / "m.pkl", changed)).model.state_dict()
+    state = convert(config, changed, faster_rcnn)
     shared = torch.from_numpy(changed["roi_heads.box_predictor.bbox_pred.bias"])
     assert torch.equal(state["roi_heads.box_predictor.bbox_pred.bias"][4:].reshape(80, 4), shared.expand(80, 4))
     stem = torch.from_numpy(weights["backbone.bottom_up.stem.conv1.weight"])
     assert torch.equal(state["backbone.body.conv1.weight"], stem)
 
 
-def test_pixels_and_anchors_in_older_files_are_checked(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+def test_pixels_and_anchors_in_older_files_are_checked(weights: dict[str, np.ndarray], faster_rcnn: nn.Module) -> None:
     old = dict(weights)
     old["pixel_mean"] = np.array([103.53, 116.28, 123.675], np.float32).reshape(3, 1, 1)
     side, half = 32 / np.sqrt(2), 32 * np.sqrt(2)
     cell = np.array([[half, side], [32, 32], [side, half]], np.float32) / 2
     name = "proposal_generator.anchor_generator.cell_anchors.0"
     old[name] = np.concatenate([-cell, cell], axis=1).astype(np.float32)
-    import_detectron2(CONFIG, save(tmp_path / "m.pkl", old))
+    convert(CONFIG, old, faster_rcnn)
     with pytest.raises(UserError, match="holds other anchors"):
-        import_detectron2(CONFIG, save(tmp_path / "m.pkl", old | {name: old[name] + 1}))
+        convert(CONFIG, old | {name: old[name] + 1}, faster_rcnn)
     with pytest.raises(UserError, match=r"'pixel_mean' is .* MODEL.PIXEL_MEAN"):
-        import_detectron2(CONFIG, save(tmp_path / "m.pkl", old | {"pixel_mean": old["pixel_mean"][::-1].copy()}))
+        convert(CONFIG, old | {"pixel_mean": old["pixel_mean"][::-1].copy()}, faster_rcnn)
 
 
-def test_first_key_that_does_not_fit_is_named(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
-    path = tmp_path / "m.pkl"
+def test_first_key_that_does_not_fit_is_named(
+    tmp_path: Path, weights: dict[str, np.ndarray], faster_rcnn: nn.Module
+) -> None:
     lateral = "backbone.fpn_lateral3.weight"
     cases = {
         f"key '{lateral}' has shape .256, 511, 1, 1., expected .256, 512, 1, 1.": weights
@@ -119,9 +132,9 @@ def test_first_key_that_does_not_fit_is_named(tmp_path: Path, weights: dict[str,
     }
     for message, tensors in cases.items():
         with pytest.raises(UserError, match=message):
-            import_detectron2(CONFIG, save(path, tensors))
+            convert(CONFIG, tensors, faster_rcnn)
     with pytest.raises(UserError, match=r"mask_head.* is missing"):
-        import_detectron2(HERE / "configs" / "mask.yaml", save(path, weights))
+        import_detectron2(HERE / "configs" / "mask.yaml", save(tmp_path / "m.pkl", weights))
 
 
 @pytest.mark.parametrize(
