@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -176,12 +176,11 @@ def measure_sensitivity(
         resume=settings.resume, seed=settings.seed,
     )  # fmt: skip
     with tqdm(total=Sensitivity.count(decisions), desc="sensitivity", unit="choice", disable=None) as bar:
-        sensitivity.measure(decisions, lambda _: advance(bar))
+        sensitivity.measure(decisions, lambda _: _advance(bar))
     return sensitivity
 
 
-def advance(bar: "tqdm[Any]") -> None:
-    """One step of a progress bar."""
+def _advance(bar: "tqdm[NoReturn]") -> None:
     bar.update()
 
 
