@@ -83,6 +83,7 @@ def reduced_detector(task: Task, num_classes: int = 6, frozen: bool = False, **c
 @cache
 def compressed_detector(task: Task) -> FasterRCNN:
     """`reduced_detector` with every 3x3 convolution of its body's second to fourth stage as a rank-2 CPDBlock."""
+    torch.manual_seed(7)
     model = copy.deepcopy(reduced_detector(task))
     for stage in ("layer2", "layer3", "layer4"):
         for block in model.backbone.body[stage]:
