@@ -39,7 +39,7 @@ class Settings:
     """Steps of 32 object crops that pretrain the dense ResNet-50, the stand-in for ImageNet."""
     finetune_steps: int = 60
     """Steps of 32 object crops that the compressed ResNet-50 is fine-tuned for."""
-    detector_steps: int = 350
+    detector_steps: int = 450
     """Steps of 4 images that the dense and the compressed detector are trained for, each."""
     seed: int = 0
     """Seed of the data and of the training."""
