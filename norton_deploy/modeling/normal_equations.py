@@ -12,8 +12,9 @@ from torch import Tensor
 
 from norton_deploy.factorization.cp import CPFactors
 
-RIDGE = 1e-8
-"""Weight of staying at the present solution, relative to the mean squared input; decides only where data does not."""
+RIDGES = (1e-8, 1e-3, 1e-1)
+"""Weights of staying at the present solution, relative to the mean squared input. With the smallest it decides only
+where the data does not; with few samples per unknown the larger ones keep the fit from following their noise."""
 CHUNK_NUMBERS = 2**24
 
 
@@ -69,6 +70,17 @@ class NormalEquations:
             torch.zeros_like(self.output_sum),
         )
 
+    def merged(self, other: "NormalEquations") -> "NormalEquations":
+        """The sums over the samples of both."""
+        return NormalEquations(
+            self.samples + other.samples,
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.energy + other.energy,
+            self.input_sum + other.input_sum,
+            self.output_sum + other.output_sum,
+        )
+
     def bias(self, weight: Tensor) -> Tensor:
         """The best bias [O] of a layer with these weights [O, F]."""
         return (self.output_sum - weight.double() @ self.input_sum) / max(self.samples, 1)
@@ -82,13 +94,13 @@ class NormalEquations:
             error = error + 2 * b * (w @ self.input_sum - self.output_sum) + self.samples * b.square()
         return error.clamp(min=0)
 
-    def fit(self, weight: Tensor) -> Tensor:
+    def fit(self, weight: Tensor, ridge: float = RIDGES[0]) -> Tensor:
         """The least-squares weights [O, F], float64, closest to the present `weight` [O, F]."""
         w = weight.double()
-        return w + _solve(self.gram, self.cross - self.gram @ w.T).T
+        return w + _solve(self.gram, self.cross - self.gram @ w.T, ridge).T
 
 
-def fit_factors(equations: NormalEquations, factors: CPFactors, sweeps: int) -> CPFactors:
+def fit_factors(equations: NormalEquations, factors: CPFactors, sweeps: int, ridge: float = RIDGES[0]) -> CPFactors:
     """Least-squares CP factors of a CPDBlock from data: C, A and B in turn, each exactly given the other two.
 
     With A and B fixed the output is linear in C (eq. 4-6 with the spatial kernels as known filters), likewise in A
@@ -104,7 +116,7 @@ def fit_factors(equations: NormalEquations, factors: CPFactors, sweeps: int) -> 
     steps = (_channel_factor, _vertical_factor, _horizontal_factor) * sweeps + (_channel_factor,)
     error = _factor_error(equations, A, B, C)
     for step in steps:
-        candidate = step(equations, A, B, C)
+        candidate = step(equations, A, B, C, ridge)
         candidate_error = _factor_error(equations, *candidate)
         better = (candidate_error < error)[:, None, None]
         A, B, C = (torch.where(better, new, old) for new, old in zip(candidate, (A, B, C), strict=True))
@@ -117,7 +129,9 @@ def _factor_error(equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor) -
     return equations.squared_error(weight.flatten(1))
 
 
-def _channel_factor(equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_factor(
+    equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Best C for the spatial kernels of A and B."""
     filters, channels, rank = C.shape
     kernels = torch.einsum("ohr,owr->ohwr", A, B).flatten(1, 2)  # [O, P, R]
@@ -133,26 +147,30 @@ def _channel_factor(equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor)
         normal = (gram @ pairs).view(channels, channels, -1, rank, rank)
         normal = torch.einsum("ijors->oirjs", normal).flatten(3).flatten(1, 2)
         present = C[part].flatten(1)[..., None]
-        change = _solve(normal, wanted[part].flatten(1)[..., None] - normal @ present)
+        change = _solve(normal, wanted[part].flatten(1)[..., None] - normal @ present, ridge)
         fitted[part] = (present + change).view(-1, channels, rank)
     return A, B, fitted
 
 
-def _vertical_factor(equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _vertical_factor(
+    equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Best A for given B and C."""
     eye = torch.eye(A.shape[1], dtype=A.dtype)
-    fitted = _small_factor(equations, A, lambda part: torch.einsum("hg,owr,oir->ihwogr", eye, B[part], C[part]))
+    fitted = _small_factor(equations, A, ridge, lambda part: torch.einsum("hg,owr,oir->ihwogr", eye, B[part], C[part]))
     return fitted, B, C
 
 
-def _horizontal_factor(equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _horizontal_factor(
+    equations: NormalEquations, A: Tensor, B: Tensor, C: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Best B for given A and C."""
     eye = torch.eye(B.shape[1], dtype=B.dtype)
-    fitted = _small_factor(equations, B, lambda part: torch.einsum("ohr,wg,oir->ihwogr", A[part], eye, C[part]))
+    fitted = _small_factor(equations, B, ridge, lambda part: torch.einsum("ohr,wg,oir->ihwogr", A[part], eye, C[part]))
     return A, fitted, C
 
 
-def _small_factor(equations: NormalEquations, factor: Tensor, embedding: object) -> Tensor:
+def _small_factor(equations: NormalEquations, factor: Tensor, ridge: float, embedding: object) -> Tensor:
     """Best factor [O, K, R], whose effect on the weights is linear: weights [I, Kh, Kw] = embedding @ factor."""
     assert callable(embedding)
     filters, size, rank = factor.shape
@@ -166,13 +184,13 @@ def _small_factor(equations: NormalEquations, factor: Tensor, embedding: object)
         normal = torch.einsum("fok,fol->okl", design, moved)
         wanted = torch.einsum("fok,fo->ok", design, equations.cross[:, part])[..., None]
         present = factor[part].flatten(1)[..., None]
-        fitted[part] = (present + _solve(normal, wanted - normal @ present)).view(-1, size, rank)
+        fitted[part] = (present + _solve(normal, wanted - normal @ present, ridge)).view(-1, size, rank)
     return fitted
 
 
-def _solve(normal: Tensor, right: Tensor) -> Tensor:
+def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     """(normal + ridge) x = right for symmetric positive semidefinite [..., n, n] and [..., n, m]."""
     size = normal.shape[-1]
     level = normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
-    regular = normal + RIDGE * level[..., None, None] * torch.eye(size, dtype=normal.dtype)
+    regular = normal + ridge * level[..., None, None] * torch.eye(size, dtype=normal.dtype)
     return torch.cholesky_solve(right, torch.linalg.cholesky(regular))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.factorization.cp import CPFactors
 from norton_deploy.modeling.compress import channel_groups
 from norton_deploy.modeling.cpd_block import CPDBlock
-from norton_deploy.modeling.normal_equations import NormalEquations, fit_factors
+from norton_deploy.modeling.normal_equations import RIDGES, NormalEquations, fit_factors
 from norton_deploy.modeling.probe import Probe, run_stages
 
 SAMPLES = 8192
@@ -88,8 +89,8 @@ def refit(
     targets = _dense_outputs(dense, order, _budgets(small, order, samples), channels, probes, seed)
     results = []
     for name in order:
-        equations = _collect(small, name, targets.pop(name), probes)
-        results.append(_refit_layer(small.get_submodule(name), equations, name, sweeps))
+        halves = _collect(small, name, targets.pop(name), probes)
+        results.append(_refit_layer(small.get_submodule(name), halves, name, sweeps))
         report(name)
     small.train(modes[0]), dense.train(modes[1])
     return results
@@ -165,27 +166,35 @@ def _dense_outputs(
     return found
 
 
-def _collect(small: nn.Module, name: str, targets: list[list[_Call]], probes: Sequence[Probe]) -> NormalEquations:
-    """Normal equations of one layer: its inputs in the small model, the dense layer's outputs."""
+def _collect(
+    small: nn.Module, name: str, targets: list[list[_Call]], probes: Sequence[Probe]
+) -> tuple[NormalEquations, NormalEquations]:
+    """Normal equations of one layer, its inputs in the small model and the dense layer's outputs, in two halves."""
     layer = small.get_submodule(name)
-    equations = NormalEquations.empty(_inputs(layer), targets[0][0].wanted.shape[1])
+    empty = _inputs(layer), targets[0][0].wanted.shape[1]
+    halves = NormalEquations.empty(*empty), NormalEquations.empty(*empty)
     pending: list[_Call] = []
 
     def take(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         call = pending.pop(0)
-        equations.add(input_patches(layer, inputs[0], call.positions), call.wanted)
+        patches = input_patches(layer, inputs[0], call.positions)
+        if len(probes) > 1:
+            halves[index % 2].add(patches, call.wanted)
+        else:
+            halves[0].add(patches[::2], call.wanted[::2])
+            halves[1].add(patches[1::2], call.wanted[1::2])
         if not pending:
             raise _Reached
 
     handle = layer.register_forward_pre_hook(take)
-    for probe, calls in zip(probes, targets, strict=True):
+    for index, (probe, calls) in enumerate(zip(probes, targets, strict=True)):  # noqa: B007 (read by `take`)
         pending[:] = calls
         try:
             run_stages(small, probe)
         except _Reached:
             continue
     handle.remove()
-    return equations
+    return halves
 
 
 def input_patches(layer: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
@@ -213,8 +222,15 @@ def input_patches(layer: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
     return torch.einsum("phwi->pihw", patches).flatten(1)
 
 
-def _refit_layer(layer: nn.Module, equations: NormalEquations, name: str, sweeps: int) -> LayerRefit:
-    """Solve one layer, filter by filter taking only what is better."""
+def _refit_layer(
+    layer: nn.Module, halves: tuple[NormalEquations, NormalEquations], name: str, sweeps: int
+) -> LayerRefit:
+    """Solve one layer, filter by filter taking only what is better.
+
+    A fit on one half of the samples is tried on the other half with every ridge; if none helps there, too few
+    samples were given for so many unknowns and the layer stays.
+    """
+    equations = halves[0].merged(halves[1])
     old = layer.dense_weight() if isinstance(layer, CPDBlock) else layer.weight
     old = old.detach().flatten(1)  # type: ignore[operator]
     old_bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
@@ -222,25 +238,40 @@ def _refit_layer(layer: nn.Module, equations: NormalEquations, name: str, sweeps
     energy = float(equations.energy.sum())
     if energy == 0 or float(before.sum()) <= EXACT * energy:
         return LayerRefit(name, 0.0, 0.0)
-    problem = equations if old_bias is None else equations.centred()
-    if isinstance(layer, CPDBlock):
-        factors = fit_factors(problem, layer.factors(), sweeps)
-        new = factors.reconstruct().flatten(1)
-    else:
-        new = problem.fit(old).float()
-    new_bias = None if old_bias is None else equations.bias(new).float()
+    held_out = {
+        ridge: float(halves[1].squared_error(*_solution(layer, halves[0], old, ridge, 1)[:2]).sum()) for ridge in RIDGES
+    }
+    ridge = min(held_out, key=held_out.__getitem__)
+    if held_out[ridge] >= float(halves[1].squared_error(old, old_bias).sum()):
+        return LayerRefit(name, float(before.sum()) / energy, float(before.sum()) / energy)
+    new, new_bias, factors = _solution(layer, equations, old, ridge, sweeps)
     after = equations.squared_error(new, new_bias)
     better = after < before
-    if isinstance(layer, CPDBlock):
+    if isinstance(layer, CPDBlock) and factors is not None:
         present = layer.factors()
         chosen = (
             torch.where(better[:, None, None], fresh, stale)
             for fresh, stale in ((factors.A, present.A), (factors.B, present.B), (factors.C, present.C))
         )
-        layer.load_factors(type(factors)(*chosen))
+        layer.load_factors(CPFactors(*chosen))
     else:
         weight = layer.weight
         weight.copy_(torch.where(better[:, None], new, old).view_as(weight))  # type: ignore[operator,arg-type]
     if old_bias is not None and new_bias is not None:
         layer.bias.copy_(torch.where(better, new_bias, old_bias))  # type: ignore[operator]
     return LayerRefit(name, float(before.sum()) / energy, float(torch.minimum(before, after).sum()) / energy)
+
+
+def _solution(
+    layer: nn.Module, equations: NormalEquations, old: Tensor, ridge: float, sweeps: int
+) -> tuple[Tensor, Tensor | None, CPFactors | None]:
+    """Fitted weights [O, F], bias [O] if the layer has one, and a CPDBlock's factors."""
+    has_bias = isinstance(layer.bias, Tensor)
+    problem = equations.centred() if has_bias else equations
+    factors = None
+    if isinstance(layer, CPDBlock):
+        factors = fit_factors(problem, layer.factors(), sweeps, ridge)
+        new = factors.reconstruct().flatten(1)
+    else:
+        new = problem.fit(old, ridge).float()
+    return new, equations.bias(new).float() if has_bias else None, factors
