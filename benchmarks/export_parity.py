@@ -2,8 +2,10 @@
 
 For each task, dense and compressed, and each target: export at --image-size, then run the embedded images (and
 those of --images) through torchvision's eager model and the exported graph in ONNX Runtime. The weights are
-random, calibrated so that detections spread over scores, unless --models names checkpoints. A cell that is in
-the results file already is not run again.
+random, calibrated so that detections spread over scores; with --models the given checkpoints are exported
+instead, and --eval adds AP before and after (give it images of the graph's size: eager mode resizes others in
+its own way, and the letterbox would be measured too). A cell that is in the results file already is not run
+again.
 """
 
 import json
@@ -37,7 +39,9 @@ class Settings:
     plan: Path = Path("configs/plans/table3.yaml")
     """Plan of the compressed detectors."""
     models: tuple[Path, ...] = ()
-    """Trained checkpoints to export as well, by their own settings."""
+    """Trained checkpoints to export instead of random detectors, by their own settings."""
+    eval: Path | None = None
+    """Dataset in COCO's layout on whose val split AP is measured before and after."""
     image_size: tuple[int, int] = (192, 192)
     """Height and width of the graphs."""
     embedded: int = 50
@@ -74,7 +78,7 @@ def main() -> int:
 def _cells(settings: Settings) -> dict[str, list[str]]:
     cells = {}
     for target in ("onnxruntime", "tensorrt"):
-        for task in TASKS:
+        for task in TASKS if not settings.models else ():
             cells[f"{task}, dense, {target}"] = ["--task", task, "--target", target]
             plan = ["--plan", str(settings.plan)]
             cells[f"{task}, {settings.plan.stem}, {target}"] = ["--task", task, "--target", target, *plan]
@@ -99,6 +103,8 @@ def _export(arguments: list[str], images: list[Path], settings: Settings, folder
     height, width = settings.image_size
     argv = [*arguments, "--image-size", str(height), str(width), "--parity-images", str(len(images))]
     argv += ["--images", *map(str, images), "--out", str(folder / "graph.onnx"), "--json", str(folder / "report.json")]
+    if settings.eval is not None:
+        argv += ["--eval", str(settings.eval)]
     try:
         export_onnx.main(argv)
     except UserError as error:
@@ -114,10 +120,16 @@ def _table(results: dict) -> Table:
         last = [stage for stage in parity["stages"] if stage["name"] in ("masks", "keypoints", "final")]
         figures = "; ".join(f"{stage['measure']} {stage['worst']:.2g}" for stage in last)
         export_s = f"{cell['export_s']:.0f} s" if "export_s" in cell else "-"
-        rows.append((name, verdict, str(parity["detections"]), figures, export_s))
+        precision = cell.get("average_precision", {})
+        scores = " -> ".join(f"{precision[moment]:.4f}" for moment in ("before", "after") if moment in precision)
+        rows.append((name, verdict, str(parity["detections"]), figures, scores or "-", export_s))
     total = sum(results["images"].values())
     caption = f"Exported graphs against eager mode on {total} images ({results['images']['real']} real)"
-    return Table(("Detector, target", "Verdict", "Detections", "Worst difference", "Export"), tuple(rows), caption)
+    return Table(
+        ("Detector, target", "Verdict", "Detections", "Worst difference", "AP eager -> graph", "Export"),
+        tuple(rows),
+        caption,
+    )
 
 
 if __name__ == "__main__":
