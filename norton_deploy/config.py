@@ -74,9 +74,7 @@ def from_mapping(settings_class: type[S], values: dict[str, Any], source: str) -
     return settings_class(**checked)
 
 
-def parse_settings(
-    settings_class: type[S], argv: Sequence[str] | None = None, *, prog: str, description: str
-) -> S:
+def parse_settings(settings_class: type[S], argv: Sequence[str] | None = None, *, prog: str, description: str) -> S:
     """Fill `settings_class` from `--config FILE.yaml`, then from the command line, which wins.
 
     `--help` and command-line mistakes exit as argparse does (status 0 and 2).

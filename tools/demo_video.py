@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Run `norton demo_video` from a checkout."""
 
 import sys

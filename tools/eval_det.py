@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Run `norton eval_det` from a checkout."""
 
 import sys

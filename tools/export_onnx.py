@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Run `norton export_onnx` from a checkout."""
 
 import sys

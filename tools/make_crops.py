@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Run `norton make_crops` from a checkout."""
 
 import sys

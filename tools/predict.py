@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Run `norton predict` from a checkout."""
 
 import sys

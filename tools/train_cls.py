@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Run `norton train_cls` from a checkout."""
 
 import sys

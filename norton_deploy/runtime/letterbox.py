@@ -42,8 +42,7 @@ class Letterbox:
             raise UserError(f"image of {image_size[0]}x{image_size[1]} pixels is empty; give a real image")
         scale = min(canvas_size[0] / image_size[0], canvas_size[1] / image_size[1])
         height, width = (
-            min(max(round(side * scale), 1), limit)
-            for side, limit in zip(image_size, canvas_size, strict=True)
+            min(max(round(side * scale), 1), limit) for side, limit in zip(image_size, canvas_size, strict=True)
         )
         return cls(image_size, (height, width), canvas_size)
 

@@ -57,9 +57,7 @@ def compose_panels(
         want even sides).
     """
     panels = [
-        np.vstack(
-            [_bar(image.shape[1], f"{text.label}: {text.fps:.1f} FPS"), draw_detections(image, found, names)]
-        )
+        np.vstack([_bar(image.shape[1], f"{text.label}: {text.fps:.1f} FPS"), draw_detections(image, found, names)])
         for found, names, text in zip(detections, categories, texts, strict=True)
     ]
     joined = np.hstack(panels)

@@ -30,9 +30,7 @@ class SizeBucketPredictor(Predictor):
             if other.input_size is None:
                 raise UserError(f"{other.name}: takes any image size; size buckets are for exported graphs")
             if (other.task, other.categories) != (first.task, first.categories):
-                raise UserError(
-                    f"{other.name} and {first.name}: another task or other categories; not one model"
-                )
+                raise UserError(f"{other.name} and {first.name}: another task or other categories; not one model")
             if _weights(other) != _weights(first):
                 raise UserError(f"{other.name} and {first.name} were exported from different weights")
         self._buckets = [(_log_aspect(predictor.input_size or (1, 1)), predictor) for predictor in predictors]

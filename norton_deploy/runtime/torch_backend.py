@@ -109,8 +109,7 @@ class TorchPredictor(Predictor):
     def _to_detections(self, output: dict[str, Tensor], image_size: tuple[int, int]) -> Detections:
         # Thresholded before the copy: a quarter of the bytes. 0.5 is torchvision's and COCO's usual cut.
         arrays = {
-            name: (value[:, 0] > 0.5 if name == "masks" else value).cpu().numpy()
-            for name, value in output.items()
+            name: (value[:, 0] > 0.5 if name == "masks" else value).cpu().numpy() for name, value in output.items()
         }
         keypoints = arrays.get("keypoints")
         if keypoints is not None:

@@ -145,9 +145,7 @@ class LiveSource(FrameSource):
 
     is_live = True
 
-    def __init__(
-        self, name: str, connect: Callable[[], VideoCapture], retry: RetryPolicy | None = None
-    ) -> None:
+    def __init__(self, name: str, connect: Callable[[], VideoCapture], retry: RetryPolicy | None = None) -> None:
         """Connect once.
 
         Args:

@@ -1,6 +1,5 @@
 """norton predict: images in, annotated images and COCO JSON out."""
 
-
 import cv2
 import numpy as np
 import pytest
