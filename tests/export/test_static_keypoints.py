@@ -52,6 +52,14 @@ def test_where_the_search_differs_from_torchvision() -> None:
     assert bool((found[..., 2][wrong] < scores[wrong]).all())
 
 
+def test_small_images_have_no_coarse_step() -> None:
+    heatmaps = torch.randn(36, 17, 56, 56, generator=torch.Generator().manual_seed(5))
+    boxes = boxes_of_all_sizes(36, 150.0)
+    points, _ = heatmaps_to_keypoints(heatmaps, boxes)
+    found = head((192, 224)).keypoints(heatmaps, boxes)
+    assert float((found[..., :2] - points[..., :2]).norm(dim=-1).max()) < 0.01
+
+
 def test_too_coarse_a_search_is_what_the_test_above_would_catch() -> None:
     heatmaps, boxes = peaked_heatmaps(36, 17), boxes_of_all_sizes(36, 500.0)
     points, _ = heatmaps_to_keypoints(heatmaps, boxes)
