@@ -109,7 +109,9 @@ def _export(arguments: list[str], images: list[Path], settings: Settings, folder
         export_onnx.main(argv)
     except UserError as error:
         return {"failure": str(error)}
-    return json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    del report["file"], report["parity"]["graph"]  # A temporary file's name says nothing.
+    return report
 
 
 def _table(results: dict) -> Table:

@@ -81,7 +81,7 @@ class Settings:
     """Calls before measuring."""
     images: Path | None = None
     """Folder of photographs; without it synthetic scenes are drawn (and the results say so)."""
-    plan: Path = ROOT.parent / "configs" / "plans" / "table3.yaml"
+    plan: Path = Path("configs/plans/table3.yaml")
     """Compression plan."""
     model: Path | None = None
     """Checkpoint of a trained NORTON detector, instead of random weights (its task only)."""
