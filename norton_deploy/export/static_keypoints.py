@@ -11,8 +11,7 @@ any chosen pixels of that size as two products with cubic weights. Two steps fin
 
 In graphs for images of at most `WHOLE_SIDE` pixels step 1 takes all pixels of every RoI. In larger ones the result
 differs from torchvision's where the true maximum lies at none of the 16 best coarse maxima, or where two pixels tie
-to within rounding. A trained head has a few clear peaks; one of 100 training steps had some 180 maxima a heatmap,
-and 6 of 16,983 of its keypoints were missed that way, by at most 1 % of the heatmap's range in value.
+to within rounding. That happens on the noisy heatmaps of a head that was hardly trained, which have many maxima.
 """
 
 import torch
