@@ -3,4 +3,5 @@ import sys
 
 from norton_deploy.commands import run
 
-sys.exit(run("demo"))
+if __name__ == "__main__":
+    sys.exit(run("demo"))

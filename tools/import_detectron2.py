@@ -3,4 +3,5 @@ import sys
 
 from norton_deploy.commands import run
 
-sys.exit(run("import_detectron2"))
+if __name__ == "__main__":
+    sys.exit(run("import_detectron2"))

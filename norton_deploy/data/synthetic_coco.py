@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def _write_split(
     arguments = ([folder] * count, [split] * count, jobs, [seed] * count, [image_sizes] * count)
     bar: dict[str, Any] = {"total": count, "desc": f"{split} images", "unit": "image", "disable": not progress}
     if workers > 1 and count >= _PARALLEL_FROM:
-        with ProcessPoolExecutor(workers, initializer=_init_worker) as pool:
+        # Not forked: a child cannot use the threads that OpenCV and OpenMP have started in its parent.
+        with ProcessPoolExecutor(workers, get_context("spawn"), _init_worker) as pool:
             written = list(tqdm(pool.map(_write_image, *arguments, chunksize=8), **bar))
     else:
         written = list(tqdm(map(_write_image, *arguments), **bar))
@@ -112,7 +114,8 @@ def write_dataset(
     """Write the embedded dataset: train2017/, val2017/ and annotations/ as COCO-2017 has them.
 
     Every image depends on (seed, split, index) alone: more images or other workers change none of the others.
-    Everything is written beside `root` and renamed at the end, so `root` is never half a dataset.
+    Everything is written beside `root` and renamed at the end, so `root` is never half a dataset. With workers,
+    a script that calls this needs the usual `if __name__ == "__main__":` guard.
 
     Args:
         root: folder to make; must not exist or be empty.

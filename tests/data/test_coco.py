@@ -238,7 +238,8 @@ def test_workers_and_epochs_repeat_exactly(tiny_coco: Path) -> None:
     torch.rand(5)
     loader = DataLoader(dataset, batch_size=None, num_workers=2)
     for image, (worker_image, _) in zip(alone, loader, strict=True):
-        assert torch.equal(image, worker_image)
+        # A worker has one thread, so sums may be rounded otherwise; other random numbers differ by far more.
+        torch.testing.assert_close(image, worker_image, atol=1e-5, rtol=0)
     dataset.set_epoch(3)
     assert any(dataset[i][0].shape != alone[i].shape for i in range(len(dataset)))
 
