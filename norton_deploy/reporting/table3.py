@@ -10,7 +10,7 @@ from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, dete
 
 DENSE_EAGER, DENSE_ORT = "dense, torch eager", "dense, ONNX Runtime"
 NORTON_EAGER, NORTON_ORT = "NORTON, torch eager", "NORTON, ONNX Runtime"
-AUTHORS_ORT = "NORTON, authors' block, ONNX Runtime"
+AUTHORS_EAGER, AUTHORS_ORT = "NORTON, authors' block, torch eager", "NORTON, authors' block, ONNX Runtime"
 
 
 def table3_report(results: dict[str, Any]) -> Report:

@@ -1,4 +1,4 @@
-"""Checkpoints in torch, eager, with torchvision's own resizing."""
+"""Checkpoints in torch, eager, with torchvision's own resizing and CPDBlocks in their grouped form."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from norton_deploy.checkpoint import load_checkpoint
 from norton_deploy.errors import UserError
+from norton_deploy.export.fuse import lower_model
 from norton_deploy.runtime.predictor import Image, Predictor
 from norton_deploy.structures import TASKS, Categories, Detections, Task
 
@@ -69,7 +70,7 @@ class TorchPredictor(Predictor):
 
     @classmethod
     def load(cls, path: Path, score_threshold: float | None, device: str | None) -> TorchPredictor:
-        """From a checkpoint file.
+        """From a checkpoint file: the same outputs to rounding, CPDBlocks grouped and BatchNorm folded, which is faster.
 
         Raises:
             UserError: not a detector's checkpoint, or the device is not there.
@@ -79,7 +80,7 @@ class TorchPredictor(Predictor):
         if header.task == "cls":
             raise UserError(f"{path}: a checkpoint of task '{header.task}', expected {', '.join(TASKS)}")
         return cls(
-            checkpoint.model,
+            lower_model(checkpoint.model.eval()),
             header.task,
             header.categories,
             name=str(path),
