@@ -38,6 +38,8 @@ class CheckpointHeader:
         categories: the detector's labels; a classifier's classes are labels 1..K here, in order.
         lineage: one entry per command that made it, oldest first: command, source file and its SHA-256,
             date (UTC) and version.
+        pyramid_channels: of a detector whose pyramid the plan narrowed, the dense pyramid's channels that are
+            left, ascending; None when all are, or nobody knows.
     """
 
     task: CheckpointTask
@@ -45,6 +47,7 @@ class CheckpointHeader:
     plan: CompressionPlan | None
     categories: Categories
     lineage: tuple[dict[str, str], ...] = ()
+    pyramid_channels: tuple[int, ...] | None = None
 
     def made_by(self, command: str, source: str | Path | None = None, **changes: Any) -> "CheckpointHeader":
         """This header with one more lineage entry, and with `changes` to its fields."""
@@ -52,7 +55,7 @@ class CheckpointHeader:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {
+        values: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "task": self.task,
             "settings": asdict(self.settings),
@@ -60,6 +63,9 @@ class CheckpointHeader:
             "categories": self.categories.to_list(),
             "lineage": list(self.lineage),
         }
+        if self.pyramid_channels is not None:
+            values["pyramid_channels"] = list(self.pyramid_channels)
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "CheckpointHeader":
@@ -78,13 +84,14 @@ class CheckpointHeader:
             raise UserError(f"{source}: header: unknown task {task!r}")
         try:
             settings_class: Any = ClassifierSettings if task == "cls" else DetectorSettings
-            plan = values["plan"]
+            plan, channels = values["plan"], values.get("pyramid_channels")
             return cls(
                 task,
                 from_mapping(settings_class, values["settings"], f"{source}: header: settings"),
                 None if plan is None else CompressionPlan.from_dict(plan, f"{source}: header: plan"),
                 Categories.from_list(values["categories"]),
                 tuple(values["lineage"]),
+                None if channels is None else tuple(channels),
             )
         except KeyError as error:
             raise UserError(f"{source}: header: the field {error} is missing") from error

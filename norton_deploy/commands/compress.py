@@ -91,7 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = read_images(settings.reestimate, settings.reestimate_images)
         reestimate_batch_norm(small, images, dense.header.settings)
     source = next((name for name in (settings.weights, settings.model) if Path(name).is_file()), None)
-    save_checkpoint(settings.out, small, dense.header.made_by(command_line("compress", argv), source, plan=plan))
+    pyramid = kept.get("backbone.fpn.layer_blocks")
+    header = dense.header.made_by(
+        command_line("compress", argv),
+        source,
+        plan=plan,
+        pyramid_channels=None if pyramid is None else tuple(pyramid.tolist()),
+    )
+    save_checkpoint(settings.out, small, header)
     size = _input_size(dense.header)
     before, after = count_complexity(dense.model, size), count_complexity(small, size)
     figures = {

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from norton_deploy.data.transforms import training_transform
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import table3_scores
 from norton_deploy.evaluation.detector_evaluation import Detector, evaluate_detector
+from norton_deploy.files import sha256_of
 from norton_deploy.modeling.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.distillation import FeatureImitation, open_teacher
 from norton_deploy.training.initial_weights import initial_detector, training_categories
 from norton_deploy.training.loaders import SampledBatches, collate_detections
 from norton_deploy.training.resume import seed_step
@@ -26,6 +29,7 @@ from norton_deploy.training.trainer import Trainer, TrainingResult, build_accele
 
 # (model in evaluation mode, task, categories, device) -> images to detections
 DetectorOfModel = Callable[[nn.Module, Task, Categories, torch.device], Detector]
+LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,10 @@ class DetectorTrainingSettings(TrainingSettings):
     or torchvision's .pth). Without it the weights are random."""
     plan: Path | None = None
     """Compression plan that gives random weights their structure (without --init)."""
+    teacher: Path | None = None
+    """Dense detector whose feature pyramid the trained one imitates; usually the one that it was compressed from."""
+    distillation_weight: float = 6.0
+    """Weight of the imitation, for each of the pyramid's four levels (with --teacher)."""
     flip: float = 0.5
     """Probability of mirroring a training image."""
     photometric: bool = False
@@ -53,6 +61,18 @@ class DetectorTrainingSettings(TrainingSettings):
     """Leave out bad images and annotations with one counted warning instead of stopping."""
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     """The detector; its number of classes is that of the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distillation_weight <= 0:
+            raise UserError(f"distillation_weight: expected a positive number, got {self.distillation_weight}")
+
+    def identity(self) -> dict[str, Any]:
+        """As of every run; the teacher counts by its contents too, and without one there is nothing to weigh."""
+        values = super().identity()
+        if self.teacher is None:
+            return {name: value for name, value in values.items() if name not in ("teacher", "distillation_weight")}
+        return {**values, "teacher_sha256": sha256_of(self.teacher)}
 
 
 def detection_losses(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -96,14 +116,30 @@ def train_detector(
     seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
     start = initial_detector(settings.task, train.categories, settings.detector, init=settings.init, plan=settings.plan)
     assert isinstance(start.settings, DetectorSettings)
+    teacher, channels = None, None
+    if settings.teacher is not None:
+        teacher, channels = open_teacher(
+            settings.teacher,
+            start.model,
+            start.settings,
+            start.pyramid_channels,
+            task=settings.task,
+            categories=train.categories,
+        )
     identity = {**settings.identity(), "detector": asdict(start.settings), "training_images": len(train)}
     if accelerator.is_main_process:
         RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
         announce(f"start from {start.origin}")
+        if teacher is not None:
+            announce(f"imitate the pyramid of {settings.teacher}, weight {settings.distillation_weight:g}")
     accelerator.wait_for_everyone()
-    header = CheckpointHeader(settings.task, start.settings, start.plan, train.categories).made_by(
-        command, settings.init
-    )
+    header = CheckpointHeader(
+        settings.task, start.settings, start.plan, train.categories, pyramid_channels=start.pyramid_channels
+    ).made_by(command, settings.init)
+    loss_terms: LossTerms = detection_losses
+    if teacher is not None:
+        teacher = teacher.to(accelerator.device)
+        loss_terms = FeatureImitation(start.model, teacher, channels, settings.distillation_weight)
 
     def evaluate(model: nn.Module) -> Evaluation:
         evaluation = evaluate_detector(
@@ -127,7 +163,7 @@ def train_detector(
     trainer = Trainer(
         accelerator=accelerator,
         model=start.model,
-        loss_terms=detection_losses,
+        loss_terms=loss_terms,
         loader=SampledBatches(train, sampler, collate_detections, settings.workers),
         settings=settings,
         evaluate=evaluate,

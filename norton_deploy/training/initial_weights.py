@@ -19,12 +19,14 @@ CLASSIFICATION_LAYER = "fc."
 
 @dataclass(frozen=True)
 class InitialModel:
-    """Attributes: the model to train; its settings and plan, for its checkpoints; its origin, in words."""
+    """Attributes: the model to train; its settings, plan and pyramid channels, for its checkpoints; its origin,
+    in words."""
 
     model: nn.Module
     settings: DetectorSettings | ClassifierSettings
     plan: CompressionPlan | None
     origin: str
+    pyramid_channels: tuple[int, ...] | None = None
 
 
 def training_categories(task: Task, data: Categories, init: Path | None) -> Categories:
@@ -86,7 +88,7 @@ def initial_detector(
         model = apply_structure(model, source.header.plan)
     origin = _take_weights(model, task, categories, source, init)
     freeze_stages(model.get_submodule("backbone.body"), final.trainable_layers)
-    return InitialModel(model, final, source.header.plan, origin)
+    return InitialModel(model, final, source.header.plan, origin, source.header.pyramid_channels)
 
 
 def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) -> InitialModel:

@@ -1,0 +1,151 @@
+"""Distillation of detectors by feature imitation after PKD (Cao et al., NeurIPS 2022).
+
+The student's pyramid is to correlate with that of its teacher, channel by channel: both are standardised over the
+batch and all positions, and the squared difference of the standardised maps is minimised, which is one minus
+Pearson's correlation. Magnitudes do not matter, only patterns. The teacher is the dense detector that the student
+was compressed from, so its channels are the student's and no layer has to translate between them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.errors import UserError
+from norton_deploy.model_source import open_model
+from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.structures import Categories, Task
+from norton_deploy.training.batch import Batch
+
+VARIANCE_FLOOR = 1e-12
+SUBSAMPLED_LEVEL = "pool"
+"""The pyramid's top level, every second cell of the one below it: nothing new to imitate."""
+INPUT_FIELDS = ("min_size", "max_size", "image_mean", "image_std", "image_resize")
+
+
+def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus Pearson's correlation over batch and positions, averaged over the channels.
+
+    Args:
+        student: feature maps [N, C, H, W].
+        teacher: feature maps [N, C, H, W].
+
+    Returns:
+        Scalar in 0..2, float32. A channel that is constant in both counts 0, one that is constant in one of them 0.5.
+    """
+    return 0.5 * nn.functional.mse_loss(standardised(student), standardised(teacher))
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Feature maps [N, C, H, W] as rows [C, N * H * W] of mean 0 and variance 1 (0 for a constant row), float32."""
+    rows = features.float().transpose(0, 1).flatten(1)
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    return rows * torch.rsqrt(rows.square().mean(dim=1, keepdim=True) + VARIANCE_FLOOR)
+
+
+class FeatureImitation:
+    """A detector's own losses and the imitation of its teacher, as `loss_terms` of a `Trainer`.
+
+    The teacher sees the very tensor that the student's backbone sees, so images are transformed (and scale jitter is
+    drawn) once. It is in evaluation mode and has no gradient. Under several processes the correlations are those of
+    each process's own images.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, channels: Tensor | None, weight: float) -> None:
+        """
+        Args:
+            student: the detector in training, without a wrapper around it.
+            teacher: the dense detector, on the student's device; it is frozen.
+            channels: the teacher's pyramid channels that the student's are, int64 [C]; None when it has all.
+            weight: factor of the imitation, which is the sum of `correlation_loss` over the pyramid's levels.
+        """
+        self.backbone = student.get_submodule("backbone")
+        self.teacher = teacher.get_submodule("backbone").requires_grad_(False).eval()
+        self.channels, self.weight = channels, weight
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """torchvision's losses and "imitation", each a scalar; `model` is the student, wrapped or not."""
+        seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def remember(_module: nn.Module, inputs: tuple[Tensor, ...], maps: dict[str, Tensor]) -> None:
+            seen.append((inputs[0], maps))
+
+        handle = self.backbone.register_forward_hook(remember)
+        try:
+            losses: Mapping[str, Tensor] = model(batch.images, batch.targets)
+        finally:
+            handle.remove()
+        [(pixels, maps)] = seen
+        return {**losses, "imitation": self.weight * self._imitation(pixels, maps)}
+
+    def _imitation(self, pixels: Tensor, maps: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            wanted = self.teacher(pixels)
+        terms = []
+        for level, features in maps.items():
+            if level == SUBSAMPLED_LEVEL:
+                continue
+            target = wanted[level] if self.channels is None else wanted[level][:, self.channels]
+            terms.append(correlation_loss(features, target))
+        return torch.stack(terms).sum()
+
+
+def open_teacher(
+    path: Path,
+    student: nn.Module,
+    settings: DetectorSettings,
+    pyramid_channels: tuple[int, ...] | None,
+    *,
+    task: Task,
+    categories: Categories,
+) -> tuple[nn.Module, Tensor | None]:
+    """Open the dense detector that a student is to imitate.
+
+    Args:
+        path: its checkpoint (.safetensors, or torchvision's .pth).
+        student: the detector in training.
+        settings: of the student.
+        pyramid_channels: which of the dense pyramid's channels the student has (`CheckpointHeader`).
+        task, categories: of the training.
+
+    Returns:
+        The teacher, and the channels [C] (int64) of its pyramid that are the student's, None when all are.
+
+    Raises:
+        UserError: it is not a dense detector, or task, categories, image settings or the pyramid's width differ;
+            the message names the field.
+    """
+    teacher = open_model(str(path))
+    header = teacher.header
+    if header.task != task or not isinstance(header.settings, DetectorSettings):
+        raise UserError(f"--teacher {path}: task is {header.task}, the student's is {task}")
+    if header.plan is not None:
+        raise UserError(f"--teacher {path}: plan: it is compressed itself; give the dense detector")
+    if header.categories != categories:
+        raise UserError(
+            f"--teacher {path}: categories are {', '.join(header.categories.names)}; the student's are "
+            f"{', '.join(categories.names)} (labels and ids must agree too)"
+        )
+    for field in INPUT_FIELDS:
+        own, wanted = getattr(header.settings, field), getattr(settings, field)
+        if own != wanted:
+            raise UserError(f"--teacher {path}: {field} is {own}, the student's is {wanted}")
+    width, wide = _pyramid_width(student), _pyramid_width(teacher.model)
+    if pyramid_channels is None and width != wide:
+        raise UserError(
+            f"--teacher {path}: fpn_channels is {wide}, the student's pyramid has {width} channels, and its checkpoint "
+            "does not say which; compress the dense detector with tools/compress.py and start from that file (--init)"
+        )
+    if pyramid_channels is not None and max(pyramid_channels) >= wide:
+        raise UserError(
+            f"--teacher {path}: fpn_channels is {wide}, but the student has channel {max(pyramid_channels)} of its "
+            "dense original's pyramid; give the detector that it was compressed from"
+        )
+    return teacher.model, None if pyramid_channels is None else torch.tensor(pyramid_channels)
+
+
+def _pyramid_width(detector: nn.Module) -> int:
+    backbone: Any = detector.get_submodule("backbone")
+    return int(backbone.out_channels)
