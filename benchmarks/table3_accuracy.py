@@ -1,0 +1,242 @@
+"""Table III's accuracy on the embedded data: dense and compressed detectors with equal training.
+
+One ResNet-50 per seed is pretrained on object crops. Per task and seed, a dense detector starts from it and is
+trained for --detector-steps. Every plan then compresses that trained detector, which is fine-tuned for
+--finetune-steps, with and without distillation. The control is the dense detector trained on for --finetune-steps
+with the same recipe and learning rates: it has seen as many images as each compressed one, and it is the teacher.
+
+Every cell is the project's own commands, called in this process with run folders under --work; whatever is done
+already is not done again, so the benchmark may be stopped at any time, and --tasks, --plans and --seeds may be worked
+through in any order into one results file.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from norton_deploy import commands
+from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.config import parse_settings
+from norton_deploy.data.image_folder import find_images
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.complexity import count_complexity
+from norton_deploy.files import atomic_write
+from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.modeling.narrow_plan import narrow_plan
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
+from norton_deploy.reporting.provenance import provenance
+from norton_deploy.reporting.table3_accuracy import DENSE, DISTILLED, TRAINED, accuracy_report, cell_name
+from norton_deploy.runtime.predictor import Predictor, load_predictor
+from norton_deploy.structures import TASKS, Task
+
+RESULTS = Path(__file__).parent / "results"
+CONFIGS = Path("configs")
+FINETUNE_SEED = 1000
+"""Added to the seed after the first phase, so that the second sees the images in another order."""
+ANY_ORDER = ("tasks", "plans", "seeds", "out", "work", "latency_rounds")
+GRAPH_SIZE = (192, 192)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of benchmarks/table3_accuracy.py."""
+
+    tasks: tuple[Task, ...] = TASKS
+    """Which detectors."""
+    plans: tuple[str, ...] = ("table3", "balanced", "fast")
+    """Which plans of configs/plans/."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the training; the data are the same for all."""
+    train_images: int = 4000
+    """Training images to draw."""
+    val_images: int = 500
+    """Held-out images to draw."""
+    pretrain_steps: int = 300
+    """Steps of 32 object crops that pretrain the ResNet-50, the stand-in for ImageNet."""
+    detector_steps: int = 1200
+    """Steps of 4 images that train the dense detector of a task."""
+    finetune_steps: int = 600
+    """Steps of 4 images for every compressed detector, and for the dense one once more."""
+    recovery: Literal["none", "re-estimation", "refit", "both"] = "both"
+    """Recovery without labels right after compression."""
+    distillation_weight: float = 6.0
+    """Weight of the imitation in the runs with distillation."""
+    latency_rounds: int = 60
+    """Measured calls of each exported detector; 0 leaves latency out."""
+    out: Path = RESULTS / "table3_accuracy.json"
+    """Results file; the tables are written beside it as Markdown."""
+    work: Path = Path("runs/table3_accuracy")
+    """Folder for data, runs and graphs."""
+
+
+class Experiment:
+    """Runs what is missing and keeps the results file."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        key = {name: value for name, value in asdict(settings).items() if name not in ANY_ORDER}
+        self.results: dict[str, Any] = {"settings": key, "cells": {}, "latency": {}}
+        if settings.out.is_file():
+            self.results = json.loads(settings.out.read_text())
+            if self.results["settings"] != key:
+                raise UserError(f"{settings.out}: holds other settings; move it away or choose another --out")
+
+    def run(self) -> None:
+        """All cells of the settings, then the latency of the first seed's detectors."""
+        s = self.settings
+        data, crops = s.work / "data", s.work / "crops"
+        sizes = ("--train", str(s.train_images), "--val", str(s.val_images), "--min-size", "160", "--max-size", "224")
+        self.step("make_synthetic", ["--out", str(data), *sizes], data / "annotations" / "instances_val2017.json")
+        self.step("make_crops", ["--data", str(data), "--out", str(crops)], crops / "val")
+        for seed in s.seeds:
+            body = s.work / f"seed{seed}" / "pretrain"
+            config = str(CONFIGS / "train" / "demo_cls.yaml")
+            length = ("--steps", str(s.pretrain_steps), "--seed", str(seed))
+            self.train("train_cls", ["--config", config, "--data", str(crops), *length], body)
+            for task in s.tasks:
+                self.run_task(task, seed, body)
+        for task in s.tasks if s.latency_rounds else ():
+            self.measure_latency(task, s.seeds[0])
+
+    def run_task(self, task: Task, seed: int, body: Path) -> None:
+        """The dense detector of a task, then all its compressed forms."""
+        s, folder = self.settings, self.settings.work / f"seed{seed}"
+        trained, dense = folder / f"{task}-trained", folder / f"{task}-dense"
+        self.detector(task, seed, TRAINED, trained, body, s.detector_steps, seed)
+        again = seed + FINETUNE_SEED
+        self.detector(task, seed, DENSE, dense, trained, s.finetune_steps, again)
+        teacher = ["--teacher", str(dense / "last.safetensors"), "--distillation-weight", str(s.distillation_weight)]
+        for plan in s.plans:
+            small = folder / f"{task}-{plan}-start"
+            self.compress(trained / "last.safetensors", plan, small / "last.safetensors")
+            self.detector(task, seed, plan, folder / f"{task}-{plan}", small, s.finetune_steps, again)
+            distilled = folder / f"{task}-{plan}-distilled"
+            self.detector(task, seed, plan + DISTILLED, distilled, small, s.finetune_steps, again, teacher)
+
+    def detector(
+        self, task: Task, seed: int, model: str, out: Path, init: Path, steps: int, seed_of_run: int,
+        more: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Train one detector and record its accuracy."""
+        config = str(CONFIGS / "train" / f"demo_{task}.yaml")
+        argv = ["--config", config, "--data", str(self.settings.work / "data"), "--steps", str(steps)]
+        argv += ["--seed", str(seed_of_run), "--init", str(init / "last.safetensors"), *more]
+        command = self.train("train_det", argv, out)
+        name = cell_name(task, seed, model)
+        if name in self.results["cells"]:
+            return
+        loaded = load_checkpoint(out / "last.safetensors")
+        assert isinstance(loaded.header.settings, DetectorSettings)
+        size, proposals = loaded.header.settings.min_size, loaded.header.settings.rpn_post_nms[1]
+        counts = count_complexity(loaded.model, (size, size), proposals=proposals)
+        figures = json.loads((out / "metrics.json").read_text())
+        self.results["cells"][name] = {
+            "command": command,
+            "images": self.settings.val_images,
+            "steps": figures["steps"],
+            "metrics": figures["metrics"],
+            "macs": counts.macs,
+            "params": counts.params,
+            "provenance": provenance(),
+        }
+        self.write()
+
+    def compress(self, trained: Path, plan: str, out: Path) -> None:
+        """Compress a trained detector by a plan in its widths, with the recovery of the settings."""
+        if not (out.parent / "plan.yaml").is_file():
+            dense = load_checkpoint(trained)
+            assert dense.header.task != "cls" and isinstance(dense.header.settings, DetectorSettings)
+            classes = dense.header.settings.num_classes
+            full = build_dense_detector(dense.header.task, DetectorSettings(num_classes=classes))
+            loaded = CompressionPlan.load(CONFIGS / "plans" / f"{plan}.yaml")
+            narrow_plan(loaded, dense.model, full).save(out.parent / "plan.yaml")
+        argv = ["--model", str(trained), "--plan", str(out.parent / "plan.yaml"), "--out", str(out)]
+        images = str(self.settings.work / "data" / "train2017")
+        argv += ["--refit", images] if self.settings.recovery in ("refit", "both") else []
+        argv += ["--reestimate", images] if self.settings.recovery in ("re-estimation", "both") else []
+        self.step("compress", argv, out)
+
+    def train(self, name: str, argv: Sequence[str], out: Path) -> str:
+        """A training run in its folder, from its last state if there is one; returns its command."""
+        argv = [*argv, "--out", str(out), "--json", str(out / "metrics.json")]
+        resume = ["--resume" if (out / "state.pt").is_file() else "--overwrite"] if out.is_dir() else []
+        command = self.step(name, argv, out / "metrics.json", resume)
+        for file in ("state.pt", "best.safetensors"):  # some 400 MB a run that nobody needs once it has ended
+            (out / file).unlink(missing_ok=True)
+        return command
+
+    def step(self, name: str, argv: Sequence[str], product: Path, once: Sequence[str] = ()) -> str:
+        """Run a command unless it has been run; returns it as a user would type it.
+
+        Args:
+            name: of the command.
+            argv: its arguments.
+            product: what it writes last.
+            once: further arguments of this very call.
+
+        Raises:
+            UserError: it has been run with other arguments, or fails.
+        """
+        command = f"tools/{name}.py {shlex.join(argv)}"
+        marker = self.settings.work / "steps" / f"{product.relative_to(self.settings.work).as_posix()}.json"
+        if marker.is_file() and product.exists():
+            if json.loads(marker.read_text())["command"] != command:
+                raise UserError(f"{self.settings.work}: {product} was made by another command; choose another --work")
+            return command
+        print(f"\n$ {command}", flush=True)
+        started = time.perf_counter()
+        if commands.run(name, [*argv, *once]):
+            raise UserError(f"failed: {command}")
+        commands.write_json({"command": command, "seconds": round(time.perf_counter() - started, 1)}, marker)
+        return command
+
+    def measure_latency(self, task: Task, seed: int) -> None:
+        """Export the task's detectors and time them in turn in ONNX Runtime."""
+        s = self.settings
+        if set(self.results["latency"].get(task, {}).get("models", {})) == {DENSE, *s.plans}:
+            return
+        images = find_images(s.work / "data" / "val2017")
+        models: dict[str, Predictor] = {}
+        for model in (DENSE, *s.plans):
+            source = s.work / f"seed{seed}" / f"{task}-{model}" / "last.safetensors"
+            graph = source.with_name("graph.onnx")
+            size = ("--image-size", *map(str, GRAPH_SIZE))
+            self.step("export_onnx", ["--model", str(source), *size, "--out", str(graph)], graph)
+            models[model] = load_predictor(graph)
+        run = measure_alternating(models, images, rounds=s.latency_rounds)
+        entries: dict[str, Any] = {name: {"latency": summary_to_dict(run.summary(name))} for name in models}
+        for plan in s.plans:
+            entries[plan]["speedup"] = summary_to_dict(run.speedup(DENSE, plan))
+        self.results["latency"][task] = {
+            "models": entries, "seed": seed, "image_size": GRAPH_SIZE, "provenance": provenance(),
+        }  # fmt: skip
+        self.write()
+
+    def write(self) -> None:
+        """Results and tables, whole or not at all."""
+        commands.write_json(self.results, self.settings.out)
+        with atomic_write(self.settings.out.with_suffix(".md"), "w") as stream:
+            stream.write(accuracy_report(self.results).to_markdown(self.settings.out.parent))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    settings = parse_settings(Settings, argv, prog="table3_accuracy", description=__doc__ or "")
+    if not CONFIGS.is_dir():
+        raise UserError("configs/: not found; run the benchmark from the repository's root folder")
+    Experiment(settings).run()
+    print(f"written: {settings.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
