@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ from norton_deploy.modeling.probe import make_probes
 from norton_deploy.modeling.reestimate import reestimate_batch_norm
 from norton_deploy.modeling.refit import refit
 from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.pruning.filter_choices import choose_by_angles
 from norton_deploy.pruning.subspace_angles import Measure
 
 
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan,
             seed=settings.seed,
             starts=settings.starts,
-            measure=settings.measure,
+            choose=partial(choose_by_angles, measure=settings.measure),
             progress=lambda name: _advance(bar, name),
             kept=kept,
         )

@@ -23,8 +23,7 @@ from norton_deploy.modeling.surgery import (
     replace_submodule,
 )
 from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.pruning.filter_selection import select_filters
-from norton_deploy.pruning.subspace_angles import Measure, pabs_distance
+from norton_deploy.pruning.filter_choices import FilterChoice, choose_by_angles
 
 BODY = "backbone.body."
 OPTIONAL_HEADS = ("mask", "keypoint")
@@ -80,8 +79,7 @@ def compress(
     *,
     seed: int = 0,
     starts: int = 4,
-    weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
-    measure: Measure = "largest",
+    choose: FilterChoice = choose_by_angles,
     progress: Callable[[str], None] | None = None,
     kept: dict[str, Tensor] | None = None,
 ) -> nn.Module:
@@ -98,8 +96,8 @@ def compress(
         plan: its ranks and kept filters.
         seed: seed of the decomposition's random starts.
         starts: starts per decomposition; the best is kept per filter.
-        weights: alpha, beta, gamma of eq. 11.
-        measure: how the principal angles become one distance (`pabs_distance`).
+        choose: which filters of a group survive: by default eq. 11 and Algorithm 1; others are in
+            `pruning.filter_choices`.
         progress: called with the name of each layer or group when it is done.
         kept: filled in place with the kept channels of every pruned group, int64 [O'] ascending.
 
@@ -124,11 +122,11 @@ def compress(
         layers = [model.get_submodule(producer) for producer in groups[name].producers]
         if count == output_width(layers[0]):
             continue
-        distance = sum(
-            pabs_distance(factors.get(producer, filter_rows(layer)), weights=weights, measure=measure)
+        filters = [
+            factors[producer] if producer in factors else filter_rows(layer)
             for producer, layer in zip(groups[name].producers, layers, strict=True)
-        )
-        kept[name] = select_filters(distance, count)  # type: ignore[arg-type]
+        ]
+        kept[name] = choose(filters, count)
         report(name)
     _cut_groups(small, groups, kept)
     for name, layer in model.named_modules():

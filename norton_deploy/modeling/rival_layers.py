@@ -11,6 +11,8 @@ from norton_deploy.factorization.rival_chains import Link, Size, chain
 from norton_deploy.factorization.rivals import LayerCP, ReshapedCP, Rival, RivalFactors
 from norton_deploy.modeling.surgery import replace_submodule
 
+KIND_OF: dict[type, Rival] = {LayerCP: "layer", ReshapedCP: "reshaped", Tucker2: "tucker2"}
+
 
 def rival_sequence(factors: RivalFactors, conv: nn.Conv2d) -> nn.Sequential:
     """The chain that computes the convolution with the recomposed weight, in the geometry, dtype and mode of `conv`.
@@ -23,11 +25,8 @@ def rival_sequence(factors: RivalFactors, conv: nn.Conv2d) -> nn.Sequential:
     if conv.groups != 1 or conv.padding_mode != "zeros":
         raise UserError(f"{conv}: only a convolution with groups=1 and zero padding can be factorised")
     kernels = _kernels(factors)
-    kind: Rival = (
-        "layer" if isinstance(factors, LayerCP) else "reshaped" if isinstance(factors, ReshapedCP) else "tucker2"
-    )
     ranks = (factors.output.shape[1], factors.input.shape[1])
-    links = chain(kind, conv.out_channels, conv.in_channels, ranks)
+    links = chain(KIND_OF[type(factors)], conv.out_channels, conv.in_channels, ranks)
     layers = []
     for link, kernel in zip(links, kernels, strict=True):
         is_last = link is links[-1]
