@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from norton_deploy.errors import UserError
 from norton_deploy.factorization.rival_chains import Link, Size, chain
-from norton_deploy.factorization.rivals import LayerCP, ReshapedCP, Rival, RivalFactors
+from norton_deploy.factorization.rivals import LayerCP, ReshapedCP, Rival, RivalFactors, Tucker2
 from norton_deploy.modeling.surgery import replace_submodule
 
 KIND_OF: dict[type, Rival] = {LayerCP: "layer", ReshapedCP: "reshaped", Tucker2: "tucker2"}
