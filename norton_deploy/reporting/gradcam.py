@@ -1,0 +1,226 @@
+"""Grad-CAM (Selvaraju et al., 2017) of a dense model and its compressed forms: do they look at the same places?
+
+All models explain the same score: a classifier's logit of the class that the dense model predicts, or a detector's
+class logit of one given box, which every model pools from its own features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import box_iou
+from torchvision.transforms.v2.functional import normalize, resize
+
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+from norton_deploy.modeling.classifiers import ClassifierSettings
+from norton_deploy.modeling.compress import BODY, is_detector
+
+STAGES = ("layer2", "layer3", "layer4")
+SHARED_IOU = 0.5
+PANEL_INCHES = 1.7
+INSTALL = (
+    "Grad-CAM needs two more steps: pip install 'norton-deploy[explain]', then pip install --no-deps grad-cam "
+    "(with its dependencies it would put opencv-python-headless over opencv-python, and windows would be gone)"
+)
+Map = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the models are asked about one image.
+
+    Attributes:
+        pixels: float32 [1, 3, H, W], normalised and padded as the models take it.
+        picture: the same image to look at, float32 [h, w, 3] RGB in 0..1, without the padding.
+        label: class index of a classifier, label of a detector.
+        box: [1, 4] xyxy in pixels of `picture`; None for a classifier.
+    """
+
+    pixels: Tensor
+    picture: npt.NDArray[np.float32]
+    label: int
+    box: Tensor | None = None
+
+
+class BoxLogits(nn.Module):
+    """A detector as a classifier of one box: normalised images [1, 3, H, W] -> class logits [1, classes]."""
+
+    def __init__(self, detector: nn.Module, box: Tensor, image_size: tuple[int, int]) -> None:
+        """
+        Args:
+            detector: two-stage detector in evaluation mode.
+            box: [1, 4] xyxy in pixels of the input.
+            image_size: (height, width) of the image inside the padding.
+        """
+        super().__init__()
+        self.detector: Any = detector
+        self.box, self.image_size = box, image_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Class logits of the box."""
+        heads = self.detector.roi_heads
+        maps = self.detector.backbone(pixels)
+        logits: Tensor = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, [self.box], [self.image_size])))[0]
+        return logits
+
+
+def explained_layers(model: nn.Module) -> list[str]:
+    """Three levels of a model by default: the last stages of a ResNet, the stages before VGG's last three poolings."""
+    if is_detector(model):
+        return [BODY + stage for stage in STAGES]
+    if hasattr(model, "layer4"):
+        return list(STAGES)
+    names = [name for name, _ in model.get_submodule("features").named_children()]
+    before = [
+        first
+        for first, second in pairwise(names)
+        if isinstance(model.get_submodule(f"features.{second}"), nn.MaxPool2d)
+    ]
+    return [f"features.{name}" for name in [*before, names[-1]][-3:]]
+
+
+def ask_classifier(dense: nn.Module, image: Tensor, settings: ClassifierSettings) -> Question:
+    """The class that the dense model predicts for an image, float32 [3, H, W] in 0..1 RGB."""
+    resized = resize(image, list(settings.image_size), antialias=True).clamp(0, 1)
+    pixels = normalize(resized, list(settings.image_mean), list(settings.image_std))[None]
+    with torch.no_grad():
+        label = int(dense(pixels).argmax())
+    return Question(pixels, resized.permute(1, 2, 0).numpy(), label)
+
+
+def ask_detector(
+    detectors: Sequence[nn.Module], image: Tensor, box: tuple[float, float, float, float] | None = None
+) -> Question | None:
+    """A box of an image and what is in it.
+
+    Args:
+        detectors: in evaluation mode, the dense one first.
+        image: float32 [3, H, W] in 0..1 RGB.
+        box: xyxy in pixels of `image`; its label is the dense detector's best. Without it, the detection that all
+            detectors share (same label, IoU of at least 0.5 with the dense one's box) whose lowest score is highest.
+
+    Returns:
+        The question, or None when no detection is shared.
+    """
+    dense: Any = detectors[0]
+    with torch.no_grad():
+        prepared, _ = dense.transform([image])
+        height, width = (int(side) for side in prepared.image_sizes[0])
+        found = None if box is not None else shared_detection(detectors, image)
+        if box is None and found is None:
+            return None
+        at = torch.tensor([box]) if found is None else found[0]
+        at = resize_boxes(at, list(image.shape[1:]), [height, width])
+        logits = BoxLogits(dense, at, (height, width))(prepared.tensors)
+    label = int(logits[0, 1:].argmax()) + 1 if found is None else found[1]
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (dense.transform.image_mean, dense.transform.image_std)
+    )
+    picture = (prepared.tensors[0, :, :height, :width] * std + mean).clamp(0, 1)
+    return Question(prepared.tensors, picture.permute(1, 2, 0).numpy(), label, at)
+
+
+def shared_detection(detectors: Sequence[nn.Module], image: Tensor) -> tuple[Tensor, int] | None:
+    """Box [1, 4] (the dense detector's) and label of the best detection that all detectors make of an image."""
+    dense, *others = (detector([image])[0] for detector in detectors)
+    lowest = dense["scores"].clone()
+    for other in others:
+        same = (box_iou(dense["boxes"], other["boxes"]) >= SHARED_IOU) & (dense["labels"][:, None] == other["labels"])
+        scores = torch.cat([torch.where(same, other["scores"], 0.0), torch.zeros(len(lowest), 1)], dim=1)
+        lowest = torch.minimum(lowest, scores.max(dim=1).values)
+    if len(lowest) == 0 or float(lowest.max()) == 0:
+        return None
+    best = int(lowest.argmax())
+    return dense["boxes"][best : best + 1], int(dense["labels"][best])
+
+
+def gradcam_maps(model: nn.Module, question: Question, layers: Sequence[str]) -> dict[str, Map]:
+    """Layer -> Grad-CAM of the question's score, [h, w] in 0..1, in the picture's pixels.
+
+    Raises:
+        UserError: grad-cam is not installed, or the model has no such layer.
+    """
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError as error:
+        raise UserError(f"{INSTALL}; missing: {error.name}") from error
+    height, width = question.picture.shape[:2]
+    scored = model if question.box is None else BoxLogits(model, question.box, (height, width))
+    known = dict(model.named_modules())
+    maps = {}
+    for layer in layers:
+        if layer not in known:
+            raise UserError(f"--layers: the model has no layer '{layer}'; for example {explained_layers(model)[-1]}")
+        cam = GradCAM(scored, [known[layer]])
+        # With a gradient at the input, frozen first layers have one too.
+        pixels = question.pixels.clone().requires_grad_()
+        maps[layer] = np.asarray(cam(pixels, [ClassifierOutputTarget(question.label)])[0, :height, :width], np.float32)
+        cam.activations_and_grads.release()
+    model.zero_grad(set_to_none=True)
+    return maps
+
+
+def map_correlation(first: Map, second: Map) -> float | None:
+    """Pearson's correlation of two maps over their pixels; None when one of them is constant."""
+    if first.std() == 0 or second.std() == 0:
+        return None
+    return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
+
+
+def draw_gradcam(
+    path: Path, rows: Sequence[tuple[Question, str, Mapping[str, Mapping[str, Map]]]], models: Sequence[str]
+) -> None:
+    """A picture of maps over their images: a row per image; the image, then for each layer all models.
+
+    Args:
+        path: .png or .jpg to write.
+        rows: question, name of its class, and model -> layer -> map.
+        models: names in the order of the columns, the dense one first.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    if not rows:
+        raise UserError("Grad-CAM: no image to draw")
+    from pytorch_grad_cam.utils.image import show_cam_on_image
+
+    layers = list(rows[0][2][models[0]])
+    columns = 1 + len(layers) * len(models)
+    figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * len(rows) + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (question, label, maps) in zip(axes, rows, strict=True):
+        panels = [(label, question.picture)]
+        for layer in layers:
+            for model in models:
+                over = show_cam_on_image(question.picture, maps[model][layer], use_rgb=True)
+                panels.append((_caption(maps, models[0], model, layer), over))
+        for axis, (caption, panel) in zip(line, panels, strict=True):
+            axis.imshow(panel)
+            axis.set_xlabel(caption, fontsize=7)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if question.box is not None:
+                x1, y1, x2, y2 = question.box[0].tolist()
+                axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="white", linewidth=1)
+    headings = ["image", *(f"{layer.removeprefix(BODY)}\n{model}" for layer in layers for model in models)]
+    for axis, heading in zip(axes[0], headings, strict=True):
+        axis.set_title(heading, fontsize=8)
+    with atomic_write(path) as stream:
+        figure.savefig(stream, format=path.suffix.removeprefix("."), dpi=120)
+
+
+def _caption(maps: Mapping[str, Mapping[str, Map]], dense: str, model: str, layer: str) -> str:
+    correlation = None if model == dense else map_correlation(maps[dense][layer], maps[model][layer])
+    return "" if correlation is None else f"r = {correlation:.2f}"
