@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,11 +15,13 @@ from norton_deploy.data.classification import ClassificationFolder, Style
 from norton_deploy.data.samplers import GroupedBatchSampler
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.files import atomic_write
 from norton_deploy.modeling.classifiers import Architecture, ClassifierSettings
 from norton_deploy.modeling.normalisation import Norm
 from norton_deploy.training.batch import Batch, Evaluation
-from norton_deploy.training.initial_weights import initial_classifier
+from norton_deploy.training.initial_weights import InitialModel, initial_classifier
 from norton_deploy.training.loaders import SampledBatches, collate_classes
+from norton_deploy.training.logit_distillation import DistilledClassification, load_teacher
 from norton_deploy.training.resume import seed_step
 from norton_deploy.training.run_folder import RunFolder
 from norton_deploy.training.settings import TrainingSettings
@@ -46,11 +50,26 @@ class ClassifierTrainingSettings(TrainingSettings):
     """Start residual branches at zero; helps training from nothing."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes, 0..1."""
+    teacher: Path | None = None
+    """Classifier (.safetensors) whose class scores are learned too, usually the dense original."""
+    distillation_weight: float = 0.5
+    """With --teacher: weight of its scores, 0..1; the labels have the rest."""
+    temperature: float = 4.0
+    """With --teacher: temperature that softens the scores of both."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing: expected 0..1, got {self.label_smoothing}")
+        if not 0 < self.distillation_weight <= 1:
+            raise UserError(f"distillation_weight: expected above 0 and up to 1, got {self.distillation_weight}")
+        if self.temperature <= 0:
+            raise UserError(f"temperature: expected a positive number, got {self.temperature}")
+
+    def identity(self) -> dict[str, Any]:
+        """As for every run; how to distil counts only where there is a teacher."""
+        without_effect = () if self.teacher else ("teacher", "distillation_weight", "temperature")
+        return {name: value for name, value in super().identity().items() if name not in without_effect}
 
 
 def classification_loss(smoothing: float, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -59,11 +78,22 @@ def classification_loss(smoothing: float, model: nn.Module, batch: Batch) -> Map
     return {"classification": functional.cross_entropy(logits, batch.targets, label_smoothing=smoothing)}
 
 
+def save_plain_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's tensors without a header, whole or not at all."""
+    with atomic_write(path) as stream:
+        stream.write(safetensors.torch.save(model.state_dict()))
+
+
+def _save_checkpoint(header: CheckpointHeader, path: Path, model: nn.Module) -> None:
+    save_checkpoint(path, model, header)
+
+
 def train_classifier(
     settings: ClassifierTrainingSettings,
     *,
     command: str,
     announce: Callable[[str], None] = lambda message: None,
+    start: InitialModel | None = None,
 ) -> TrainingResult:
     """Train, evaluate and save a classifier; every process of a run calls this with the same settings.
 
@@ -71,6 +101,8 @@ def train_classifier(
         settings: of the run.
         command: the command line, for the checkpoints' lineage.
         announce: called on the main process with what the run starts from and how.
+        start: a model whose structure no checkpoint can name (instead of `settings.init`); its weights are then
+            saved as plain safetensors.
 
     Raises:
         UserError: settings, data, initial weights or the run's folder are wrong, or the loss is not finite.
@@ -87,15 +119,26 @@ def train_classifier(
         zero_init_residual=settings.zero_init_residual,
         image_size=settings.image_size,
     )
-    start = initial_classifier(model_settings, init=settings.init, plan=settings.plan)
+    save: Callable[[Path, nn.Module], None] = save_plain_weights
+    if start is None:
+        start = initial_classifier(model_settings, init=settings.init, plan=settings.plan)
+        header = CheckpointHeader("cls", start.settings, start.plan, class_categories(train.classes))
+        save = partial(_save_checkpoint, header.made_by(command, settings.init))
+    loss_terms: Callable[[nn.Module, Batch], Mapping[str, Tensor]] = partial(
+        classification_loss, settings.label_smoothing
+    )
+    if settings.teacher is not None:
+        loss_terms = DistilledClassification(
+            load_teacher(settings.teacher, train.classes).to(accelerator.device),
+            weight=settings.distillation_weight,
+            temperature=settings.temperature,
+            smoothing=settings.label_smoothing,
+        )
     identity = {**settings.identity(), "classifier": asdict(start.settings), "training_images": len(train)}
     if accelerator.is_main_process:
         RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
         announce(f"start from {start.origin}")
     accelerator.wait_for_everyone()
-    header = CheckpointHeader("cls", start.settings, start.plan, class_categories(train.classes)).made_by(
-        command, settings.init
-    )
 
     def evaluate(model: nn.Module) -> Evaluation:
         metrics = evaluate_classifier(
@@ -118,11 +161,11 @@ def train_classifier(
     trainer = Trainer(
         accelerator=accelerator,
         model=start.model,
-        loss_terms=partial(classification_loss, settings.label_smoothing),
+        loss_terms=loss_terms,
         loader=SampledBatches(train, sampler, collate_classes, settings.workers),
         settings=settings,
         evaluate=evaluate,
-        save_model=lambda path, model: save_checkpoint(path, model, header),
+        save_model=save,
         identity=identity,
     )
     if accelerator.is_main_process:
