@@ -26,7 +26,7 @@ def fit_spatial_factors(
     the seed alone, not on its neighbours in the batch.
 
     Args:
-        cores: [N, M, Kh, Kw] float64, of norm 1 or 0 each.
+        cores: [N, M, Kh, Kw] float64, of norm 1 or 0 each; their M parts are orthogonal and of rising norm.
         rank: number of terms R >= 1.
         seed: of the random starts, which are the same for all tensors.
         starts: number of starts >= 1. The first comes from the singular vectors, the others are random.
@@ -77,11 +77,7 @@ def unit_columns(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _singular_start(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading singular vectors of the channel unfolding, each as its best rank-one Kh x Kw matrix."""
-    count, _, kernel_h, kernel_w = cores.shape
-    unfolded = cores.flatten(2)
-    _, vectors = torch.linalg.eigh(unfolded.mT @ unfolded)
-    leading = vectors.flip(-1)[..., :rank].mT.reshape(count, rank, kernel_h, kernel_w)
-    left, _, right = torch.linalg.svd(leading, full_matrices=False)
+    left, _, right = torch.linalg.svd(cores[:, -rank:].flip(1), full_matrices=False)
     return left[..., 0].mT, right[..., 0, :].mT
 
 

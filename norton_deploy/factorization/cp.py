@@ -84,8 +84,8 @@ def decompose_filters(
 ) -> CPFactors:
     """Least-squares CPD of every filter of a layer (eq. 2), all filters at once.
 
-    The channel mode is first compressed by a thin QR of each filter's [I, Kh*Kw] unfolding, which loses nothing;
-    ALS runs on the small cores in float64. At the largest rank of eq. 8 the answer is exact and written down
+    The channel mode is first compressed: ALS needs each filter's [I, Kh*Kw] unfolding by its Gram matrix alone, and
+    runs on a Kh*Kw x Kh*Kw root of that, in float64. At the largest rank of eq. 8 the answer is exact and written down
     directly. The columns of A, B and C of one term have equal norms; terms are sorted by falling norm; in each
     column of A and of B the entry of largest magnitude is positive. The factors of a filter depend on that filter
     and the seed only. An all-zero filter has all-zero factors.
@@ -118,23 +118,27 @@ def decompose_filters(
     if starts < 1 or max_iterations < 1:
         raise UserError(f"starts={starts} and max_iterations={max_iterations}: both must be at least 1")
     unfolded = weight.detach().double().flatten(2)
-    basis, small = torch.linalg.qr(unfolded) if in_channels > kernel_h * kernel_w else (None, unfolded)
-    norm = small.square().sum(dim=(1, 2)).sqrt()[:, None, None]
+    gram = unfolded.mT @ unfolded
+    norm = gram.diagonal(dim1=1, dim2=2).sum(dim=1).sqrt()[:, None, None]
     if not bool(torch.isfinite(norm).all()):
         raise UserError("the weight has NaN or infinite values: it cannot be decomposed")
-    small = small / torch.where(norm > 0, norm, 1)
-    cores = small.unflatten(2, (kernel_h, kernel_w))
     if rank == limit:
-        A, B, C = _exact_factors(cores)
+        A, B, C = _exact_factors(unfolded.unflatten(2, (kernel_h, kernel_w)))
     else:
+        roots = _roots(gram / torch.where(norm > 0, norm, 1).square())[:, -in_channels:]  # the others are zero
+        cores = roots.unflatten(2, (kernel_h, kernel_w))
         A, B = fit_spatial_factors(
             cores, rank, seed=seed, starts=starts, max_iterations=max_iterations, tolerance=tolerance
         )
-        C = solve_channel_factor(small, A, B)
-    A, B, C = _canonical(A, B, C * norm)
-    if basis is not None:
-        C = basis @ C
+        C = solve_channel_factor(unfolded, A, B)
+    A, B, C = _canonical(A, B, C)
     return CPFactors(A.float(), B.float(), C.float())
+
+
+def _roots(gram: Tensor) -> Tensor:
+    """S [N, K, K] with S^T S = `gram` [N, K, K]: its rows are orthogonal and of rising norm."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0).sqrt()[:, :, None] * vectors.mT
 
 
 def _exact_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
