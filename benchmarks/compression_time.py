@@ -27,10 +27,12 @@ from torch import Tensor
 from norton_deploy import commands
 from norton_deploy.config import parse_settings
 from norton_deploy.factorization.cp import CPFactors, decompose_filters, layer_nmse, nmse
+from norton_deploy.files import atomic_write
 from norton_deploy.pruning.filter_selection import select_filters
 from norton_deploy.pruning.subspace_angles import pabs_distance
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
+from norton_deploy.reporting.tables import Table
 
 STRUCTURED_TERMS = (1.0, 0.7, 0.5, 0.3, 0.2)
 STRUCTURED_NOISE = 0.3
@@ -83,7 +85,55 @@ def main(argv: Sequence[str] | None = None) -> int:
                     file=sys.stderr,
                 )
     commands.write_json(results, settings.out)
+    if str(settings.out) != "-":
+        with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
+            stream.write("\n\n".join(table.to_markdown() for table in tables(results)) + "\n")
     return 0
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Decomposition and distances, a row for each rank."""
+    settings = results["settings"]
+    layer = f"{settings['filters']} filters of {settings['channels']} x {settings['kernel']} x {settings['kernel']}"
+    decomposition = tuple(
+        (
+            row["weights"],
+            str(row["rank"]),
+            f"{row['ours_ms']['median']:.0f}",
+            f"{row['tensorly_ms']['median']:.0f}",
+            interval(row["speedup"]),
+            f"{row['nmse_sample'] / row['tensorly_nmse_sample']:.4f}",
+        )
+        for row in results["decomposition"]
+    )
+    distance = tuple(
+        (
+            str(row["rank"]),
+            f"{row['ours_ms']['median']:.0f}",
+            f"{row['loop_ms']['median']:.0f}",
+            interval(row["speedup"]),
+            f"{row['largest_difference_rad']:.1e}",
+            f"{row['algorithm_1_ms']['median']:.0f}",
+        )
+        for row in results["distance"]
+    )
+    return [
+        Table(
+            ("Weights", "Rank", "ms", "tensorly ms", "times faster", "NMSE / tensorly's"),
+            decomposition,
+            f"Decomposing {layer}: all filters at once against tensorly's parafac, extrapolated from a sample",
+        ),
+        Table(
+            ("Rank", "ms", "loop ms", "times faster", "largest difference, rad", "Algorithm 1, ms"),
+            distance,
+            f"PABS between all pairs of {layer} against SciPy pair by pair, extrapolated from a sample",
+        ),
+    ]
+
+
+def interval(speedup: dict[str, float]) -> str:
+    """Median ratio and its 95 % interval."""
+    return f"{speedup['ratio']:.0f} ({speedup['low']:.0f} to {speedup['high']:.0f})"
 
 
 def layers(settings: Settings) -> dict[str, Tensor]:

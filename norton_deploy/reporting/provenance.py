@@ -17,7 +17,7 @@ PACKAGES = ("norton-deploy", "torch", "torchvision", "onnx", "onnxruntime-gpu", 
 def provenance() -> dict[str, Any]:
     """Command line, date (UTC), machine (CPU model, cores, threads, GPU) and package versions, for a result file."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_script(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": _cpu_model(),
@@ -28,6 +28,13 @@ def provenance() -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _script() -> str:
+    """The program, relative to the folder that it was started in; its name alone if it lies elsewhere."""
+    program = Path(sys.argv[0])
+    here = Path.cwd()
+    return str(program.absolute().relative_to(here) if program.absolute().is_relative_to(here) else program.name)
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,144 @@
+"""Writes docs/results.md from the result files: every table with the command, date and machine that made it.
+
+Run it after a benchmark. A benchmark without results is left out; nothing is typed by hand.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from norton_deploy.config import parse_settings
+from norton_deploy.files import atomic_write
+from norton_deploy.reporting.tables import DetectorRow, detector_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+INTRODUCTION = """\
+# Results
+
+Made by `benchmarks/collect.py` from the files in [benchmarks/results](../benchmarks/results); each section names the
+command that repeats it. The machine had two CPU cores and no GPU: no engine of TensorRT was run, and nothing here was
+trained or evaluated on COCO-2017 or ImageNet. Rows marked as the paper's are quoted, not measured.
+"""
+SECTIONS = {
+    "demo": "The demo: dense and compressed detector on drawn images",
+    "table3": "Table III: latency",
+    "table3_accuracy": "Table III: accuracy on the embedded data",
+    "whole_detector": "Plans over the whole detector",
+    "plan": "A plan for a speed-up of four",
+    "channel_multiple": "Channels in multiples",
+    "recovery": "Quick recovery without labels",
+    "table4_rank": "Table IV: rank",
+    "table1_cifar": "Table I: VGG-16 on CIFAR-10",
+    "rivals": "Figure 1: other decompositions and filter choices",
+    "export_parity": "Exported graphs against eager mode",
+    "engine_builds": "TensorRT-RTX engines, built and not run",
+    "size_buckets": "Fixed image sizes",
+    "compression_time": "Time to compress a layer",
+    "gradcam": "Feature preservation: Grad-CAM",
+}
+"""Result file -> heading, in the order of the document."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of benchmarks/collect.py."""
+
+    out: Path = ROOT / "docs" / "results.md"
+    """Document to write."""
+
+
+def main() -> int:
+    """Write the document."""
+    settings = parse_settings(Settings, prog="collect", description=__doc__ or "")
+    with atomic_write(settings.out, "w") as stream:
+        stream.write(document())
+    return 0
+
+
+def document() -> str:
+    """The whole text of docs/results.md."""
+    sections = [
+        section(name, heading)
+        for name, heading in SECTIONS.items()
+        if (RESULTS / f"{name}.md").is_file() or name == "demo"
+    ]
+    return "\n".join([INTRODUCTION, *sections])
+
+
+def section(name: str, heading: str) -> str:
+    """Heading, where the figures come from, tables and pictures of one result file."""
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    written = RESULTS / f"{name}.md"
+    body = demo_table(results) if name == "demo" else written.read_text()
+    return f"## {heading}\n\n{origin(name, results)}\n\n{fit(body)}\n"
+
+
+def origin(name: str, results: dict[str, Any]) -> str:
+    """One paragraph: file, commands, dates, processor, versions."""
+    records = list(provenances(results))
+    commands = sorted({f"`{record['command']}`" for record in records})
+    dates = sorted({record["date"][:10] for record in records})
+    machines = sorted({machine(record["machine"]) for record in records})
+    versions = records[0]["versions"]
+    named = (package for package in ("torch", "torchvision", "onnxruntime-gpu") if package in versions)
+    packages = ", ".join(f"{package} {versions[package]}" for package in named)
+    period = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    where = f"[{name}.json](../benchmarks/results/{name}.json)"
+    return f"{where}: {', '.join(commands)}; {period}; {'; '.join(machines)}; {packages}."
+
+
+def machine(record: dict[str, Any]) -> str:
+    """Processor, cores and threads."""
+    return f"{record['cpu']}, {record['cores']} cores, {record['torch_threads']} threads"
+
+
+def provenances(value: Any) -> Any:
+    """Every record of `provenance()` in a result file."""
+    if isinstance(value, dict):
+        if "versions" in value and "machine" in value:
+            yield value
+        else:
+            for entry in value.values():
+                yield from provenances(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from provenances(entry)
+
+
+def fit(body: str) -> str:
+    """A result's own Markdown, made to fit: headings two levels down, its title gone, links from docs/."""
+    lines = [line for line in body.strip().splitlines() if not line.startswith("# ")]
+    lines = [f"##{line}" if line.startswith("#") else line for line in lines]
+    return re.sub(r"\]\((?!http)([^)/]+)\)", r"](../benchmarks/results/\1)", "\n".join(lines).strip())
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    """The demo's two rows in the form of Table III, and the paired verdict."""
+    dense = results["complexity"]["dense"]
+    rows = []
+    for name, metrics in results["metrics"].items():
+        own = results["complexity"][name]
+        rows.append(
+            DetectorRow(
+                model=name,
+                runs_on="torch eager",
+                macs=own["macs"],
+                params=own["params"],
+                dense_macs=dense["macs"],
+                dense_params=dense["params"],
+                fps=results["latency"][name]["fps"],
+                latency_ms=results["latency"][name]["p50_ms"],
+                ap=metrics["bbox"]["AP"],
+                ar=metrics["bbox"]["AR100"],
+            )
+        )
+    table = detector_table(rows, f"{results['held_out_images']} held-out drawn images", paper=results["task"])
+    return f"{table.to_markdown()}\n\nNORTON against dense: {results['speedup']['verdict']}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
