@@ -51,7 +51,10 @@ def reestimate_batch_norm(
     stream = iter(images)
     while batch := list(islice(stream, BATCH)):
         if isinstance(settings, DetectorSettings):
-            model.backbone(model.transform(batch)[0].tensors)  # type: ignore[operator]
+            prepared = model.transform(batch)[0]  # type: ignore[operator]
+            # The part that all images fill: the padding of the smaller ones would count as image.
+            height, width = (min(sides) for sides in zip(*prepared.image_sizes, strict=True))
+            model.backbone(prepared.tensors[:, :, :height, :width])  # type: ignore[operator]
         else:
             resized = torch.stack([resize(image, list(settings.image_size), antialias=True) for image in batch])
             model(normalize(resized, list(settings.image_mean), list(settings.image_std)))

@@ -238,3 +238,18 @@ def test_reestimation_gives_the_statistics_of_the_images(norm: str) -> None:
     assert isinstance(model.backbone.body.bn1, FrozenBatchNorm2d) == (norm == "frozen")
     with pytest.raises(UserError, match="no images"):
         reestimate_batch_norm(model, [], SMALL)
+
+
+def test_statistics_know_nothing_of_padding() -> None:
+    """The first normalisation sees the convolved part that both images fill."""
+    model = build_dense_detector("box", replace(SMALL, norm="batch"))
+    images = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
+    reestimate_batch_norm(model, images, SMALL)
+    prepared = model.transform(images)[0]
+    (height, width), (other_height, other_width) = prepared.image_sizes
+    common = prepared.tensors[:, :, : min(height, other_height), : min(width, other_width)]
+    body = model.backbone.body
+    with torch.no_grad():
+        expected = body.conv1(common).mean(dim=(0, 2, 3))
+    assert (height, width) != (other_height, other_width)
+    torch.testing.assert_close(body.bn1.running_mean, expected)
