@@ -17,6 +17,7 @@ from norton_deploy.runtime.predictor import load_predictor
 from norton_deploy.runtime.video import VideoPipeline
 from norton_deploy.runtime.video_sinks import VideoFile, Window
 from norton_deploy.runtime.video_sources import open_source
+from norton_deploy.weights import PackagedTask, packaged_detector
 
 SYNTHETIC_FRAMES = 250
 INTERRUPTED = 130
@@ -26,10 +27,12 @@ INTERRUPTED = 130
 class Settings:
     """Settings of the demo."""
 
-    model: Path
-    """Checkpoint, .onnx, .engine or a folder of graphs."""
     out: Path
     """MP4 file to write."""
+    model: Path | None = None
+    """Checkpoint, .onnx, .engine or a folder of graphs; for synthetic scenes the packaged detector of --task."""
+    task: PackagedTask = "mask"
+    """Which packaged detector runs without --model: mask or keypoint."""
     source: str = "synthetic"
     """Camera number, video file, stream address (rtsp://...) or "synthetic"."""
     baseline: Path | None = None
@@ -56,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit = settings.max_frames
     if limit is None and settings.source == "synthetic":
         limit = SYNTHETIC_FRAMES
-    files = [settings.model] if settings.baseline is None else [settings.baseline, settings.model]
+    model = chosen_model(settings)
+    files = [model] if settings.baseline is None else [settings.baseline, model]
     labels = ["model"] if settings.baseline is None else ["baseline", "model"]
     models = [
         (f"{label} {file.name}", load_predictor(file, device=settings.device))
@@ -95,3 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.problem:
         raise UserError(f"{settings.source}: {source.problem}; what was recorded until then is in {output.path}")
     return INTERRUPTED if summary["ended"] == "interrupted" else 0
+
+
+def chosen_model(settings: Settings) -> Path:
+    """The given model, or the packaged one for synthetic scenes.
+
+    Raises:
+        UserError: no model is given for another source, or this installation has none.
+    """
+    if settings.model is not None:
+        return settings.model
+    if settings.source != "synthetic":
+        raise UserError(
+            f"--model: needed for --source {settings.source}; the packaged detectors know drawn scenes only"
+        )
+    return packaged_detector(settings.task)
