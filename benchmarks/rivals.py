@@ -1,0 +1,231 @@
+"""The paper's two comparisons as numbers, on one trained network and at equal MACs.
+
+1. Figure 1: the filters' CPD (the paper's) against CPD of the whole layer with four factors, CPD of the reshaped layer
+   with three, and Tucker-2. Every layer of a rival gets the ranks whose MACs come closest from below to those of that
+   layer at the given rank of the filters' CPD. NMSE, time to decompose, and top-1 as decomposed, with new BatchNorm
+   statistics and after the same short fine-tuning.
+2. Section II-B: Algorithm 1 on principal angles (PABS) against L1 norm, FPGM and random choice of the filters,
+   decomposing before pruning against after it, all by one plan, with several seeds (of decomposition, data order and
+   random choice).
+
+A dense epoch of VGG-16-BN on CIFAR-10 (391 steps of 128) takes about 8 minutes on 2 cores: plan with 5 to 15 minutes a
+cell of 200 steps (an estimate; each cell records its seconds); by default there are 8 and 24 cells. Each cell is
+written when it is done and a fine-tuning that was interrupted goes on where its state was saved: run the same command
+again.
+
+    python benchmarks/rivals.py --model runs/vgg16/best.safetensors --data runs/cifar
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from norton_deploy.config import parse_settings
+from norton_deploy.errors import UserError
+from norton_deploy.factorization.cp import layer_nmse
+from norton_deploy.factorization.rival_chains import chain, chain_macs, ranks_within
+from norton_deploy.factorization.rivals import RIVALS, Rival, RivalFactors, decompose_layer, rival_nmse
+from norton_deploy.modeling.compress import compress
+from norton_deploy.modeling.cpd_block import CPDBlock
+from norton_deploy.modeling.rival_layers import map_sizes, replace_by_rivals
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.pruning.filter_choices import (
+    FilterChoice,
+    choose_at_random,
+    choose_by_angles,
+    choose_by_geometric_median,
+    choose_by_l1_norm,
+)
+from norton_deploy.reporting.recovery import Recovery, RecoverySettings, network_nmse
+from norton_deploy.reporting.result_cells import ResultCells
+from norton_deploy.reporting.tables import Table
+
+ROOT = Path(__file__).parent
+Choice = Literal["PABS", "L1", "FPGM", "random"]
+Order = Literal["decompose, prune", "prune, decompose"]
+METHODS: dict[str, str] = {
+    "filter": "filter CPD (the paper's)",
+    "layer": "layer CPD, 4 factors",
+    "reshaped": "reshaped CPD, 3 factors",
+    "tucker2": "Tucker-2",
+}
+NOTES = """\
+NMSE: plain mean over the layers / all squared errors over all squared weights. The decomposition's seconds are those \
+of all layers on this machine, each method in this package's own implementation. The paper's Figure 1 has no figures; \
+its Table I lists Lebedev et al. (layer CPD) with 93.07 % at 78 % fewer MACs and HALOC (low rank) with 93.16 % at \
+86 %, against 94.11 % at 77 % and 93.84 % at 88 % of its own method, each by its own recipe. The paper does not \
+compare PABS with other choices, or its order with the other one. Spread: the lowest and the highest of the seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RecoverySettings):
+    """Settings of benchmarks/rivals.py."""
+
+    runs: Path = Path("runs/rivals")
+    """Folder for the fine-tuning runs; an interrupted one is continued."""
+    steps: int = 200
+    """Optimizer steps of each fine-tuning, the same for all."""
+    ranks: tuple[int, ...] = (1, 3)
+    """Ranks of the filters' CPD that set the MACs of comparison 1."""
+    plan: Path = ROOT.parent / "configs" / "plans" / "vgg16_96.yaml"
+    """Plan of comparison 2."""
+    choices: tuple[Choice, ...] = get_args(Choice)
+    """Choices of the filters."""
+    orders: tuple[Order, ...] = get_args(Order)
+    """Orders of the two steps."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of comparison 2; comparison 1 runs with --seed."""
+    out: Path = ROOT / "results" / "rivals.json"
+    """Results file; Markdown tables are written beside it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    settings = parse_settings(Settings, argv, prog="rivals", description=__doc__ or "")
+    recovery = Recovery(settings)
+    plan = CompressionPlan.load(settings.plan)
+    results = ResultCells(settings.out, recovery.identity() | {"plan": plan.to_dict()})
+    results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
+    for rank in settings.ranks:
+        for method in METHODS:
+            name = f"{method}, rank {rank}"
+            results.measure(
+                name, lambda method=method, rank=rank, name=name: measure_method(recovery, method, rank, name)
+            )
+    for seed in settings.seeds:
+        for order in settings.orders:
+            for choice in settings.choices:
+                name = f"{choice}, {order}, seed {seed}"
+                results.measure(
+                    name,
+                    lambda choice=choice, order=order, seed=seed, name=name: recovery.measure(
+                        prune(recovery.dense, plan, choice, order, seed), plan, name, seed=seed
+                    ),
+                )
+    tables = [method_table(results.cells, results.settings), choice_table(results.cells, results.settings)]
+    results.write_markdown(tables, NOTES)
+    return 0
+
+
+def measure_method(recovery: Recovery, method: str, rank: int, name: str) -> dict[str, Any]:
+    """One cell of comparison 1."""
+    seed, dense = recovery.recovery.seed, recovery.dense
+    convolutions = {n: layer for n, layer in dense.named_modules() if isinstance(layer, nn.Conv2d)}
+    plan = CompressionPlan(recovery.settings.architecture, dict.fromkeys(convolutions, rank))
+    started = time.perf_counter()
+    if method == "filter":
+        small = compress(dense, plan, seed=seed)
+        seconds = time.perf_counter() - started
+        blocks = {n: small.get_submodule(n) for n in convolutions}
+        errors = {
+            n: layer_nmse(conv.weight, blocks[n].factors())
+            for n, conv in convolutions.items()
+            if isinstance(blocks[n], CPDBlock)
+        }
+        figures = recovery.measure(small, plan, name)
+        return {"decompose_s": round(seconds, 2), **network_nmse(dense, errors), **figures}
+    kind: Rival = next(rival for rival in RIVALS if rival == method)
+    ranks = rival_ranks(recovery, kind, rank)
+    started = time.perf_counter()
+    factors: dict[str, RivalFactors] = {
+        n: decompose_layer(conv.weight, kind, ranks[n], seed=seed) for n, conv in convolutions.items()
+    }
+    seconds = time.perf_counter() - started
+    errors = {n: rival_nmse(conv.weight, factors[n]) for n, conv in convolutions.items()}
+    figures = recovery.measure(replace_by_rivals(dense, factors), None, name)
+    return {"decompose_s": round(seconds, 2), "ranks": ranks, **network_nmse(dense, errors), **figures}
+
+
+def rival_ranks(recovery: Recovery, kind: Rival, rank: int) -> dict[str, tuple[int, ...]]:
+    """Ranks of every convolution within the MACs of the filters' CPD at `rank`."""
+    convolutions = {n: layer for n, layer in recovery.dense.named_modules() if isinstance(layer, nn.Conv2d)}
+    found = {}
+    for name, (input_size, output_size) in map_sizes(
+        recovery.dense, convolutions, recovery.settings.image_size
+    ).items():
+        weight = convolutions[name].weight
+        kernel = (weight.shape[2], weight.shape[3])
+        budget = chain_macs(chain("filter", weight.shape[0], weight.shape[1], (rank,)), kernel, input_size, output_size)
+        found[name] = ranks_within(kind, weight, budget, input_size, output_size)
+    return found
+
+
+def prune(dense: nn.Module, plan: CompressionPlan, choice: Choice, order: Order, seed: int) -> nn.Module:
+    """The dense model compressed by the plan, its filters chosen by `choice`."""
+    chosen: dict[Choice, FilterChoice] = {
+        "PABS": choose_by_angles,
+        "L1": choose_by_l1_norm,
+        "FPGM": choose_by_geometric_median,
+        "random": partial(choose_at_random, generator=torch.Generator().manual_seed(seed)),
+    }
+    if order == "decompose, prune":
+        return compress(dense, plan, seed=seed, choose=chosen[choice])
+    pruned = compress(dense, CompressionPlan(plan.architecture, {}, plan.keep), choose=chosen[choice])
+    return compress(pruned, CompressionPlan(plan.architecture, plan.ranks), seed=seed)
+
+
+def method_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Table:
+    """Comparison 1."""
+    rows = []
+    for name, cell in cells.items():
+        method, separator, rank = name.partition(", rank ")
+        if method in METHODS and separator:
+            rows.append(
+                (
+                    METHODS[method],
+                    f"{cell['macs'] / 1e6:.2f}M (rank {rank})",
+                    f"{cell['params'] / 1e6:.2f}M",
+                    f"{cell['nmse_mean']:.4f} / {cell['nmse_total']:.4f}",
+                    f"{cell['decompose_s']:.1f}",
+                    *(f"{100 * cell[key]:.2f}" for key in ("top1_compressed", "top1_reestimated", "top1_fine_tuned")),
+                )
+            )
+    header = ("Decomposition", "MACs", "Params", "NMSE mean / total", "Time to decompose (s)")
+    header += ("As decomposed %", "BatchNorm re-estimated %", f"Fine-tuned, {settings['steps']} steps %")
+    return Table(header, tuple(rows), f"Decompositions at equal MACs; dense {100 * cells['dense']['top1']:.2f} %")
+
+
+def choice_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Table:
+    """Comparison 2: mean and spread over the seeds."""
+    by_row: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, cell in cells.items():
+        label, separator, _ = name.rpartition(", seed ")
+        if separator:
+            choice, _, order = label.partition(", ")
+            by_row.setdefault((choice, order), []).append(cell)
+    rows = [
+        (
+            choice,
+            order,
+            f"{found[0]['macs'] / 1e6:.2f}M",
+            *(
+                mean_and_spread([100 * cell[key] for cell in found])
+                for key in ("top1_compressed", "top1_reestimated", "top1_fine_tuned")
+            ),
+            str(len(found)),
+        )
+        for (choice, order), found in by_row.items()
+    ]
+    header = ("Choice", "Order", "MACs", "As compressed %", "BatchNorm re-estimated %")
+    header += (f"Fine-tuned, {settings['steps']} steps %", "Seeds")
+    return Table(header, tuple(rows), "Choices of filters and order of the steps, one plan: mean (lowest to highest)")
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean, and lowest to highest."""
+    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,215 @@
+"""What a compressed classifier is worth: at once, with new BatchNorm statistics, and after a short fine-tuning."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from norton_deploy.checkpoint import load_checkpoint, save_checkpoint
+from norton_deploy.data.classification import ClassificationFolder
+from norton_deploy.data.image_folder import read_images
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.evaluation.complexity import count_complexity
+from norton_deploy.files import sha256_of
+from norton_deploy.modeling.classifiers import ClassifierSettings
+from norton_deploy.modeling.reestimate import reestimate_batch_norm
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
+from norton_deploy.training.initial_weights import InitialModel
+from norton_deploy.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverySettings:
+    """What the benchmarks of compressed classifiers have in common."""
+
+    model: Path
+    """Checkpoint of the trained dense classifier."""
+    data: Path
+    """Folder with train/CLASS/* and test/CLASS/* (or val/)."""
+    runs: Path
+    """Folder for the fine-tuning runs; an interrupted one is continued."""
+    steps: int = 400
+    """Optimizer steps of each fine-tuning, the same for all."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 0.02
+    """Learning rate after warm-up; it falls along half a cosine."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 5e-4
+    """Weight decay of kernels and matrices."""
+    clip_norm: float = 5.0
+    """Largest norm of the gradient."""
+    reestimate_images: int = 1024
+    """Training images, without labels, for the new BatchNorm statistics."""
+    workers: int = 2
+    """Processes that read images."""
+    seed: int = 0
+    """Seed of decomposition, data order and augmentation."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Attributes: the teacher's checkpoint, the weight of its scores, the temperature."""
+
+    model: Path
+    weight: float
+    temperature: float
+
+
+class Recovery:
+    """Measures compressed copies of one dense classifier.
+
+    Attributes:
+        dense: the classifier, in evaluation mode.
+        settings: of the dense classifier.
+
+    Raises:
+        UserError: the checkpoint is not that of a dense classifier.
+    """
+
+    def __init__(self, recovery: RecoverySettings) -> None:
+        checkpoint = load_checkpoint(recovery.model)
+        if not isinstance(checkpoint.header.settings, ClassifierSettings) or checkpoint.header.plan is not None:
+            raise UserError(f"{recovery.model}: expected a dense classifier")
+        self.recovery, self.dense, self.header = recovery, checkpoint.model, checkpoint.header
+        self.settings: ClassifierSettings = checkpoint.header.settings
+        self.val = ClassificationFolder(
+            recovery.data,
+            "val",
+            style="cifar",
+            image_size=self.settings.image_size,
+            mean=self.settings.image_mean,
+            std=self.settings.image_std,
+            classes=checkpoint.header.categories.names,
+        )
+        self.before = count_complexity(self.dense, self.settings.image_size)
+
+    def identity(self) -> dict[str, Any]:
+        """What all figures depend on, for the results file: no paths, the model by its digest."""
+        recovery = self.recovery
+        names = ("steps", "batch_size", "lr", "warmup_steps", "weight_decay", "clip_norm", "reestimate_images", "seed")
+        return {
+            "model": f"{recovery.model.parent.name}/{recovery.model.name}",
+            "model_sha256": sha256_of(recovery.model),
+            "architecture": self.settings.architecture,
+            "image_size": self.settings.image_size,
+            "test_images": len(self.val),
+            "dense_macs": self.before.macs,
+            "dense_params": self.before.params,
+            **{name: getattr(recovery, name) for name in names},
+        }
+
+    def top1(self, model: nn.Module) -> float:
+        """Top-1 accuracy on the held-out images, 0..1."""
+        scores = evaluate_classifier(
+            model.eval(), self.val, torch.device("cpu"), batch_size=256, workers=self.recovery.workers, progress=False
+        )
+        return scores["top1"]
+
+    def complexity(self, model: nn.Module) -> dict[str, float]:
+        """MACs and parameters, and how much less that is than dense, in per cent."""
+        after = count_complexity(model, self.settings.image_size)
+        return {
+            "macs": after.macs,
+            "params": after.params,
+            "macs_reduction_percent": round(100 * (1 - after.macs / self.before.macs), 2),
+            "params_reduction_percent": round(100 * (1 - after.params / self.before.params), 2),
+        }
+
+    def measure(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan | None,
+        name: str,
+        *,
+        seed: int | None = None,
+        teacher: Teacher | None = None,
+        before_fine_tuning: bool = True,
+    ) -> dict[str, float]:
+        """MACs, parameters and top-1 (0..1) as compressed, after re-estimation and after fine-tuning.
+
+        Args:
+            model: compressed; its BatchNorm statistics are replaced, in place.
+            plan: its plan, None for a model that no plan describes (its runs hold no checkpoints then).
+            name: of the cell; the run's folder is named after it.
+            seed: of the fine-tuning, if not the settings'.
+            teacher: distil from it.
+            before_fine_tuning: whether to measure the first two accuracies.
+        """
+        figures = self.complexity(model)
+        if before_fine_tuning:
+            figures["top1_compressed"] = self.top1(model)
+        images = read_images(self.recovery.data / "train", self.recovery.reestimate_images)
+        reestimate_batch_norm(model, images, self.settings)
+        if before_fine_tuning:
+            figures["top1_reestimated"] = self.top1(model)
+        figures["top1_fine_tuned"] = self.fine_tune(model, plan, name, seed=seed, teacher=teacher)
+        return figures
+
+    def fine_tune(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan | None,
+        name: str,
+        *,
+        seed: int | None = None,
+        teacher: Teacher | None = None,
+    ) -> float:
+        """Top-1 (0..1) after the fine-tuning of the settings; see `measure`. A run that was begun is continued."""
+        recovery = self.recovery
+        out = recovery.runs / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        resume = RunFolder(out).settings.is_file()
+        init = None
+        if plan is not None:
+            init = out / "initial.safetensors"
+            if not resume:
+                made_by = self.header.made_by(f"benchmark cell: {name}", recovery.model, plan=plan)
+                save_checkpoint(init, model, made_by)
+        training = ClassifierTrainingSettings(
+            out=out,
+            data=recovery.data,
+            arch=self.settings.architecture,
+            init=init,
+            image_size=self.settings.image_size,
+            style="cifar",
+            steps=recovery.steps,
+            batch_size=recovery.batch_size,
+            lr=recovery.lr,
+            schedule="cosine",
+            warmup_steps=min(recovery.warmup_steps, recovery.steps // 4),
+            weight_decay=recovery.weight_decay,
+            clip_norm=recovery.clip_norm,
+            evaluate_every=0,
+            state_every=100,
+            workers=recovery.workers,
+            seed=recovery.seed if seed is None else seed,
+            resume=resume,
+            progress=False,
+        )
+        if teacher is not None:
+            training = replace(
+                training, teacher=teacher.model, distillation_weight=teacher.weight, temperature=teacher.temperature
+            )
+        start = None if plan is not None else InitialModel(model, self.settings, None, name)
+        return train_classifier(training, command=name, start=start).metrics["classification"]["top1"]
+
+
+def network_nmse(dense: nn.Module, layer_errors: dict[str, float]) -> dict[str, float]:
+    """Normalised squared errors of a whole network from those of its layers.
+
+    Args:
+        dense: the dense model.
+        layer_errors: layer name -> ||W - rebuilt W||^2 / ||W||^2.
+
+    Returns:
+        nmse_mean: the plain mean over the layers; nmse_total: all squared errors over all squared weights.
+    """
+    energy = {name: float(dense.get_submodule(name).weight.detach().double().square().sum()) for name in layer_errors}  # type: ignore[union-attr,operator]
+    total = sum(energy[name] * error for name, error in layer_errors.items()) / sum(energy.values())
+    return {"nmse_mean": sum(layer_errors.values()) / len(layer_errors), "nmse_total": total}
