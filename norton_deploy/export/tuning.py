@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -21,14 +22,16 @@ from norton_deploy.files import atomic_write
 
 FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
 CPU = "CPUExecutionProvider"
-REPEATS = 7
-SHORT_MS = 2.0
-"""A layer is repeated at least until its measured runs add up to this."""
-MOST_REPEATS = 40
+FEWEST_REPEATS, MOST_REPEATS = 3, 40
+ENOUGH_MS = 14.0
+"""A layer is repeated until the measured runs of its fastest form add up to this, within the two limits above."""
+SAVE_EVERY_S = 20.0
+HOPELESS = 2.0
+"""A form whose first measured run takes this many times the fastest form's is not run again."""
 
 
 class TimingTable:
-    """Median time in ms of layer shapes in each form, measured when first asked for, kept in a JSON file.
+    """Shortest time in ms of layer shapes in each form, measured when first asked for, kept in a JSON file.
 
     Attributes:
         path: the file, or None to keep the table in memory.
@@ -45,6 +48,7 @@ class TimingTable:
         self.path, self.provider = path, provider
         self.machine = {key: str(value) for key, value in machine.items()} | {"provider": provider}
         self.times_ms: dict[str, float] = {}
+        self._saved_s = time.monotonic()
         if path is not None and path.is_file():
             content = json.loads(path.read_text())
             if content.get("machine") != self.machine:
@@ -59,11 +63,13 @@ class TimingTable:
         return self.times_ms[key]
 
     def measure(self, shape: LayerShape) -> None:
-        """Time all forms of a shape in alternation and keep the medians."""
+        """Time all forms of a shape in alternation; the file is written now and then."""
         forms: tuple[Form, ...] = FORMS if shape.rank else ("dense",)
         missing = [form for form in forms if shape.key(form) not in self.times_ms]
         for form, time_ms in zip(missing, time_alternating(shape, missing, self.provider), strict=True):
             self.times_ms[shape.key(form)] = time_ms
+        if time.monotonic() - self._saved_s > SAVE_EVERY_S:
+            self.save()
 
     def fastest(self, shape: LayerShape) -> tuple[Form, float]:
         """The fastest form of a shape and its time in ms."""
@@ -74,6 +80,7 @@ class TimingTable:
 
     def save(self) -> None:
         """Write the table, whole or not at all."""
+        self._saved_s = time.monotonic()
         if self.path is None:
             return
         with atomic_write(self.path, "w") as stream:
@@ -137,12 +144,15 @@ def tune_blocks(
     ]
 
 
-def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str, repeats: int = REPEATS) -> list[float]:
-    """Median time in ms of a layer in each form, the forms taking turns.
+def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str) -> list[float]:
+    """Shortest time in ms of a layer in each form, the forms taking turns.
+
+    The shortest of few runs, not their median: whatever else the machine does can only lengthen a run.
 
     On the CPU the times are those of the layer's own nodes by ONNX Runtime's profiler: a graph of one layer also
     pays for converting its input and output to the engine's memory layout, which a whole graph does not. On other
-    providers it is the synchronised time of the whole run.
+    providers it is the synchronised time of the whole run. Long layers are run three times, short ones more often;
+    a form that is out of the question after one measured run keeps that one.
 
     Raises:
         UserError: the provider did not start.
@@ -163,22 +173,30 @@ def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str, re
                 raise UserError(f"execution provider {provider} did not start; is there a GPU with a matching CUDA?")
             sessions.append(session)
             feeds.append({"input": example})
+        for session, feed in zip(sessions, feeds, strict=True):
+            session.run(None, feed)  # The first run allocates.
         wall_ms: list[list[float]] = [[] for _ in sessions]
-        rounds = 0
-        while rounds <= repeats or (rounds <= MOST_REPEATS and sum(wall_ms[0]) < SHORT_MS * repeats):
-            for session, feed, times in zip(sessions, feeds, wall_ms, strict=True):
+        running = list(range(len(sessions)))
+        for repeat in range(MOST_REPEATS):
+            for index in running:
                 started = time.perf_counter()
-                session.run(None, feed)
-                if rounds:  # The first run allocates.
-                    times.append((time.perf_counter() - started) * 1e3)
-            rounds += 1
+                sessions[index].run(None, feeds[index])
+                wall_ms[index].append((time.perf_counter() - started) * 1e3)
+            fastest_ms = min((sum(wall_ms[index]) for index in running), default=math.inf)
+            if repeat == 0:
+                running = [index for index in running if wall_ms[index][0] <= HOPELESS * fastest_ms]
+            if repeat + 1 >= FEWEST_REPEATS and fastest_ms >= ENOUGH_MS:
+                break
         if provider != CPU:
-            return [float(np.median(times)) for times in wall_ms]
-        return [_node_time_ms(Path(session.end_profiling()), rounds) for session in sessions]
+            return [min(times) for times in wall_ms]
+        return [
+            _node_time_ms(Path(session.end_profiling()), 1 + len(times))
+            for session, times in zip(sessions, wall_ms, strict=True)
+        ]
 
 
 def _node_time_ms(profile: Path, runs: int) -> float:
-    """Median over all runs but the first of the layer's nodes' time, layout changes left out."""
+    """Shortest of all runs but the first: the layer's nodes' time, layout changes left out."""
     events = json.loads(profile.read_text())
     durations = [
         event["dur"] / 1e3
@@ -188,4 +206,4 @@ def _node_time_ms(profile: Path, runs: int) -> float:
         and not event["args"]["op_name"].startswith("Reorder")
     ]
     by_run = np.asarray(durations).reshape(runs, -1).sum(axis=1)
-    return float(np.median(by_run[1:]))
+    return float(by_run[1:].min())

@@ -37,43 +37,37 @@ class Workload:
         return cls(image_size, int(detector.rpn._post_nms_top_n["testing"]), int(detector.roi_heads.detections_per_img))
 
 
-def measure_end_to_end(
-    models: Mapping[str, nn.Module],
-    workload: Workload,
-    categories: Categories,
-    images: Sequence[Image],
-    table: TimingTable,
-    *,
-    rounds: int,
+def time_in_turn(
+    predictors: Mapping[str, OnnxRuntimePredictor], images: Sequence[Image], *, rounds: int
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Times in ms of one image, pixels to detections, each model in its fastest forms; [rounds] per model.
+    """Times in ms of one image, pixels to detections; [rounds] per model.
 
-    The models are exported and then called in turn, in an order that rotates, on the same images.
+    The models are called in turn, in an order that rotates, on the same images.
 
     Args:
-        models: detectors in evaluation mode.
-        workload: image size; proposals and detections are the models' own.
-        categories: of the models.
+        predictors: name -> exported model.
         images: uint8 RGB [H, W, 3], used in turn.
-        table: times of the layers' forms; also says which provider runs the graphs.
         rounds: measured calls of each model, after one for warm-up.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        predictors = {}
-        for index, (name, model) in enumerate(models.items()):
-            file = Path(folder) / f"{index}.onnx"
-            export_tuned(model, workload, categories, table, file)
-            predictors[name] = OnnxRuntimePredictor(file, providers=[table.provider])
-            file.unlink()
-        times_ms: dict[str, list[float]] = {name: [] for name in models}
-        names = list(models)
-        for step in range(-1, rounds):
-            for offset in range(len(names)):
-                name = names[(step + offset) % len(names)]
-                predictors[name]([images[step % len(images)]])
-                if step >= 0:
-                    times_ms[name].append(predictors[name].timing.total_ms)
+    times_ms: dict[str, list[float]] = {name: [] for name in predictors}
+    names = list(predictors)
+    for step in range(-1, rounds):
+        for offset in range(len(names)):
+            name = names[(step + offset) % len(names)]
+            predictors[name]([images[step % len(images)]])
+            if step >= 0:
+                times_ms[name].append(predictors[name].timing.total_ms)
     return {name: np.asarray(times) for name, times in times_ms.items()}
+
+
+def tuned_predictor(
+    model: nn.Module, workload: Workload, categories: Categories, table: TimingTable
+) -> OnnxRuntimePredictor:
+    """A detector in evaluation mode, exported with every CPDBlock in its fastest form and opened."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_tuned(model, workload, categories, table, file)
+        return OnnxRuntimePredictor(file, providers=[table.provider])
 
 
 def export_tuned(

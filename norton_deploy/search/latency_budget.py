@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from norton_deploy.export.layer_calls import layer_calls
@@ -11,8 +12,9 @@ from norton_deploy.export.tuning import TimingTable
 from norton_deploy.modeling.compress import compress
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.runtime.predictor import Image
+from norton_deploy.search.budget import Budget
 from norton_deploy.search.decisions import Decision, Option, to_plan
-from norton_deploy.search.end_to_end import Workload, measure_end_to_end
+from norton_deploy.search.end_to_end import Workload, time_in_turn, tuned_predictor
 from norton_deploy.search.joint_cost import JointCost, calibrate, joint_cost
 from norton_deploy.search.planner import Harm, Planner, Point
 from norton_deploy.structures import Categories
@@ -29,16 +31,28 @@ class LatencyResult:
     Attributes:
         point, plan: the plan.
         predicted_ms: by the calibrated cost.
-        measured_ms: `dense_ms` times the median ratio of plan to dense over calls in turn, so that a machine that
-            has become busier or quieter since the calibration does not count.
         dense_ms: the dense model's median when the cost was calibrated.
+        times_ms: of the calls in turn that the plan was measured by, "dense" and "plan", [rounds] each.
     """
 
     point: Point
     plan: CompressionPlan
     predicted_ms: float
-    measured_ms: float
     dense_ms: float
+    times_ms: dict[str, npt.NDArray[np.float64]]
+
+    @property
+    def speedups(self) -> npt.NDArray[np.float64]:
+        """Paired ratios dense / plan of calls in the same turn, [rounds]."""
+        return self.times_ms["dense"] / self.times_ms["plan"]
+
+    @property
+    def measured_ms(self) -> float:
+        """`dense_ms` over the median paired ratio.
+
+        So that a machine that has become busier or quieter since the calibration does not count.
+        """
+        return self.dense_ms / float(np.median(self.speedups))
 
 
 class LatencySearch:
@@ -63,12 +77,26 @@ class LatencySearch:
         seed: int,
         report: Callable[[str], None],
     ) -> None:
+        """
+        Args:
+            dense: detector in evaluation mode.
+            decisions: about it.
+            harm: of each option.
+            workload: image size; proposals and detections are the detector's own.
+            categories: of the detector.
+            images: uint8 RGB [H, W, 3] for end-to-end calls.
+            table: times of the layers' forms; also says which provider runs the graphs.
+            rounds: measured end-to-end calls of each model.
+            seed: of the decompositions.
+            report: gets a line for each step.
+        """
         self.dense, self.decisions, self.harm, self.workload = dense, decisions, harm, workload
         self.categories, self.images, self.table = categories, images, table
         self.rounds, self.seed, self.report = rounds, seed, report
         calls = layer_calls(dense, workload.image_size, proposals=workload.proposals, detections=workload.detections)
         self.cost: JointCost = joint_cost(dense, calls, "latency_ms", lambda shape: table.fastest(shape)[1])
         self.dense_ms = 0.0
+        self._dense_predictor = tuned_predictor(dense, workload, categories, table)
         self._measured: list[tuple[CompressionPlan, float]] = []
 
     def start(self) -> None:
@@ -77,35 +105,34 @@ class LatencySearch:
         narrowed = {d.group: Option(decomposed[d.group].rank, d.widths[len(d.widths) // 2]) for d in self.decisions}
         plans = [to_plan(choice, self.decisions, "rcnn") for choice in (decomposed, narrowed)]
         self.report("timing the dense model and two uniform plans end to end")
-        dense_ms, ratios = self._measure(plans)
-        self.dense_ms = dense_ms
-        self._measured = [(CompressionPlan("rcnn"), dense_ms)]
-        self._measured += [(plan, dense_ms * ratio) for plan, ratio in zip(plans, ratios, strict=True)]
+        times = self._measure({"decomposed": plans[0], "narrowed": plans[1]})
+        self.dense_ms = float(np.median(times["dense"]))
+        self._measured = [(CompressionPlan("rcnn"), self.dense_ms)]
+        for plan, name in zip(plans, ("decomposed", "narrowed"), strict=True):
+            self._measured.append((plan, self.dense_ms * float(np.median(times[name] / times["dense"]))))
+        self.report("timing layers in their forms")
         calibrate(self.cost, self._measured)
         self.table.save()
 
-    def find(self, latency_ms: float | None, speedup: float | None) -> LatencyResult:
-        """The plan for a latency in ms, or for a speed-up over the dense model, measured and corrected."""
-        budget = latency_ms if speedup is None else self.dense_ms / speedup
-        assert budget is not None
+    def find(self, budget: Budget) -> LatencyResult:
+        """The plan for a latency, or for a speed-up over the dense model, measured and corrected."""
+        limit_ms = budget.amount if budget.kind == "latency_ms" else self.dense_ms / budget.amount
         for attempt in range(MOST_PLANS):
-            point = Planner(self.decisions, self.cost, self.harm).within(budget)
+            point = Planner(self.decisions, self.cost, self.harm).within(limit_ms)
             self.table.save()
             plan = to_plan(point.choice, self.decisions, "rcnn")
-            _, [ratio] = self._measure([plan])
-            measured_ms = self.dense_ms * ratio
-            self.report(f"plan {attempt + 1}: predicted {point.cost:.1f} ms, measured {measured_ms:.1f} ms")
-            result = LatencyResult(point, plan, point.cost, measured_ms, self.dense_ms)
-            if abs(measured_ms / point.cost - 1) <= TOLERANCE:
+            result = LatencyResult(point, plan, point.cost, self.dense_ms, self._measure({"plan": plan}))
+            self.report(f"plan {attempt + 1}: predicted {point.cost:.1f} ms, measured {result.measured_ms:.1f} ms")
+            if abs(result.measured_ms / point.cost - 1) <= TOLERANCE or attempt == MOST_PLANS - 1:
                 break
-            self._measured.append((plan, measured_ms))
+            self._measured.append((plan, result.measured_ms))
             calibrate(self.cost, self._measured)
         return result
 
-    def _measure(self, plans: Sequence[CompressionPlan]) -> tuple[float, list[float]]:
-        """Median time of the dense model, and the median ratio plan / dense of calls in the same turn."""
-        models = {str(index): compress(self.dense, plan, seed=self.seed, starts=1) for index, plan in enumerate(plans)}
-        times = measure_end_to_end(
-            {"dense": self.dense, **models}, self.workload, self.categories, self.images, self.table, rounds=self.rounds
-        )
-        return float(np.median(times["dense"])), [float(np.median(times[name] / times["dense"])) for name in models]
+    def _measure(self, plans: dict[str, CompressionPlan]) -> dict[str, npt.NDArray[np.float64]]:
+        """Times of the dense model and of plans in turn, in ms."""
+        predictors = {"dense": self._dense_predictor}
+        for name, plan in plans.items():
+            small = compress(self.dense, plan, seed=self.seed, starts=1)
+            predictors[name] = tuned_predictor(small, self.workload, self.categories, self.table)
+        return time_in_turn(predictors, self.images, rounds=self.rounds)

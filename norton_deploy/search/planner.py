@@ -3,11 +3,12 @@
 Minimise harm(x) + lambda * cost(x) over the joint choice x, and find the smallest lambda whose solution keeps the
 budget. Harm is a sum over groups, but cost is not: a layer costs about the product of the widths on its two sides.
 For one lambda, groups are therefore optimised in turn, each exactly given all others; the objective falls with
-every change, so this ends. What the budget then leaves over is spent on single changes, the most useful first.
+every change, so this ends. The solutions next to the budget, below and above it, are then brought close to it by
+single changes: what is left over is spent on the most useful ones, what is missing is saved by the least harmful.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from norton_deploy.errors import UserError
@@ -58,20 +59,20 @@ class Planner:
                 f"budget {budget:.4g}: the smallest plan considered costs {cheapest.cost:.4g} (dense: "
                 f"{dense.cost:.4g}); allow more, or consider smaller widths"
             )
-        best, low, high = cheapest, 0.0, max(cheapest.harm, 1e-12) / dense.cost * 1e-3
-        while (point := self.solve(high, dense.choice)).cost > budget:
+        front = self.frontier()
+        low, high = 0.0, max(cheapest.harm, 1e-12) / dense.cost * 1e-3
+        while (point := self.solve(high, dense.choice)).cost > budget and math.isfinite(high * 4):
             low, high = high, high * 4
-            if not math.isfinite(high):
-                break
         for _ in range(BISECTIONS):
-            if point.cost <= budget and point.harm < best.harm:
-                best = point
+            front.append(point)
             middle = math.sqrt(low * high) if low > 0 else high / 2
             point = self.solve(middle, dense.choice)
             low, high = (middle, high) if point.cost > budget else (low, middle)
-        if point.cost <= budget and point.harm < best.harm:
-            best = point
-        return self._spend_rest(best, budget)
+        best = min((found for found in front if found.cost <= budget), key=lambda found: found.harm)
+        above = min((found for found in front if found.cost > budget), key=lambda found: found.cost)
+        # No weight's solution may lie close below the budget, so the one close above it is tried too.
+        kept = [best, *filter(None, [self._cut(above, budget)])]
+        return min((self._spend_rest(found, budget) for found in kept), key=lambda found: found.harm)
 
     def frontier(self, points: int = 32) -> list[Point]:
         """Choices from dense to the smallest, none of them beaten in both cost and harm; by rising cost."""
@@ -79,7 +80,9 @@ class Planner:
         smallest = self.solve(math.inf, dense.choice)
         scale = max(smallest.harm, 1e-12) / dense.cost
         weights = [scale * 10 ** (6 * step / points - 3) for step in range(points + 1)]
-        found = [dense, smallest, *(self.solve(weight, dense.choice) for weight in weights)]
+        found = [dense, smallest]
+        for weight in weights:
+            found += [self.solve(weight, start.choice) for start in (dense, smallest)]
         front: list[Point] = []
         for point in sorted(found, key=lambda item: (item.cost, item.harm)):
             if not front or point.harm < front[-1].harm:
@@ -128,16 +131,35 @@ class Planner:
             self._set(ranks, keep, decision, choice[decision.group])
         return ranks, keep
 
+    def _cut(self, point: Point, budget: float) -> Point | None:
+        """Single changes that add the least harm for what they save, until the budget is kept; None: it cannot be."""
+        while point.cost > budget:
+            cheaper = [candidate for candidate in self._neighbours(point) if candidate.cost < point.cost]
+            if not cheaper:
+                return None
+            present = point
+
+            def price(candidate: Point, present: Point = present) -> float:
+                # What a change saves beyond the budget is worth nothing.
+                return (candidate.harm - present.harm) / (present.cost - max(candidate.cost, budget))
+
+            point = min(cheaper, key=price)
+        return point
+
+    def _neighbours(self, point: Point) -> Iterator[Point]:
+        """All choices that differ in one group."""
+        for decision in self.decisions:
+            for option in decision.options:
+                if option != point.choice[decision.group]:
+                    yield self.point({**point.choice, decision.group: option})
+
     def _spend_rest(self, point: Point, budget: float) -> Point:
         """Single changes that lower the harm and still keep the budget, the largest gain first."""
         while True:
             better = [
                 candidate
-                for decision in self.decisions
-                for option in decision.options
-                if self.harm(decision.group, option.rank, option.keep)
-                < self.harm(decision.group, point.choice[decision.group].rank, point.choice[decision.group].keep)
-                and (candidate := self.point({**point.choice, decision.group: option})).cost <= budget
+                for candidate in self._neighbours(point)
+                if candidate.harm < point.harm and candidate.cost <= budget
             ]
             if not better:
                 return point

@@ -5,15 +5,16 @@ compressed, coupled layers together, and the dense model's feature pyramid and h
 that come out now, at the same boxes.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.onnx_export import weights_digest
 from norton_deploy.files import atomic_write
 from norton_deploy.modeling.compress import compress
 from norton_deploy.modeling.probe import Probe, run_stages
@@ -38,7 +39,6 @@ class Sensitivity:
         probes: Sequence[Probe],
         *,
         path: Path | None = None,
-        identity: Mapping[str, Any] | None = None,
         resume: bool = False,
         seed: int = 0,
     ) -> None:
@@ -47,34 +47,33 @@ class Sensitivity:
             dense: in evaluation mode.
             architecture: of the plans, "rcnn" for a detector.
             probes: images with boxes (`make_probes`).
-            path: file that the results are kept in.
-            identity: what the results depend on (weights, images, size, seed), compared with the file's.
+            path: file that the results are kept in, with digests of what they depend on.
             resume: go on with the file's results.
             seed: of the decompositions.
 
         Raises:
-            UserError: the file to go on with is about another model or other images.
+            UserError: the file to go on with is about another model, other images or another seed.
         """
         self.dense, self.architecture, self.probes, self.seed = dense, architecture, probes, seed
         self.path = path
-        self.identity = {key: str(value) for key, value in (identity or {}).items()}
+        self.identity = {"weights": weights_digest(dense), "pixels": _digest(probes), "seed": seed}
         self.harm: dict[str, float] = {}
         if resume and path is not None and path.is_file():
             content = json.loads(path.read_text())
             if content.get("identity") != self.identity:
-                raise UserError(f"{path}: was measured for another model or other images; run without --resume")
+                raise UserError(f"{path}: measured for another model, seed or other images; run without --resume")
             self.harm = content["harm"]
         with torch.no_grad():
             self._wanted = [run_stages(dense, probe) for probe in probes]
 
-    def measure(self, decisions: Sequence[Decision], progress: Callable[[str], None] | None = None) -> None:
-        """Measure what is missing; the file is written after every choice."""
-        for key, plan in self._single_choices(decisions):
+    def measure(self, decisions: Sequence[Decision], progress: Callable[[int], None] | None = None) -> None:
+        """Measure what is missing; the file is written after every choice, and `progress` gets how many are done."""
+        for done, (key, plan) in enumerate(self._single_choices(decisions), start=1):
             if key not in self.harm:
                 self.harm[key] = self.of_plan(plan)
                 self._save()
             if progress is not None:
-                progress(key)
+                progress(done)
 
     def of_choice(self, choice: Choice) -> float:
         """Predicted harm of a joint choice: the sum over its groups."""
@@ -119,3 +118,11 @@ class Sensitivity:
         if self.path is not None:
             with atomic_write(self.path, "w") as stream:
                 json.dump({"identity": self.identity, "harm": self.harm}, stream, indent=1)
+
+
+def _digest(probes: Sequence[Probe]) -> str:
+    """SHA-256 over the pixels of all probes; their boxes follow from these and the weights, up to rounding."""
+    digest = hashlib.sha256()
+    for probe in probes:
+        digest.update(f"{tuple(probe.pixels.shape)}".encode() + probe.pixels.contiguous().numpy().tobytes())
+    return digest.hexdigest()

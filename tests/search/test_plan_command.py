@@ -10,19 +10,20 @@ import torch
 
 from norton_deploy.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.commands import run
-from norton_deploy.commands.plan import parse_budget
 from norton_deploy.errors import UserError
 from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.search.budget import Budget
 
 
 def test_budgets_are_read_and_bad_ones_refused() -> None:
-    assert parse_budget("speedup=4") == ("speedup", 4.0)
-    assert parse_budget("latency_ms=400") == ("latency_ms", 400.0)
-    assert parse_budget("macs=0.2") == ("macs", 0.2)
+    assert Budget.parse("speedup=4") == Budget("speedup", 4.0)
+    assert Budget.parse("latency_ms=400") == Budget("latency_ms", 400.0)
+    assert Budget.parse("macs=0.2") == Budget("macs", 0.2)
+    assert str(Budget("speedup", 4.0)) == "speedup=4"
     for wrong in ("macs=1.5", "speed=4", "speedup", "params=-1", "macs=a"):
         with pytest.raises(UserError, match="--budget"):
-            parse_budget(wrong)
+            Budget.parse(wrong)
 
 
 def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,16 +36,36 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
     cv2.imwrite(str(tmp_path / "image.png"), pixels)
     figures = tmp_path / "figures.json"
     arguments = ["--model", str(model), "--data", str(tmp_path / "image.png"), "--out", str(out), "--ranks", "1"]
-    first = [*arguments, "--budget", "macs=0.4", "--json", str(figures), "--picture", str(tmp_path / "front.png")]
+    uniform = tmp_path / "uniform.yaml"
+    CompressionPlan("resnet18", {"layer4.0.conv1": 1, "layer4.1.conv1": 1}, {"layer3": 128}).save(uniform)
+    tiny = tmp_path / "tiny.yaml"
+    CompressionPlan("resnet18", {}, dict.fromkeys(("conv1", "layer2", "layer3", "layer4"), 1)).save(tiny)
+    first = [*arguments, "--budget", "macs=0.4", "--json", str(figures), "--compare", str(uniform), str(tiny)]
     assert run("plan", first) == 0
     result = json.loads(figures.read_text())
     assert 0.3 < result["macs"] / result["dense_macs"] <= 0.4
     assert result["measured_harm"] > 0
+    assert result["prediction_error"] == 0
+    assert (result["proposals"], result["detections"]) == (0, 0)
+    own, beside, below = result["marks"]
+    assert own["measured_harm"] == result["measured_harm"]
+    # The planner has more choices than the two layers of the uniform plan, so at its cost it does less harm.
+    assert beside["label"] == "uniform"
+    assert beside["planned_at_equal_cost"]["ratio"] >= beside["ratio"]
+    assert beside["planned_at_equal_cost"]["measured_harm"] < beside["measured_harm"]
+    assert below["planned_at_equal_cost"] is None  # Nothing considered is as cheap as one channel everywhere.
+    layers = {layer["name"]: layer for layer in result["layers"]}
+    assert result["stays_dense"]["conv1"] == "the stem is never decomposed"
+    assert all((layer["rank"] == 0) == (name in result["stays_dense"]) for name, layer in layers.items())
+    report = out.with_suffix(".md").read_text()
+    assert "prediction off by 0.0 %" in report
+    assert "(plan.png)" in report
     plan = CompressionPlan.load(out)
     assert plan.architecture == "resnet18"
     assert plan.ranks
     assert plan.keep
-    assert (tmp_path / "front.png").stat().st_size > 1000
+    assert all(layers[name]["rank"] == rank for name, rank in plan.ranks.items())
+    assert (tmp_path / "plan.png").stat().st_size > 1000
 
     kept = out.with_suffix(".sensitivity.json").read_text()
     assert run("plan", [*arguments, "--budget", "params=0.5", "--resume"]) == 0

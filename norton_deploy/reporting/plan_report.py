@@ -1,0 +1,116 @@
+"""The report of a plan search: figures, picture, layers, and one line on how good the prediction was."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from norton_deploy.reporting.html import Heading, Paragraph, Picture, Report
+from norton_deploy.reporting.table3 import provenance_table
+from norton_deploy.reporting.tables import Table
+
+
+def plan_report(record: dict[str, Any], picture: Path | None) -> Report:
+    """Tables and verdicts of one search.
+
+    Args:
+        record: of `plan_record`, with "plan", "model", "command" and "provenance".
+        picture: of `draw_pareto`.
+    """
+    height, width = record["image_size"]
+    report = Report(f"Plan for {record['budget']}")
+    report.blocks += [Paragraph(verdict(record)), figures_table(record)]
+    report.blocks.append(
+        Paragraph(
+            f"One image of {height} x {width} pixels, {record['proposals']} proposals, {record['detections']} "
+            f"detections. Harm is the squared error at the pyramid and the heads' outputs relative to the dense "
+            f"model's, before any recovery, on {record['sensitivity']['images']} images with a short side of "
+            f"{record['sensitivity']['short_side']} pixels; {record['sensitivity']['choices']} single choices were "
+            "measured, and the predicted harm is their sum."
+        )
+    )
+    if picture is not None:
+        report.blocks.append(Picture(picture, f"{record['budget']}: harm against cost"))
+    if len(record["marks"]) > 1:
+        report.blocks += [Heading("Beside uniform plans"), marks_table(record["marks"])]
+    report.blocks += [Heading("Layers"), layers_table(record["layers"])]
+    dense = tuple((name, reason) for name, reason in record["stays_dense"].items())
+    if dense:
+        report.blocks += [Heading("What stays dense"), Table(("Layer", "Why"), dense)]
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())
+    report.blocks += [
+        Heading("Machine and versions"),
+        Paragraph(f"Command: `{record['command']}`. Time of the search: {parts}."),
+        provenance_table(record["provenance"]),
+    ]
+    return report
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """One line: how far the prediction was off, and whether the budget was kept."""
+    error = f"prediction off by {100 * abs(record['prediction_error']):.1f} %"
+    if "measured_ms" not in record:
+        kind = "parameters" if record["budget"].startswith("params") else "MACs"
+        share = (
+            record["params"] / record["dense_params"] if kind == "parameters" else record["macs"] / record["dense_macs"]
+        )
+        return f"{error}: the plan has {100 * share:.1f} % of the dense model's {kind}, counted."
+    low, high = record["measured_speedup_p10_p90"]
+    return (
+        f"{error}: predicted {record['predicted_ms']:.1f} ms ({record['predicted_speedup']:.2f} times dense), measured "
+        f"{record['measured_ms']:.1f} ms ({record['measured_speedup']:.2f} times, 10th to 90th percentile {low:.2f} to "
+        f"{high:.2f}, {record['rounds']} paired calls)."
+    )
+
+
+def figures_table(record: dict[str, Any]) -> Table:
+    """Dense and planned, predicted and measured."""
+    rows = [
+        ("MACs", f"{record['dense_macs'] / 1e9:.2f} G", "", f"{record['macs'] / 1e9:.2f} G"),
+        ("Parameters", f"{record['dense_params'] / 1e6:.2f} M", "", f"{record['params'] / 1e6:.2f} M"),
+    ]
+    if "measured_ms" in record:
+        fast, slow = record["measured_ms_p10_p90"]
+        rows += [
+            (
+                "End to end, ms",
+                f"{record['dense_measured_ms']:.1f}",
+                f"{record['predicted_ms']:.1f}",
+                f"{record['measured_ms']:.1f} ({fast:.1f} to {slow:.1f})",
+            ),
+            ("Speed-up", "1", f"{record['predicted_speedup']:.2f}", f"{record['measured_speedup']:.2f}"),
+        ]
+    rows.append(("Harm", "0", f"{record['predicted_harm']:.3g}", f"{record['measured_harm']:.3g}"))
+    return Table(("", "Dense", "Plan, predicted", "Plan, counted or measured"), tuple(rows))
+
+
+def marks_table(marks: Sequence[dict[str, Any]]) -> Table:
+    """Uniform plans and the planner's plan at the same predicted cost; harm is measured."""
+    rows = []
+    for mark in marks[1:]:
+        planned = mark["planned_at_equal_cost"]
+        found = ("-", "-", "no plan considered is that cheap")
+        if planned is not None:
+            better = planned["measured_harm"] < mark["measured_harm"]
+            found = (
+                f"{planned['ratio']:.2f}",
+                f"{planned['measured_harm']:.3g}",
+                "the planner's harm is lower" if better else "the uniform plan's harm is lower",
+            )
+        rows.append((mark["label"], f"{mark['ratio']:.2f}", f"{mark['measured_harm']:.3g}", *found))
+    header = ("Uniform plan", "Dense cost / its", "Harm", "Planner, dense cost / its", "Harm", "Verdict")
+    return Table(header, tuple(rows))
+
+
+def layers_table(layers: Sequence[dict[str, Any]]) -> Table:
+    """Rank, width and measured form of every convolution above 1 x 1."""
+    rows = tuple(
+        (
+            layer["name"],
+            str(layer["rank"] or "-"),
+            f"{layer['keep']} of {layer['width']}",
+            layer["form"] or ("dense" if layer["dense_because"] else "-"),
+            *(("-" if layer[key] is None else f"{layer[key]:.2f}") for key in ("original_ms", "form_ms")),
+        )
+        for layer in layers
+    )
+    return Table(("Layer", "Rank", "Filters", "Form", "Dense model's, ms", "Now, ms"), rows)

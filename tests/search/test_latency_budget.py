@@ -1,0 +1,98 @@
+"""The search for a latency, with invented times: calibration, correction, spread, and what the report says of it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from norton_deploy.checkpoint import Checkpoint, CheckpointHeader, class_categories
+from norton_deploy.evaluation.complexity import count_complexity
+from norton_deploy.export import tuning
+from norton_deploy.export.layer_graphs import LayerShape
+from norton_deploy.export.lowering import Form
+from norton_deploy.export.tuning import TimingTable
+from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.reporting.plan_report import plan_report
+from norton_deploy.search import latency_budget
+from norton_deploy.search.budget import Budget
+from norton_deploy.search.plan_record import plan_record
+from norton_deploy.search.plan_search import FoundPlan, PlanRequest, find_plan
+
+SETTINGS = DetectorSettings(
+    num_classes=3, backbone="resnet18", fpn_channels=32, box_features=32, min_size=64, max_size=64,
+    rpn_post_nms=(20, 20), detections_per_image=5,
+)  # fmt: skip
+NOISE = np.array([1.0, 1.02, 0.97, 1.01])
+FORM_MS = {"dense": 1.0, "grouped": 1.1, "separable": 5.0}
+
+
+def invented_times(shape: LayerShape, forms: list[Form], provider: str) -> list[float]:
+    """A form's MACs per second are a fixed share of the dense form's."""
+    dense = shape.resized(shape.in_channels, shape.out_channels, 0)
+    return [FORM_MS[form] * (dense if form == "dense" else shape).macs / 1e6 for form in forms]
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, PlanRequest, list[str]]:
+    torch.manual_seed(0)
+    detector = build_dense_detector("box", SETTINGS).eval()
+    header = CheckpointHeader("box", SETTINGS, None, class_categories(["a", "b"]))
+
+    def in_turn(models: dict[str, Any], images: Any, *, rounds: int) -> dict[str, npt.NDArray[np.float64]]:
+        # The machine is twice as slow when the plan is measured as it was for the calibration.
+        slow = 2.0 if "plan" in models else 1.0
+        macs = {
+            name: count_complexity(model, (64, 64), proposals=20, detections=5).macs for name, model in models.items()
+        }
+        return {name: slow * (5 + count / 1e6) * (NOISE if name == "plan" else 1) for name, count in macs.items()}
+
+    monkeypatch.setattr(tuning, "time_alternating", invented_times)
+    monkeypatch.setattr(latency_budget, "tuned_predictor", lambda model, *_: model)
+    monkeypatch.setattr(latency_budget, "time_in_turn", in_turn)
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("norton_deploy.search.plan_search.read_images", lambda *_: iter([image]))
+    monkeypatch.setattr("norton_deploy.search.plan_search.find_images", lambda _: [])
+    request = PlanRequest(
+        budget=Budget("speedup", 2.0), image_size=None, data=tmp_path, images=1, sensitivity_size=64,
+        sensitivity_file=tmp_path / "harm.json", resume=False, ranks=(1,), multiple=16, rounds=4, seed=0,
+        compare={"stage": CompressionPlan("rcnn", {}, {"backbone.body.layer4": 256})},
+    )  # fmt: skip
+    lines: list[str] = []
+    table = TimingTable(tmp_path / "times.json", {})
+    plan = find_plan(Checkpoint(detector, header), request, table, report=lines.append, progress=lambda *_: None)
+    return plan, request, lines
+
+
+def test_a_speedup_is_found_and_every_figure_is_recorded(
+    found: tuple[FoundPlan, PlanRequest, list[str]], tmp_path: Path
+) -> None:
+    plan, request, lines = found
+    record = plan_record(plan, request)
+    latency = plan.latency
+    assert latency is not None
+    dense_ms = 5 + plan.dense.macs / 1e6
+    assert record["dense_measured_ms"] == pytest.approx(dense_ms)
+    assert latency.predicted_ms <= dense_ms / 2 + 1e-9
+    # The grouped form is said to take 1.1 times its MACs, so predictions are off by a little, and only by that.
+    assert abs(record["prediction_error"]) < 0.1
+    true_ms = 5 + plan.small.macs / 1e6
+    assert record["measured_ms"] == pytest.approx(true_ms * np.median(NOISE), rel=1e-3)
+    assert record["same_turns_median_ms"]["dense"] == pytest.approx(2 * dense_ms)
+    p10, p90 = record["measured_speedup_p10_p90"]
+    assert p10 < record["measured_speedup"] < p90
+    assert p90 / p10 == pytest.approx(1 / np.divide(*np.percentile(1 / NOISE, [10, 90])))
+    assert (record["proposals"], record["detections"], record["rounds"]) == (20, 5, 4)
+    assert lines[-1].startswith("plan ")
+
+    forms = {layer["name"]: layer for layer in record["layers"]}
+    assert all((forms[name]["form"] == "grouped") == (rank > 0) for name, rank in plan.plan.ranks.items())
+    assert set(record["stays_dense"]) == forms.keys() - plan.plan.ranks.keys()
+
+    text = plan_report({**record, "command": "c", "provenance": {}}, tmp_path / "plan.png").to_markdown(tmp_path)
+    assert f"prediction off by {100 * abs(record['prediction_error']):.1f} %" in text
+    assert "(plan.png)" in text
+    assert "| stage |" in text
