@@ -212,9 +212,9 @@ class StaticRCNN(nn.Module):
             masks = self.mask_head(self.task_pool(maps, boxes), labels.reshape(-1))
             outputs["masks"] = masks.reshape(batch, self.max_detections, *masks.shape[1:]) * found
         elif self.task == "keypoint":
-            heatmaps = self.keypoint_head(self.task_pool(maps, boxes))
-            stages["heatmaps"] = heatmaps
-            keypoints = self.keypoint_head.keypoints(heatmaps, boxes.reshape(-1, 4))
+            point_maps = self.keypoint_head(self.task_pool(maps, boxes))
+            stages["heatmaps"] = self.keypoint_head.heatmaps(point_maps)
+            keypoints = self.keypoint_head.keypoints(point_maps, boxes.reshape(-1, 4))
             outputs["keypoints"] = keypoints.reshape(batch, self.max_detections, -1, 3) * found
         outputs["nms_converged"] = (rpn_converged & box_converged).reshape(1)
         outputs["candidates_complete"] = complete.reshape(1)

@@ -62,9 +62,9 @@ def test_keypoint_scores_are_probabilities() -> None:
     pooled = torch.randn(3, 14, 14, 16)
     with torch.no_grad():
         expected = heads.keypoint_predictor(heads.keypoint_head(pooled.permute(0, 3, 1, 2)))
-        heatmaps = static(pooled)
+        maps = static(pooled)
         # a box of 56 x 56 pixels: the resized heatmap is the heatmap
         boxes = torch.tensor([[4.0, 4.0, 60.0, 60.0]]).expand(3, 4)
-        keypoints = static.keypoints(heatmaps, boxes)
-    torch.testing.assert_close(heatmaps, expected)
+        keypoints = static.keypoints(maps, boxes)
+    torch.testing.assert_close(static.heatmaps(maps), expected)
     torch.testing.assert_close(keypoints[..., 2], expected.exp().amax((2, 3)))
