@@ -35,6 +35,7 @@ def test_a_flat_heatmap_takes_any_pixel() -> None:
 
 def test_a_lower_peak_is_wrong() -> None:
     maps = heatmaps((1, 2), (6, 6))
-    maps[0, 0, 6, 6] = 0.99
-    distance, _ = keypoint_distances(maps, BOX, np.array([[[16.5, 26.5]]], np.float32), 1.0)
-    assert distance[0, 0] > 6
+    for lower, several in ((0.99, False), (0.999, True)):
+        maps[0, 0, 6, 6] = lower
+        distance, ambiguous = keypoint_distances(maps, BOX, np.array([[[16.5, 26.5]]], np.float32), 1.0)
+        assert distance[0, 0] > 6 and ambiguous[0, 0] == several
