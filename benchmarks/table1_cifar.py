@@ -97,7 +97,7 @@ def cells_of(stem: str, settings: Settings) -> dict[str, Teacher | None]:
 
 def measure_plan(
     recovery: Recovery, settings: Settings, plan: CompressionPlan, name: str, teacher: Teacher | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One cell: compress by the plan, refit if asked, and recover."""
     kept: dict[str, Tensor] = {}
     small = compress(recovery.dense, plan, seed=settings.seed, kept=kept)
@@ -105,7 +105,7 @@ def measure_plan(
         images = read_images(settings.data / "train", settings.refit_images)
         probes = list(make_probes(recovery.dense, images, recovery.settings))
         refit(small, recovery.dense, kept, probes, seed=settings.seed)
-    return recovery.measure(small, plan, name, teacher=teacher)
+    return {"plan": plan.to_dict(), **recovery.measure(small, plan, name, teacher=teacher)}
 
 
 def measure_control(recovery: Recovery) -> dict[str, float]:

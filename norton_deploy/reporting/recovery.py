@@ -130,7 +130,6 @@ class Recovery:
         *,
         seed: int | None = None,
         teacher: Teacher | None = None,
-        before_fine_tuning: bool = True,
     ) -> dict[str, float]:
         """MACs, parameters and top-1 (0..1) as compressed, after re-estimation and after fine-tuning.
 
@@ -140,15 +139,12 @@ class Recovery:
             name: of the cell; the run's folder is named after it.
             seed: of the fine-tuning, if not the settings'.
             teacher: distil from it.
-            before_fine_tuning: whether to measure the first two accuracies.
         """
         figures = self.complexity(model)
-        if before_fine_tuning:
-            figures["top1_compressed"] = self.top1(model)
+        figures["top1_compressed"] = self.top1(model)
         images = read_images(self.recovery.data / "train", self.recovery.reestimate_images)
         reestimate_batch_norm(model, images, self.settings)
-        if before_fine_tuning:
-            figures["top1_reestimated"] = self.top1(model)
+        figures["top1_reestimated"] = self.top1(model)
         figures["top1_fine_tuned"] = self.fine_tune(model, plan, name, seed=seed, teacher=teacher)
         return figures
 
