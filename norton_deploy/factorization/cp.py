@@ -8,6 +8,9 @@ from torch import Tensor
 from norton_deploy.errors import UserError
 from norton_deploy.factorization.als import fit_spatial_factors, solve_channel_factor, unit_columns
 
+# Norm of a direction that a filter does not use, beside the filter's own norm of 1.
+NEGLIGIBLE = 1e-15
+
 
 @dataclass(frozen=True)
 class CPFactors:
@@ -125,7 +128,7 @@ def decompose_filters(
     if rank == limit:
         A, B, C = _exact_factors(unfolded.unflatten(2, (kernel_h, kernel_w)))
     else:
-        roots = _roots(gram / torch.where(norm > 0, norm, 1).square())[:, -in_channels:]  # the others are zero
+        roots = _roots(gram / torch.where(norm > 0, norm, 1).square())[:, -max(in_channels, rank) :]
         cores = roots.unflatten(2, (kernel_h, kernel_w))
         A, B = fit_spatial_factors(
             cores, rank, seed=seed, starts=starts, max_iterations=max_iterations, tolerance=tolerance
@@ -136,9 +139,12 @@ def decompose_filters(
 
 
 def _roots(gram: Tensor) -> Tensor:
-    """S [N, K, K] with S^T S = `gram` [N, K, K]: its rows are orthogonal and of rising norm."""
+    """S [N, K, K] with S^T S = `gram` [N, K, K]: its rows are orthogonal and of rising norm.
+
+    Where the norm is 0 it becomes `NEGLIGIBLE`, so that the row still has a direction for ALS to start from.
+    """
     values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_min(0).sqrt()[:, :, None] * vectors.mT
+    return values.clamp_min(NEGLIGIBLE**2).sqrt()[:, :, None] * vectors.mT
 
 
 def _exact_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,8 +86,9 @@ def test_as_good_as_tensorly(rank: int, kind: str) -> None:
     assert float(ours) <= 1.02 * float(np.mean(theirs))
 
 
-def test_the_error_falls_with_the_rank() -> None:
-    weight = structured_weight(16, 32, (3, 3), noise=0.3)
+@pytest.mark.parametrize("in_channels", [32, 3])
+def test_the_error_falls_with_the_rank(in_channels: int) -> None:
+    weight = structured_weight(16, in_channels, (3, 3), noise=0.3)
     errors = [layer_nmse(weight, decompose_filters(weight, rank)) for rank in range(1, 10)]
     assert all(high > low for high, low in pairwise(errors))
     assert errors[-1] < 1e-12
