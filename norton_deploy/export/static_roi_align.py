@@ -39,7 +39,8 @@ class StaticRoIAlign(nn.Module):
         Args:
             pooler: supplies levels, output size, sampling ratio and canonical scale and level.
             feature_sizes: (height, width) of every feature map, by name, in the backbone's order.
-            image_size: (height, width) of the unpadded image; torchvision derives the scales from it.
+            image_size: (height, width) of the unpadded image; torchvision derives the scales from it,
+                unless the pooler has them.
             chunk: how many RoIs are gathered at once.
 
         Raises:
@@ -59,7 +60,7 @@ class StaticRoIAlign(nn.Module):
         self.chunk = chunk
         sizes = [feature_sizes[name] for name in self.levels]
         self.aligned = isinstance(pooler, PyramidRoIAlign) and pooler.aligned
-        if isinstance(pooler, PyramidRoIAlign):
+        if pooler.scales is not None:
             scales, mapper = pooler.scales, pooler.map_levels
         else:
             empty = [torch.empty(1, 1, *size) for size in sizes]

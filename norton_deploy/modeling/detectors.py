@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -16,6 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import _setup_scales
 
 from norton_deploy.errors import UserError
 from norton_deploy.modeling.classifiers import build_resnet
@@ -27,6 +30,8 @@ from norton_deploy.modeling.pyramid_roi_align import PyramidRoIAlign
 from norton_deploy.structures import TASKS, MaskPaste, Task
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+SIZE_DIVISOR = 32
+"""torchvision pads batches to multiples of this."""
 FREEZING_ORDER = ("layer4", "layer3", "layer2", "layer1", "conv1")
 
 
@@ -256,9 +261,24 @@ def _pool(settings: DetectorSettings, side: int) -> MultiScaleRoIAlign:
     levels = ["0", "1", "2", "3"]
     scale, samples = settings.canonical_scale, settings.roi_sampling_ratio
     if not settings.level_strides:
-        return MultiScaleRoIAlign(levels, side, sampling_ratio=samples, canonical_scale=scale)
+        pool = MultiScaleRoIAlign(levels, side, sampling_ratio=samples, canonical_scale=scale)
+        pool.scales, pool.map_levels = _setup_scales(
+            _design_maps(settings.min_size), [(settings.min_size,) * 2], pool.canonical_scale, pool.canonical_level
+        )
+        return pool
     strides = settings.level_strides[: len(levels)]
     return PyramidRoIAlign(levels, side, samples, strides, aligned=settings.roi_align_aligned, canonical_scale=scale)
+
+
+def _design_maps(side: int) -> list[Tensor]:
+    """Empty pyramid levels 2 to 5 of an image of `side` pixels.
+
+    torchvision infers the levels' scales from the first batch that a detector sees, and in images of less than
+    about 75 pixels gets another scale for level 5. A resumed or an exported detector sees another first batch, so
+    the scales are inferred once, at the size that the detector is made for.
+    """
+    padded = math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR
+    return [torch.empty(1, 1, padded // stride, padded // stride, device="meta") for stride in (4, 8, 16, 32)]
 
 
 def _stage_widths(body: nn.Module) -> list[int]:
