@@ -153,7 +153,9 @@ def table(results: dict[str, Any]) -> Table:
     kinds = list(cells[CONTROL]["metrics"])
     header = ["Plan", "Recovery", "GMACs", *(f"{kind} {measure}" for kind in kinds for measure in ("AP", "AP50"))]
     rows = []
-    for name, cell in cells.items():
+    plans = list(dict.fromkeys(name.partition(": ")[0] for name in cells))
+    ordered = (f"{plan}: {variant}" if variant else plan for plan in plans for variant in ("", *VARIANTS))
+    for name, cell in ((name, cells[name]) for name in ordered if name in cells):
         plan, _, variant = name.partition(": ")
         macs = f"{cell['macs'] / 1e9:.2f}" if "macs" in cell else "-"
         scores = [f"{cell['metrics'][kind][measure]:.3f}" for kind in kinds for measure in ("AP", "AP50")]
