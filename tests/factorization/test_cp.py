@@ -90,7 +90,7 @@ def test_as_good_as_tensorly(rank: int, kind: str) -> None:
 def test_the_error_falls_with_the_rank(in_channels: int) -> None:
     weight = structured_weight(16, in_channels, (3, 3), noise=0.3)
     errors = [layer_nmse(weight, decompose_filters(weight, rank)) for rank in range(1, 10)]
-    assert all(high > low for high, low in pairwise(errors))
+    assert all(high > low or low < 1e-12 for high, low in pairwise(errors))  # rank 6 of three channels is exact
     assert errors[-1] < 1e-12
 
 
