@@ -35,7 +35,7 @@ def main() -> int:
         raise UserError(
             f"{settings.model}: {size_mb:.1f} MB in float16, at most {LARGEST_MB:g} MB belong in the package"
         )
-    out = packaged_path(header.task)  # type: ignore[arg-type]
+    out = packaged_path(header.task)  # type: ignore[arg-type]  # mask or keypoint, checked above
     command = shlex.join(["benchmarks/package_weights.py", *sys.argv[1:]])
     save_checkpoint(out, loaded.model, header.made_by(command, settings.model), half=True)
     print(f"{out.name}: {out.stat().st_size / 1e6:.1f} MB; check it with tools/eval_det.py, float16 rounds the weights")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
@@ -12,7 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from norton_deploy.errors import UserError
 
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def from_mapping(settings_class: type[S], values: dict[str, Any], source: str) -
         UserError: an unknown key, a missing field or a value of the wrong type, named with `source`.
     """
     checked = _checked_fields(settings_class, values, source)
-    for field in fields(settings_class):  # type: ignore[arg-type]
+    for field in fields(settings_class):
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in checked:
             raise UserError(f"{source}: the field '{field.name}' is missing")
@@ -96,7 +99,7 @@ def parse_settings(settings_class: type[S], argv: Sequence[str] | None = None, *
     if config_file is None:
         return tyro.cli(settings_class, args=arguments, prog=prog, description=description)
     values = _checked_fields(settings_class, read_yaml(config_file), config_file)
-    for field in fields(settings_class):  # type: ignore[arg-type]
+    for field in fields(settings_class):
         if field.default is MISSING and field.default_factory is MISSING:
             values.setdefault(field.name, tyro.MISSING)
     default = settings_class(**values)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from norton_deploy.checkpoint import (
     Checkpoint,
@@ -35,7 +35,7 @@ def open_model(model: str, weights: str = "none") -> Checkpoint:
         UserError: unknown name, unreadable file, or weights of another model.
     """
     if model in get_args(Architecture):
-        return _from_architecture(model, weights)  # type: ignore[arg-type]
+        return _from_architecture(cast(Architecture, model), weights)
     if weights != "none":
         raise UserError(f"--weights {weights}: only goes with an architecture's name, not with the file {model}")
     if Path(model).suffix == ".safetensors":

@@ -90,14 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{settings.images}: the models share no detection in {skipped} images; give an image and --box"
         )
     draw_gradcam(settings.out, shown, list(models))
-    figures = {
+    figures: dict[str, Any] = {
         "model": str(settings.model),
         "images": asked,
         "images_without_a_shared_detection": skipped,
         "correlation": {name: summary(found[name]) for name in models if name != DENSE},
         "provenance": provenance(),
     }
-    for name, levels in figures["correlation"].items():  # type: ignore[attr-defined]
+    for name, levels in figures["correlation"].items():
         means = ", ".join(f"{layer} {level['mean']}" for layer, level in levels.items())
         print(f"{name} against dense, mean correlation of the maps of {asked} images: {means}", file=sys.stderr)
     write_json(figures, settings.json)

@@ -158,7 +158,7 @@ def target_commands(onnx_path: str | Path, engine_path: str | Path, engine: Engi
 def _logger(package: ModuleType) -> Any:
     """A logger that keeps the errors instead of printing them."""
 
-    class KeptErrors(package.ILogger):  # type: ignore[name-defined, misc]
+    class KeptErrors(package.ILogger):  # type: ignore[name-defined, misc]  # of an engine that may be absent
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []

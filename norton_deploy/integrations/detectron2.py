@@ -12,7 +12,7 @@ backbone part of a plan (body and pyramid) is used: the heads are Detectron2's.
 import logging
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
@@ -36,7 +36,7 @@ CLASSIFICATION_LAYER = "fc."
 logger = logging.getLogger("detectron2.norton_deploy")
 
 
-class NortonBackbone(Backbone):  # type: ignore[misc]
+class NortonBackbone(Backbone):  # type: ignore[misc]  # Detectron2 has no types
     """Body and pyramid of one of our detectors behind Detectron2's interface; tensors keep our names."""
 
     def __init__(self, backbone: BackboneWithFPN) -> None:
@@ -115,9 +115,9 @@ def _detector_with_backbone(config: Detectron2Config) -> tuple[Any, int]:
 
 def _read_bgr(stem: nn.Module) -> None:
     """Swap a stem's red and blue inputs."""
-    conv = stem.pointwise if isinstance(stem, CPDBlock) else stem
+    conv = stem.pointwise if isinstance(stem, CPDBlock) else cast(nn.Conv2d, stem)
     with torch.no_grad():
-        conv.weight.copy_(swap_red_and_blue(conv.weight))  # type: ignore[operator, arg-type]
+        conv.weight.copy_(swap_red_and_blue(conv.weight))
 
 
 def _fix_statistics(body: nn.Module, trainable_layers: int) -> None:

@@ -39,7 +39,7 @@ class _DtypeStub:
 
     def dtype(self) -> np.dtype[Any]:
         """The type itself."""
-        return np.dtype(self.code).newbyteorder(self.order)  # type: ignore[arg-type]
+        return np.dtype(self.code).newbyteorder(self.order)  # type: ignore[arg-type]  # one of four, see __setstate__
 
 
 class _ArrayStub:

@@ -7,6 +7,7 @@ mask predictors have no rows for it, and its stem usually reads BGR.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -186,11 +187,10 @@ def _check_pixels(key: str, tensor: Tensor, config: Detectron2Config, source: st
 
 
 def _check_anchors(key: str, tensor: Tensor, model: nn.Module, source: str) -> None:
-    cells = model.get_submodule("rpn.anchor_generator").cell_anchors
+    cells = cast(list[Tensor], model.get_submodule("rpn.anchor_generator").cell_anchors)
     level = int(key.removeprefix(CELL_ANCHORS))
-    expected: Tensor | None = cells[level] if level < len(cells) else None  # type: ignore[index, arg-type]
-    fits = expected is not None and tensor.shape == expected.shape
-    if not fits or not torch.allclose(tensor.float(), expected, atol=ANCHOR_TOLERANCE_PX):  # type: ignore[arg-type]
+    expected = cells[level] if level < len(cells) else torch.empty(0, 4)
+    if tensor.shape != expected.shape or not torch.allclose(tensor.float(), expected, atol=ANCHOR_TOLERANCE_PX):
         raise UserError(
             f"{source}: '{key}' holds other anchors than MODEL.ANCHOR_GENERATOR gives; give the configuration that "
             "the model was trained with"

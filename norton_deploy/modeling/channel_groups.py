@@ -9,9 +9,11 @@ same input channels.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import MultiScaleRoIAlign
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ def detector_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     )
     groups.append(ChannelGroup("backbone.fpn.inner_blocks", tuple(inner), (), tuple(Reader(layer) for layer in outer)))
     pooled = [name for name in ("box_head.fc6", "mask_head.0.0", "keypoint_head.0") if _has(model, name)]
-    box_pool = model.get_submodule("roi_heads.box_roi_pool")
-    height, width = box_pool.output_size  # type: ignore[misc]
+    box_pool = cast(MultiScaleRoIAlign, model.get_submodule("roi_heads.box_roi_pool"))
+    height, width = box_pool.output_size
     pyramid_readers = [Reader("rpn.head.conv.0.0")]
     for name in pooled:
         pyramid_readers.append(Reader(f"roi_heads.{name}", height * width if name.endswith("fc6") else 1))

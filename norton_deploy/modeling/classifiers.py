@@ -69,7 +69,8 @@ class Vgg16Bn(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                assert layer.bias is not None  # make_layers gives its convolutions one.
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores [N, num_classes] of images [N, 3, H, W]."""

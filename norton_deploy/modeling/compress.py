@@ -7,9 +7,11 @@ backbone inside a detector, and a detector's plan gives its backbone part to a c
 import copy
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from norton_deploy.errors import UserError
 from norton_deploy.factorization.cp import CPFactors, decompose_filters, max_rank
@@ -148,11 +150,11 @@ def apply_structure(model: nn.Module, plan: CompressionPlan) -> nn.Module:
         block = CPDBlock(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
+            conv.kernel_size,
             rank,
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
+            conv.stride,
+            conv.padding,
+            conv.dilation,
             bias=conv.bias is not None,
         )
         replace_submodule(model, name, block)
@@ -175,7 +177,7 @@ def _cut_groups(model: nn.Module, groups: dict[str, ChannelGroup], kept: dict[st
             small = cut_inputs(model.get_submodule(reader.layer), index, reader.columns)
             replace_submodule(model, reader.layer, small)
         if name == "backbone.fpn.layer_blocks":
-            model.get_submodule("backbone").out_channels = len(index)  # type: ignore[assignment]
+            cast(BackboneWithFPN, model.get_submodule("backbone")).out_channels = len(index)
 
 
 def _convolution(model: nn.Module, name: str) -> nn.Conv2d:

@@ -32,11 +32,11 @@ class CPDBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | Pair,
+        kernel_size: int | tuple[int, ...],
         rank: int,
-        stride: int | Pair = 1,
-        padding: int | Pair | Literal["same", "valid"] = 0,
-        dilation: int | Pair = 1,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -169,9 +169,9 @@ class CPDBlock(nn.Module):
             out_channels,
             (kernel_h, kernel_w),
             rank,
-            stride=like.stride,  # type: ignore[arg-type]
-            padding=like.padding,  # type: ignore[arg-type]
-            dilation=like.dilation,  # type: ignore[arg-type]
+            stride=like.stride,
+            padding=like.padding,
+            dilation=like.dilation,
             bias=bias is not None,
             device=weight.device,
             dtype=weight.dtype,
@@ -183,18 +183,20 @@ class CPDBlock(nn.Module):
         return block.train(like.training)
 
 
-def _pair(value: int | Pair) -> Pair:
+def _pair(value: int | tuple[int, ...]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _resolve_padding(padding: int | Pair | Literal["same", "valid"], kernel_size: Pair, dilation: Pair) -> Padding:
+def _resolve_padding(padding: int | tuple[int, ...] | str, kernel_size: Pair, dilation: Pair) -> Padding:
     """Padding as numbers wherever it is the same on both sides."""
     if padding == "valid":
         return 0, 0
     if padding == "same":
         total_h, total_w = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
         return "same" if total_h % 2 or total_w % 2 else (total_h // 2, total_w // 2)
-    return _pair(padding)  # type: ignore[arg-type]
+    if isinstance(padding, str):
+        raise ValueError(f"padding {padding!r}: expected numbers, 'same' or 'valid'")
+    return _pair(padding)
 
 
 def _check_decomposable(conv: nn.Conv2d) -> None:

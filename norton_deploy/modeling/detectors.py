@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -286,6 +285,6 @@ def _stage_widths(body: nn.Module) -> list[int]:
     widths = []
     for stage in STAGES:
         last_block = list(body.get_submodule(stage).children())[-1]
-        convs = OrderedDict((name, layer) for name, layer in last_block.named_children() if "conv" in name)
-        widths.append(int(next(reversed(convs.values())).out_channels))  # type: ignore[arg-type]
+        last_conv = [layer for layer in last_block.children() if isinstance(layer, nn.Conv2d)][-1]
+        widths.append(last_conv.out_channels)
     return widths

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,11 @@ def reestimate_batch_norm(
     stream = iter(images)
     while batch := list(islice(stream, BATCH)):
         if isinstance(settings, DetectorSettings):
-            prepared = model.transform(batch)[0]  # type: ignore[operator]
+            detector: Any = model
+            prepared = detector.transform(batch)[0]
             # The part that all images fill: the padding of the smaller ones would count as image.
             height, width = (min(sides) for sides in zip(*prepared.image_sizes, strict=True))
-            model.backbone(prepared.tensors[:, :, :height, :width])  # type: ignore[operator]
+            detector.backbone(prepared.tensors[:, :, :height, :width])
         else:
             resized = torch.stack([resize(image, list(settings.image_size), antialias=True) for image in batch])
             model(normalize(resized, list(settings.image_mean), list(settings.image_std)))

@@ -8,6 +8,7 @@ one closed form; a CPDBlock has one for each factor given the other two.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +126,8 @@ def _inputs(layer: nn.Module) -> int:
     """Number of unknowns per filter of a plain layer, or of the convolution that a block stands for."""
     if isinstance(layer, nn.Linear):
         return layer.in_features
-    kernel_h, kernel_w = layer.kernel_size  # type: ignore[misc]
-    return int(layer.in_channels) * int(kernel_h) * int(kernel_w)  # type: ignore[arg-type]
+    conv = cast(nn.Conv2d, layer)  # Or a CPDBlock, which has the same geometry.
+    return conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
 
 
 def _budgets(model: nn.Module, names: Sequence[str], samples: int) -> dict[str, int]:
@@ -210,8 +211,9 @@ def input_patches(layer: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return x[positions]
-    (kernel_h, kernel_w), (stride_h, stride_w) = layer.kernel_size, layer.stride  # type: ignore[misc]
-    (pad_h, pad_w), (dilation_h, dilation_w) = layer.padding, layer.dilation  # type: ignore[misc]
+    conv: Any = layer  # A Conv2d or a CPDBlock, which has the same geometry.
+    (kernel_h, kernel_w), (stride_h, stride_w) = conv.kernel_size, conv.stride
+    (pad_h, pad_w), (dilation_h, dilation_w) = conv.padding, conv.dilation
     height = (x.shape[2] + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
     width = (x.shape[3] + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
     padded = nn.functional.pad(x, (pad_w, pad_w, pad_h, pad_h))
@@ -231,8 +233,8 @@ def _refit_layer(
     samples were given for so many unknowns and the layer stays.
     """
     equations = halves[0].merged(halves[1])
-    old = layer.dense_weight() if isinstance(layer, CPDBlock) else layer.weight
-    old = old.detach().flatten(1)  # type: ignore[operator]
+    weight = layer.dense_weight() if isinstance(layer, CPDBlock) else cast(Tensor, layer.weight)
+    old = weight.detach().flatten(1)
     old_bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
     before = equations.squared_error(old, old_bias)
     energy = float(equations.energy.sum())
@@ -255,10 +257,9 @@ def _refit_layer(
         )
         layer.load_factors(CPFactors(*chosen))
     else:
-        weight = layer.weight
-        weight.copy_(torch.where(better[:, None], new, old).view_as(weight))  # type: ignore[operator,arg-type]
-    if old_bias is not None and new_bias is not None:
-        layer.bias.copy_(torch.where(better, new_bias, old_bias))  # type: ignore[operator]
+        weight.copy_(torch.where(better[:, None], new, old).view_as(weight))
+    if isinstance(layer.bias, Tensor) and old_bias is not None and new_bias is not None:
+        layer.bias.copy_(torch.where(better, new_bias, old_bias))
     return LayerRefit(name, float(before.sum()) / energy, float(torch.minimum(before, after).sum()) / energy)
 
 

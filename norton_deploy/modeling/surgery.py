@@ -1,6 +1,7 @@
 """Cutting channels out of single layers: the small layer's numbers are the large layer's, nothing else."""
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,12 @@ def output_width(layer: nn.Module) -> int:
     """Number of filters of a convolution, linear layer or CPDBlock."""
     if isinstance(layer, nn.Linear):
         return layer.out_features
-    return int(layer.out_channels)  # type: ignore[arg-type]
+    return int(cast(nn.Conv2d | CPDBlock, layer).out_channels)
 
 
 def filter_rows(layer: nn.Module) -> Tensor:
     """The filters of a plain layer as vectors [O, ...flattened]: what the angles of 1x1 filters compare."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = cast(Tensor, layer.weight)
     if isinstance(layer, nn.ConvTranspose2d):
         weight = weight.transpose(0, 1)
     return weight.detach().flatten(1)
@@ -57,7 +58,7 @@ def cut_outputs(layer: nn.Module, kept: Tensor) -> nn.Module:
     if isinstance(small, nn.Linear):
         small.out_features = len(kept)
     else:
-        small.out_channels = len(kept)  # type: ignore[assignment]
+        cast(nn.Conv2d | nn.ConvTranspose2d, small).out_channels = len(kept)
     return small
 
 
@@ -83,7 +84,7 @@ def cut_inputs(layer: nn.Module, kept: Tensor, columns: int = 1) -> nn.Module:
         small.in_features = len(features)
     else:
         _take(small, "weight", kept, dim=0 if isinstance(small, nn.ConvTranspose2d) else 1)
-        small.in_channels = len(kept)  # type: ignore[assignment]
+        cast(nn.Conv2d | nn.ConvTranspose2d, small).in_channels = len(kept)
     return small
 
 

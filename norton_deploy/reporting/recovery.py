@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from norton_deploy.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.data.classification import ClassificationFolder
@@ -206,6 +206,7 @@ def network_nmse(dense: nn.Module, layer_errors: dict[str, float]) -> dict[str, 
     Returns:
         nmse_mean: the plain mean over the layers; nmse_total: all squared errors over all squared weights.
     """
-    energy = {name: float(dense.get_submodule(name).weight.detach().double().square().sum()) for name in layer_errors}  # type: ignore[union-attr,operator]
+    weights = {name: cast(Tensor, dense.get_submodule(name).weight) for name in layer_errors}
+    energy = {name: float(weight.detach().double().square().sum()) for name, weight in weights.items()}
     total = sum(energy[name] * error for name, error in layer_errors.items()) / sum(energy.values())
     return {"nmse_mean": sum(layer_errors.values()) / len(layer_errors), "nmse_total": total}

@@ -76,7 +76,10 @@ def list_decisions(
             if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1 and producer not in STEMS
         }
         limit = min(
-            (max_rank(layer.in_channels, *layer.kernel_size) for layer in convolutions.values()),  # type: ignore[call-arg]
+            (
+                max_rank(layer.in_channels, layer.kernel_size[0], layer.kernel_size[1])
+                for layer in convolutions.values()
+            ),
             default=0,
         )
         possible = (0, *(rank for rank in sorted(ranks) if rank <= limit))

@@ -48,7 +48,7 @@ class SampledBatches:
         """The batches of an epoch from `first_batch` on; workers start anew, so that they know the epoch."""
         self.dataset.set_epoch(epoch)
         self.sampler.set_epoch(epoch, first_batch)
-        as_dataset: Dataset[Any] = self.dataset  # type: ignore[assignment]
+        as_dataset: Dataset[Any] = self.dataset  # type: ignore[assignment]  # not torch's class, but its methods
         loader = DataLoader(as_dataset, batch_sampler=self.sampler, collate_fn=self.collate, num_workers=self.workers)
         yield from iterate(loader)
 
