@@ -1,7 +1,8 @@
-"""Writing files whole or not at all, and naming them by their content."""
+"""Writing files and folders whole or not at all, and naming them by their content."""
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,34 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(neighbour, target)
     except BaseException:
         Path(neighbour).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A hidden neighbour of `path` to fill; on success it is renamed to `path`, after an exception it is gone.
+
+    What an interrupted run left behind is removed first.
+
+    Raises:
+        UserError: `path` holds something already, or its parent cannot be written to.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: holds something already; remove it or choose another folder")
+    neighbour = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(neighbour, ignore_errors=True)
+    try:
+        neighbour.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write here ({error.strerror}); choose another place") from error
+    try:
+        yield neighbour
+        if target.exists():
+            target.rmdir()
+        neighbour.rename(target)
+    except BaseException:
+        shutil.rmtree(neighbour, ignore_errors=True)
         raise
 
 

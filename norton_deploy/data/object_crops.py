@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.errors import UserError
+from norton_deploy.files import new_folder
 
 CONTEXT = 1.15  # side of the crop in units of the object's longer side
 JPEG_QUALITY = 92
@@ -64,38 +64,30 @@ def write_crops(
     Raises:
         UserError: `out` holds something, or the dataset is wrong or has no object large enough.
     """
-    out = Path(out)
     if size < 8:
         raise UserError(f"crops: expected a size of at least 8 px, got {size}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something already; remove it or choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     counts: dict[str, int] = {}
-    for split in splits:
-        dataset = CocoDetection(coco_root, split, "box", keep_empty=False, skip_bad=skip_bad)
-        name_of_label = dataset.categories.name_of_label
-        counts[split] = 0
-        for index in tqdm(range(len(dataset)), desc=f"{split} crops", unit="image", disable=not progress):
-            target = dataset.target(index)
-            boxes = target["boxes"].numpy()
-            large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).max(axis=1) >= smallest_side)
-            if not len(large):
-                continue
-            picture = cv2.cvtColor(dataset.pixels(index), cv2.COLOR_RGB2BGR)
-            for number in large:
-                folder = partial / split / name_of_label[int(target["labels"][number])].replace(" ", "_")
-                folder.mkdir(parents=True, exist_ok=True)
-                file = folder / f"{target['image_id']:012d}_{number}.jpg"
-                crop = crop_square(picture, boxes[number], size)
-                if not cv2.imwrite(str(file), crop, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-                    raise UserError(f"{file}: cannot write the image; is the disk full?")
-                counts[split] += 1
-        if not counts[split]:
-            raise UserError(f"{coco_root}: no object of the {split} split is {smallest_side:g} px or larger")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as partial:
+        for split in splits:
+            dataset = CocoDetection(coco_root, split, "box", keep_empty=False, skip_bad=skip_bad)
+            name_of_label = dataset.categories.name_of_label
+            counts[split] = 0
+            for index in tqdm(range(len(dataset)), desc=f"{split} crops", unit="image", disable=not progress):
+                target = dataset.target(index)
+                boxes = target["boxes"].numpy()
+                large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).max(axis=1) >= smallest_side)
+                if not len(large):
+                    continue
+                picture = cv2.cvtColor(dataset.pixels(index), cv2.COLOR_RGB2BGR)
+                for number in large:
+                    folder = partial / split / name_of_label[int(target["labels"][number])].replace(" ", "_")
+                    folder.mkdir(parents=True, exist_ok=True)
+                    file = folder / f"{target['image_id']:012d}_{number}.jpg"
+                    crop = crop_square(picture, boxes[number], size)
+                    if not cv2.imwrite(str(file), crop, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+                        raise UserError(f"{file}: cannot write the image; is the disk full?")
+                    counts[split] += 1
+            if not counts[split]:
+                raise UserError(f"{coco_root}: no object of the {split} split is {smallest_side:g} px or larger")
     return counts

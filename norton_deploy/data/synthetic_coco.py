@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +25,7 @@ from norton_deploy.data.synthetic_people import KEYPOINTS, SKELETON
 from norton_deploy.data.synthetic_scene import PERSON, Scene, SyntheticVideo, draw_scene
 from norton_deploy.data.synthetic_shapes import SHAPES
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from norton_deploy.files import atomic_write, new_folder
 
 __all__ = ["CATEGORIES", "Scene", "SyntheticVideo", "draw_scene", "write_dataset"]
 
@@ -128,21 +127,13 @@ def write_dataset(
     Raises:
         UserError: `root` holds something already, or a number is out of range.
     """
-    root = Path(root)
     if train_images < 1 or val_images < 1:
         raise UserError(f"embedded dataset: train and val need at least 1 image, got {train_images} and {val_images}")
     if not 32 <= image_sizes[0] <= image_sizes[1]:
         raise UserError(f"embedded dataset: image sizes need 32 <= smallest <= largest, got {image_sizes}")
     if seed < 0:
         raise UserError(f"embedded dataset: the seed must not be negative, got {seed}")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root}: holds something already; remove it or choose another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     workers = min(os.cpu_count() or 1, 16) if workers is None else workers
-    for split, count in zip(_SPLITS, (train_images, val_images), strict=True):
-        _write_split(partial, split, count, seed, image_sizes, workers, progress)
-    if root.exists():
-        root.rmdir()
-    partial.rename(root)
+    with new_folder(root) as partial:
+        for split, count in zip(_SPLITS, (train_images, val_images), strict=True):
+            _write_split(partial, split, count, seed, image_sizes, workers, progress)

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from norton_deploy.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.data.classification import ClassificationFolder, Style
-from norton_deploy.data.samplers import GroupedBatchSampler
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import atomic_write
@@ -20,12 +19,12 @@ from norton_deploy.modeling.classifiers import Architecture, ClassifierSettings
 from norton_deploy.modeling.normalisation import Norm
 from norton_deploy.training.batch import Batch, Evaluation
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
-from norton_deploy.training.loaders import SampledBatches, collate_classes
+from norton_deploy.training.loaders import collate_classes
 from norton_deploy.training.logit_distillation import DistilledClassification, load_teacher
 from norton_deploy.training.resume import seed_step
-from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.run import LossTerms, run_training
 from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.trainer import Trainer, TrainingResult, build_accelerator
+from norton_deploy.training.trainer import TrainingResult, build_accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +123,7 @@ def train_classifier(
         start = initial_classifier(model_settings, init=settings.init, plan=settings.plan)
         header = CheckpointHeader("cls", start.settings, start.plan, class_categories(train.classes))
         save = partial(_save_checkpoint, header.made_by(command, settings.init))
-    loss_terms: Callable[[nn.Module, Batch], Mapping[str, Tensor]] = partial(
-        classification_loss, settings.label_smoothing
-    )
+    loss_terms: LossTerms = partial(classification_loss, settings.label_smoothing)
     if settings.teacher is not None:
         loss_terms = DistilledClassification(
             load_teacher(settings.teacher, train.classes).to(accelerator.device),
@@ -134,11 +131,6 @@ def train_classifier(
             temperature=settings.temperature,
             smoothing=settings.label_smoothing,
         )
-    identity = {**settings.identity(), "classifier": asdict(start.settings), "training_images": len(train)}
-    if accelerator.is_main_process:
-        RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
-        announce(f"start from {start.origin}")
-    accelerator.wait_for_everyone()
 
     def evaluate(model: nn.Module) -> Evaluation:
         metrics = evaluate_classifier(
@@ -151,23 +143,15 @@ def train_classifier(
         )
         return Evaluation({"classification": metrics}, metrics["top1"])
 
-    sampler = GroupedBatchSampler(
-        len(train),
-        settings.batch_size,
-        seed=settings.seed,
-        processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
-    trainer = Trainer(
-        accelerator=accelerator,
-        model=start.model,
+    return run_training(
+        settings,
+        accelerator,
+        start,
+        train,
+        collate_classes,
         loss_terms=loss_terms,
-        loader=SampledBatches(train, sampler, collate_classes, settings.workers),
-        settings=settings,
         evaluate=evaluate,
         save_model=save,
-        identity=identity,
+        identity={"classifier": asdict(start.settings)},
+        announce=announce,
     )
-    if accelerator.is_main_process:
-        announce(trainer.summary())
-    return trainer.run()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.data.coco import CocoDetection
-from norton_deploy.data.samplers import GroupedBatchSampler
 from norton_deploy.data.transforms import training_transform
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import table3_scores
@@ -21,15 +20,14 @@ from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batch import Batch, Evaluation
 from norton_deploy.training.distillation import FeatureImitation, open_teacher
 from norton_deploy.training.initial_weights import initial_detector, training_categories
-from norton_deploy.training.loaders import SampledBatches, collate_detections
+from norton_deploy.training.loaders import collate_detections
 from norton_deploy.training.resume import seed_step
-from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.run import LossTerms, run_training
 from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.trainer import Trainer, TrainingResult, build_accelerator
+from norton_deploy.training.trainer import TrainingResult, build_accelerator
 
 # (model in evaluation mode, task, categories, device) -> images to detections
 DetectorOfModel = Callable[[nn.Module, Task, Categories, torch.device], Detector]
-LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +124,15 @@ def train_detector(
             task=settings.task,
             categories=train.categories,
         )
-    identity = {**settings.identity(), "detector": asdict(start.settings), "training_images": len(train)}
-    if accelerator.is_main_process:
-        RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
-        announce(f"start from {start.origin}")
-        if teacher is not None:
-            announce(f"imitate the pyramid of {settings.teacher}, weight {settings.distillation_weight:g}")
-    accelerator.wait_for_everyone()
     header = CheckpointHeader(
         settings.task, start.settings, start.plan, train.categories, pyramid_channels=start.pyramid_channels
     ).made_by(command, settings.init)
     loss_terms: LossTerms = detection_losses
+    notes = []
     if teacher is not None:
         teacher = teacher.to(accelerator.device)
         loss_terms = FeatureImitation(start.model, teacher, channels, settings.distillation_weight)
+        notes.append(f"imitate the pyramid of {settings.teacher}, weight {settings.distillation_weight:g}")
 
     def evaluate(model: nn.Module) -> Evaluation:
         evaluation = evaluate_detector(
@@ -152,24 +145,17 @@ def train_detector(
         )
         return Evaluation(evaluation.metrics, table3_scores(settings.task, evaluation.metrics)[0])
 
-    sampler = GroupedBatchSampler(
-        len(train),
-        settings.batch_size,
-        image_sizes=train.image_sizes(),
-        seed=settings.seed,
-        processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
-    trainer = Trainer(
-        accelerator=accelerator,
-        model=start.model,
+    return run_training(
+        settings,
+        accelerator,
+        start,
+        train,
+        collate_detections,
         loss_terms=loss_terms,
-        loader=SampledBatches(train, sampler, collate_detections, settings.workers),
-        settings=settings,
         evaluate=evaluate,
         save_model=lambda path, model: save_checkpoint(path, model, header),
-        identity=identity,
+        identity={"detector": asdict(start.settings)},
+        announce=announce,
+        notes=notes,
+        image_sizes=train.image_sizes(),
     )
-    if accelerator.is_main_process:
-        announce(trainer.summary())
-    return trainer.run()

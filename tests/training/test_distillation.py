@@ -14,7 +14,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.modeling.compress import compress
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.training import detector_training
+from norton_deploy.training import detector_training, run
 from norton_deploy.training.batch import Batch
 from norton_deploy.training.distillation import FeatureImitation, correlation_loss
 from norton_deploy.training.trainer import Trainer
@@ -169,7 +169,7 @@ def test_resume_leaves_no_trace(trained, tmp_path, monkeypatch):
     steps = ["--steps", "5", "--state-every", "2", "--distillation-weight", "1"]
     main(arguments(trained, tmp_path / "whole", *steps))
     with monkeypatch.context() as patch:
-        patch.setattr(detector_training, "Trainer", DyingTrainer)
+        patch.setattr(run, "Trainer", DyingTrainer)
         with pytest.raises(KilledError):
             main(arguments(trained, tmp_path / "killed", *steps))
     main(arguments(trained, tmp_path / "killed", *steps, "--resume"))

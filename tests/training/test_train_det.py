@@ -19,7 +19,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.modeling.compress import compress
 from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.training import detector_training
+from norton_deploy.training import run
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -79,7 +79,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
     """All images have one size and yield their full sample of anchors and proposals (see `Trainer`)."""
     data = tmp_path / "data"
     write_dataset(data, 8, 2, seed=5, image_sizes=(96, 96))
-    monkeypatch.setattr(detector_training, "Trainer", ChancelessTrainer)
+    monkeypatch.setattr(run, "Trainer", ChancelessTrainer)
     train_without_chance(data, tmp_path / "one", batch_size=4)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = str(Path(__file__).with_name("tiny_detector.py"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from norton_deploy.commands import train_det
 from norton_deploy.config import parse_settings
-from norton_deploy.training import detector_training
+from norton_deploy.training import run
 from norton_deploy.training.detector_training import train_detector
 from norton_deploy.training.trainer import Trainer
 
@@ -81,5 +81,5 @@ def train_without_chance(data: Path, out: Path, batch_size: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    detector_training.Trainer = ChancelessTrainer  # type: ignore[misc]
+    run.Trainer = ChancelessTrainer  # type: ignore[misc]  # a test double
     train_without_chance(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,82 @@
+"""One training run: what every task does once it has its model, data and loss."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from norton_deploy.data.samplers import GroupedBatchSampler
+from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.initial_weights import InitialModel
+from norton_deploy.training.loaders import EpochDataset, SampledBatches
+from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.trainer import Trainer, TrainingResult
+
+LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+
+
+def run_training(
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    start: InitialModel,
+    train: EpochDataset,
+    collate: Callable[[list[Any]], Batch],
+    *,
+    loss_terms: LossTerms,
+    evaluate: Callable[[nn.Module], Evaluation],
+    save_model: Callable[[Path, nn.Module], None],
+    identity: Mapping[str, Any],
+    announce: Callable[[str], None],
+    notes: Sequence[str] = (),
+    image_sizes: npt.ArrayLike | None = None,
+) -> TrainingResult:
+    """Claim the run's folder, then train, evaluate and save.
+
+    Args:
+        settings: of the run.
+        accelerator: of its processes.
+        start: the model to train.
+        train: its images and targets.
+        collate: list of their items -> Batch.
+        loss_terms: (model in training mode, batch) -> the loss's terms.
+        evaluate: model -> metrics and the score that the best checkpoint has.
+        save_model: writes a checkpoint.
+        identity: what a resumed run must have in common with its beginning, beside `settings.identity()`.
+        announce: called on the main process with what the run starts from and how.
+        notes: further lines to announce.
+        image_sizes: [images, 2] heights and widths for batches of alike aspect ratio.
+
+    Raises:
+        UserError: the folder belongs to another run, or the loss is not finite.
+    """
+    identity = {**settings.identity(), **identity, "training_images": len(train)}
+    if accelerator.is_main_process:
+        RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
+        for line in (f"start from {start.origin}", *notes):
+            announce(line)
+    accelerator.wait_for_everyone()
+    sampler = GroupedBatchSampler(
+        len(train),
+        settings.batch_size,
+        image_sizes=image_sizes,
+        seed=settings.seed,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=start.model,
+        loss_terms=loss_terms,
+        loader=SampledBatches(train, sampler, collate, settings.workers),
+        settings=settings,
+        evaluate=evaluate,
+        save_model=save_model,
+        identity=identity,
+    )
+    if accelerator.is_main_process:
+        announce(trainer.summary())
+    return trainer.run()
