@@ -35,6 +35,7 @@ from norton_deploy.data.synthetic_scene import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import Complexity, count_complexity
 from norton_deploy.export.fuse import lower_model
+from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.lowering import Form
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
@@ -54,7 +55,6 @@ from norton_deploy.reporting.table3 import (
     NORTON_ORT,
     table3_report,
 )
-from norton_deploy.runtime.letterbox import Letterbox
 from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.runtime.predictor import read_image
 from norton_deploy.runtime.torch_backend import TorchPredictor

@@ -52,7 +52,10 @@ class ExportSettings:
     plan: Path | None = None
     """Without --model: compress the random detector by this plan."""
     image_size: tuple[int, int] = (800, 800)
-    """Height and width of the graph's input in pixels."""
+    """Height and width in pixels of the image that the detector sees, the graph's input without --input-size."""
+    input_size: tuple[int, int] | None = None
+    """Height and width of the camera's frames: the graph letterboxes them into --image-size itself, takes no other
+    size, and gives boxes in their pixels."""
     batch: int = 1
     """Images per run."""
     precision: Precision = "fp32"
@@ -68,7 +71,7 @@ class ExportSettings:
     input_dtype: InputDtype = "uint8"
     """uint8 [B, H, W, 3] RGB, or float32 [B, 3, H, W] RGB in 0..1."""
     resize: Literal["letterbox", "none"] = "letterbox"
-    """Whether the predictor may letterbox images of another size, or refuses them."""
+    """Whether the predictor may letterbox images of another size, or refuses them (as always with --input-size)."""
     form: Form = "grouped"
     """How CPDBlocks leave: grouped, separable or dense."""
     images: tuple[Path, ...] = ()
@@ -122,6 +125,7 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
             candidates=settings.candidates,
             nms_iterations=settings.nms_iterations,
             input_dtype=settings.input_dtype,
+            input_size=settings.input_size,
         ),
     )
     if settings.precision == "fp16":
@@ -198,11 +202,13 @@ def open_detector(settings: ExportSettings) -> tuple[GeneralizedRCNN, Categories
 
 
 def parity_images(settings: ExportSettings) -> list[Image]:
-    """The user's first images, or embedded scenes of the graph's size."""
+    """The user's first images, or embedded scenes of the size of the graph's input."""
     if settings.images:
         files = [file for path in settings.images for file in find_images(path)]
         return [read_image(file) for file in files[: settings.parity_images]]
-    return [draw_scene(seed, settings.image_size).image for seed in range(settings.parity_images)]
+    return [
+        draw_scene(seed, settings.input_size or settings.image_size).image for seed in range(settings.parity_images)
+    ]
 
 
 def average_precision(

@@ -161,8 +161,11 @@ def best_pieces(
         bound; row of `values`; row and column of the piece among all 3 U of an axis: each [N, K, P].
     """
     count, keypoints, found = block_bound.shape
-    hull = torch.tensor(PIECE_HULL, dtype=torch.float32, device=values.device) / 64
-    controls = (values.reshape(-1, 16) @ torch.kron(hull, hull).T).reshape(-1, 1, len(hull), len(hull))
+    side = len(PIECE_HULL)
+    hull = [
+        [y * x / 64**2 for y in y_weights for x in x_weights] for y_weights in PIECE_HULL for x_weights in PIECE_HULL
+    ]
+    controls = (values.reshape(-1, 16) @ torch.tensor(hull, device=values.device).T).reshape(-1, 1, side, side)
     bound = F.max_pool2d(controls, kernel_size=PIECES + 1, stride=PIECES).reshape(-1, PIECES, PIECES)
     bound = bound.minimum(block_bound.reshape(-1, 1, 1))
     y_outside, x_outside = take_rows(y_axis.emptiness(), y_block), take_rows(x_axis.emptiness(), x_block)
@@ -248,12 +251,12 @@ def lay_out(pixels: Tensor, size: int, largest: int) -> Axis:
 
 
 def block_controls(size: int, device: torch.device) -> Tensor:
-    """[3 U + 1, S + 4]: `BLOCK_HULL` for each block of the extended map."""
-    controls = torch.zeros(PIECES * (size + 1) + 1, size + 2 * BORDER)
+    """[3 U + 1, S + 4]: `BLOCK_HULL` for each block of the extended map; one constant, not traced step by step."""
+    controls = [[0.0] * (size + 2 * BORDER) for _ in range(PIECES * (size + 1) + 1)]
     for block in range(size + 1):
         for index, weights in enumerate(BLOCK_HULL):
-            controls[PIECES * block + index, block : block + 4] = torch.tensor(weights) / 64
-    return controls.to(device)
+            controls[PIECES * block + index][block : block + 4] = [weight / 64 for weight in weights]
+    return torch.tensor(controls, device=device)
 
 
 def map_position(pixels: Tensor, target: Tensor, size: int) -> Tensor:

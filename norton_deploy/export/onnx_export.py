@@ -63,7 +63,8 @@ def export_onnx(
         categories: written into the file, for whoever runs it.
         precision: what to record.
         weights_sha256: digest of the weights that the detector was made from.
-        letterbox: whether images of another size may be letterboxed by the caller.
+        letterbox: whether images of another size may be letterboxed by the caller; says nothing about a graph that
+            does it itself.
 
     Returns:
         The contract that stands in the file's metadata under "norton_deploy".
@@ -117,7 +118,7 @@ def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:
     names: list[str] = []
     wrapped = _WithStages(detector, names).eval()
     settings = detector.settings
-    height, width = settings.image_size
+    height, width = settings.input_size or settings.image_size
     if settings.input_dtype == "uint8":
         example = torch.zeros(settings.batch, height, width, 3, dtype=torch.uint8)
     else:
@@ -218,6 +219,7 @@ def describe(
         "format": METADATA_FORMAT,
         "task": detector.task,
         "image_size": list(settings.image_size),
+        "input_size": list(settings.input_size or settings.image_size),
         "batch": settings.batch,
         "max_detections": detector.max_detections,
         "score_threshold": detector.box_head.score_thresh,
@@ -234,7 +236,7 @@ def describe(
         "target": settings.target,
         "precision": precision,
         "weights_sha256": weights_sha256,
-        "resize": "letterbox" if letterbox else "none",
+        "resize": "graph" if settings.input_size is not None else "letterbox" if letterbox else "none",
         "mask_paste": detector.mask_paste,
     }
 

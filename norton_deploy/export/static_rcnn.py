@@ -15,6 +15,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.frame_resize import FrameResize
 from norton_deploy.export.static_box_head import StaticBoxHead
 from norton_deploy.export.static_keypoints import StaticKeypointHead
 from norton_deploy.export.static_masks import StaticMaskHead
@@ -35,13 +36,15 @@ class GraphSettings:
     """What a static graph is built for.
 
     Attributes:
-        image_size: (height, width) in pixels of the input.
+        image_size: (height, width) in pixels of the image that the detector sees.
         batch: images per run.
         target: "onnxruntime" uses ONNX's NonMaxSuppression; "tensorrt" standard operators only.
         max_detections: D, rows of every output; None: the model's own `detections_per_img`.
         candidates: (proposal, class) pairs that are decoded per image, at most.
         nms_iterations: unrolled NMS steps of the "tensorrt" target.
         input_dtype: "uint8" for [B, H, W, 3] RGB 0..255, "float32" for [B, 3, H, W] RGB 0..1.
+        input_size: (height, width) of frames (uint8) that the graph letterboxes into `image_size` itself; None: the
+            input has `image_size`.
     """
 
     image_size: tuple[int, int]
@@ -51,6 +54,7 @@ class GraphSettings:
     candidates: int = 1024
     nms_iterations: int = DEFAULT_ITERATIONS
     input_dtype: InputDtype = "uint8"
+    input_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -61,6 +65,8 @@ class GraphSettings:
             raise UserError(f"max_detections: expected at least 1, got {self.max_detections}")
         if self.input_dtype not in ("uint8", "float32"):
             raise UserError(f"input_dtype: '{self.input_dtype}' is none of uint8, float32")
+        if self.input_size is not None and self.input_dtype != "uint8":
+            raise UserError(f"input_size: frames are resized as uint8, but input_dtype is '{self.input_dtype}'")
 
 
 class StaticRCNN(nn.Module):
@@ -78,6 +84,8 @@ class StaticRCNN(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    to_frame: Tensor
+    point_to_frame: Tensor
 
     def __init__(self, model: GeneralizedRCNN, settings: GraphSettings) -> None:
         """
@@ -100,6 +108,12 @@ class StaticRCNN(nn.Module):
         self.register_buffer("scale", 1.0 / (pixel * std), persistent=False)
         self.register_buffer("shift", -torch.tensor(transform.image_mean, dtype=torch.float32) / std, persistent=False)
         self.compute_dtype = torch.float32
+        self.resize: FrameResize | None = None
+        if settings.input_size is not None:
+            self.resize = FrameResize(settings.input_size, settings.image_size)
+            x_factor, y_factor = self.resize.letterbox.factors
+            self.register_buffer("to_frame", torch.tensor([x_factor, y_factor] * 2), persistent=False)
+            self.register_buffer("point_to_frame", torch.tensor([x_factor, y_factor, 1.0]), persistent=False)
         self.mask_paste: MaskPaste = "whole_pixels"
         if isinstance(transform, DetectorTransform):
             self.mask_paste = transform.mask_paste
@@ -150,7 +164,7 @@ class StaticRCNN(nn.Module):
                 raise UserError(f"{name}: {count}, but TensorRT's TopK takes at most {TENSORRT_LARGEST_TOPK}")
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Pixels of the input -> normalised, zero-padded [B, 3, H', W'] in the compute type."""
+        """Pixels of `image_size` -> normalised, zero-padded [B, 3, H', W'] in the compute type."""
         height, width = self.settings.image_size
         if self.settings.input_dtype == "uint8":
             normalised = (images.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
@@ -173,21 +187,25 @@ class StaticRCNN(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """
         Args:
-            images: uint8 [B, H, W, 3] RGB or float32 [B, 3, H, W] RGB 0..1, as `input_dtype` says.
+            images: uint8 [B, H, W, 3] RGB or float32 [B, 3, H, W] RGB 0..1, as `input_dtype` says, of `image_size`
+                or `input_size`.
 
         Returns:
-            num_detections int32 [B]; boxes float32 [B, D, 4] xyxy in pixels; scores float32 [B, D] falling;
-            labels int32 [B, D]; masks float32 [B, D, M, M] (box-local probabilities) or keypoints float32
-            [B, D, K, 3] (x, y, score); all zero in padded rows. nms_converged and candidates_complete, bool
-            [1]: whether the graph's two shortcuts were exact for these images.
+            num_detections int32 [B]; boxes float32 [B, D, 4] xyxy in pixels of the input, not clipped to a resized
+            frame; scores float32 [B, D] falling; labels int32 [B, D]; masks float32 [B, D, M, M] (box-local
+            probabilities) or keypoints float32 [B, D, K, 3] (x, y, score); all zero in padded rows. nms_converged
+            and candidates_complete, bool [1]: whether the graph's two shortcuts were exact for these images.
         """
         return self.outputs_and_stages(images)[0]
 
     def outputs_and_stages(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The outputs, and the tensors between the stages that the parity check compares."""
         batch = self.settings.batch
+        stages = {}
+        if self.resize is not None:
+            images = stages["canvas"] = self.resize(images)
         body, maps = self.features(self.preprocess(images))
-        stages = {f"body.{name}": value for name, value in body.items()}
+        stages |= {f"body.{name}": value for name, value in body.items()}
         stages |= {f"fpn.{name}": value for name, value in maps.items()}
 
         rpn_logits, rpn_deltas = self.rpn.head(list(maps.values()))
@@ -216,6 +234,12 @@ class StaticRCNN(nn.Module):
             stages["heatmaps"] = self.keypoint_head.heatmaps(point_maps)
             keypoints = self.keypoint_head.keypoints(point_maps, boxes.reshape(-1, 4))
             outputs["keypoints"] = keypoints.reshape(batch, self.max_detections, -1, 3) * found
+        if self.resize is not None:
+            stages["canvas_boxes"] = boxes
+            outputs["boxes"] = boxes * self.to_frame
+            if self.task == "keypoint":
+                stages["canvas_keypoints"] = outputs["keypoints"]
+                outputs["keypoints"] = outputs["keypoints"] * self.point_to_frame
         outputs["nms_converged"] = (rpn_converged & box_converged).reshape(1)
         outputs["candidates_complete"] = complete.reshape(1)
         return outputs, stages

@@ -4,7 +4,7 @@ The shipped file itself is run. Its tensors between the stages are read by decla
 in memory; each stage in eager mode starts from the graph's own input to that stage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,25 @@ import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import STAGE_PREFIX, read_contract
 from norton_deploy.runtime.detection_matching import Pairing, pair_detections
 from norton_deploy.runtime.eager_stages import Arrays, EagerStages, without_resize
 from norton_deploy.runtime.keypoint_ties import keypoint_distances
-from norton_deploy.runtime.letterbox import Letterbox
 from norton_deploy.runtime.mask_paste import paste_masks
+from norton_deploy.runtime.parity_inputs import (
+    Image,
+    as_planes,
+    canvas_stages,
+    canvases,
+    resize_difference,
+    to_canvas,
+)
 from norton_deploy.runtime.staged_graph import cpu_session, run, with_stage_outputs
 from norton_deploy.structures import Detections, MaskPaste
 
-Image = npt.NDArray[np.uint8]
+RESIZE_LEVELS = 1.0
+"""How far a graph's own resizing may be from the predictor's, in levels of 255."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class StageResult:
     """The largest difference seen in one stage.
 
     Attributes:
-        name: backbone, fpn, rpn, proposals, boxes, detections, masks, heatmaps, keypoints or final.
+        name: resize, backbone, fpn, rpn, proposals, boxes, detections, masks, heatmaps, keypoints or final.
         measure: what is compared, with its unit.
         worst: over all images.
         limit: what is allowed; a lower bound for IoU, an upper bound for everything else.
@@ -152,7 +161,8 @@ def check_parity(
     Args:
         model: the detector that was exported, in eval mode, on the CPU, before any lowering; not changed.
         onnx_path: the graph.
-        images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's.
+        images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. Where the graph resizes its
+            input itself, its result is compared with the predictor's letterbox, and is what eager mode is given.
         tolerances: by default those of the graph's precision.
 
     Raises:
@@ -168,7 +178,9 @@ def check_parity(
     eager = EagerStages(reference, (height, width))
     session = cpu_session(Path(onnx_path).read_bytes())
     staged = cpu_session(with_stage_outputs(onnx_path))
-    for batch in canvases(images, contract["batch"], (height, width)):
+    resizes = contract["resize"] == "graph"
+    input_size = contract["input_size"][0], contract["input_size"][1]
+    for batch in canvases(images, contract["batch"], input_size):
         fed = batch if contract["input"]["dtype"] == "uint8" else as_planes(batch)
         outputs = run(session, contract["input"]["name"], fed)
         everything = run(staged, contract["input"]["name"], fed)
@@ -177,6 +189,12 @@ def check_parity(
             for name, value in everything.items()
             if name.startswith(STAGE_PREFIX)
         }
+        if resizes:
+            canvas = stages["canvas"]
+            report.record("resize", "difference, levels", resize_difference(batch, canvas), RESIZE_LEVELS)
+            batch = canvas.astype(np.uint8)
+            everything |= canvas_stages(stages)
+            outputs = to_canvas(outputs, Letterbox.fit(input_size, (height, width)))
         ambiguous = compare_stages(report, eager, batch, stages, everything, limits)
         compare_final(report, eager, batch, outputs, contract, limits, ambiguous)
         report.images += len(batch)
@@ -291,23 +309,6 @@ def detections_of(
     )
     keypoints = np.asarray(outputs["keypoints"][index, :count]) if "keypoints" in outputs and paste else None
     return Detections(part["boxes"], part["scores"], part["labels"].astype(np.int64), image_size, masks, keypoints)
-
-
-def canvases(images: Sequence[Image], batch: int, size: tuple[int, int]) -> Iterator[Image]:
-    """Letterboxed batches uint8 [batch, H, W, 3]; the last one is filled up from the first images."""
-    canvas_list: list[Image] = []
-    padded = [*images, *(images[index % len(images)] for index in range(-len(images) % batch))]
-    for image in padded:
-        canvas = np.empty((*size, 3), np.uint8)
-        Letterbox.fit((image.shape[0], image.shape[1]), size).place(image, canvas)
-        canvas_list.append(canvas)
-    for start in range(0, len(canvas_list), batch):
-        yield np.stack(canvas_list[start : start + batch])
-
-
-def as_planes(images: Image) -> npt.NDArray[np.float32]:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], 0..1."""
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
 
 
 def relative_difference(expected: Arrays, found: Arrays) -> float:

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.runtime.detection_matching import Pairing, pair_detections
 from norton_deploy.runtime.eager_stages import EagerStages, without_resize
-from norton_deploy.runtime.letterbox import Letterbox
 
 
 @dataclass(frozen=True)

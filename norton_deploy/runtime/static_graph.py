@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
 from norton_deploy.runtime.graph_contract import GraphContract
-from norton_deploy.runtime.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
 from norton_deploy.runtime.mask_paste import paste_masks
 from norton_deploy.runtime.predictor import Image, Predictor
 from norton_deploy.structures import Categories, Detections, MaskPaste
@@ -45,9 +45,9 @@ class StaticGraphPredictor(Predictor):
         self.contract = contract
         self.task = contract.task
         self.categories = contract.categories
-        self.input_size = contract.image_size
+        self.input_size = contract.input_size
         self._score_threshold = 0.0 if score_threshold is None else score_threshold
-        self._canvas = np.empty((contract.batch, *contract.image_size, 3), np.uint8)
+        self._canvas = np.empty((contract.batch, *contract.input_size, 3), np.uint8)
 
     @abstractmethod
     def _run(self, batch: npt.NDArray[np.generic]) -> Outputs:
@@ -98,14 +98,21 @@ class StaticGraphPredictor(Predictor):
         self.inexact_batches += bool(failed)
 
     def _letterbox(self, image: Image) -> Letterbox:
+        """How an image lies in the graph's input: as it is, unless the graph's contract leaves resizing to us."""
         image_size = image.shape[0], image.shape[1]
-        if not self.contract.letterbox and image_size != self.contract.image_size:
-            height, width = self.contract.image_size
+        contract = self.contract
+        if contract.resize != "letterbox" and image_size != contract.input_size:
+            height, width = contract.input_size
+            advice = (
+                f"export with --input-size {image_size[0]} {image_size[1]}, or without it for any size"
+                if contract.resize == "graph"
+                else "resize them or export with letterboxing"
+            )
             raise UserError(
                 f"{self.name}: takes images of exactly {height}x{width} (height x width), "
-                f"got {image_size[0]}x{image_size[1]}; resize them or export with letterboxing"
+                f"got {image_size[0]}x{image_size[1]}; {advice}"
             )
-        return Letterbox.fit(image_size, self.contract.image_size)
+        return Letterbox.fit(image_size, contract.input_size)
 
 
 def to_graph_input(canvas: npt.NDArray[np.uint8], input_dtype: str) -> npt.NDArray[np.generic]:

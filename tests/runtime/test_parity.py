@@ -8,11 +8,11 @@ from norton_deploy.runtime.detection_matching import Pairing, box_iou, pair_dete
 from norton_deploy.runtime.parity import (
     TOLERANCES,
     ParityReport,
-    canvases,
     quantile,
     relative_difference,
     set_distance,
 )
+from norton_deploy.runtime.parity_inputs import canvases
 from norton_deploy.structures import Detections
 
 

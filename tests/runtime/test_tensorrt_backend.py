@@ -144,6 +144,7 @@ def test_engines_that_contradict_their_manifest_are_refused(engine, change, mess
 def test_contract_parses_back():
     contract = GraphContract.from_json(json.dumps(CONTRACT), "c")
     assert contract.output_names == ("num_detections", "boxes", "scores", "labels", "masks", "nms_converged")
-    assert contract.input_shape == (2, 32, 48, 3) and contract.letterbox and contract.score_threshold is None
+    assert contract.input_shape == (2, 32, 48, 3) and contract.score_threshold is None
+    assert contract.resize == "letterbox" and contract.input_size == contract.image_size
     with pytest.raises(UserError, match="not JSON"):
         GraphContract.from_json("{", "c")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.runtime.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
+from norton_deploy.export.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
 
 
 @pytest.mark.parametrize(
