@@ -60,33 +60,39 @@ class FrameResize(nn.Module):
         ):
             for part, values in taps._asdict().items():
                 self.register_buffer(f"{name}_{part}", values, persistent=False)
-        self.register_buffer("colour", torch.tensor(PADDING_COLOUR, dtype=torch.float32), persistent=False)
+        # Rows of pixels are handled as [3 W] values: engines are slow at weights that repeat every 3 values.
+        for part in ("low_weight", "high_weight"):
+            self.register_buffer(
+                f"column_{part}", self.get_buffer(f"column_{part}").repeat_interleave(3), persistent=False
+            )
+        colour = torch.tensor(PADDING_COLOUR, dtype=torch.float32).repeat(image_size[1])
+        self.register_buffer("row_colour", colour, persistent=False)
 
     def forward(self, frames: Tensor) -> Tensor:
         """See the class."""
         letterbox = self.letterbox
+        (height, width), (canvas_height, canvas_width) = letterbox.content_size, letterbox.canvas_size
         content = frames.to(torch.float32)
         if letterbox.content_size != letterbox.image_size:
             content = self.resize(content)
-        bottom, right = (
-            whole - part for whole, part in zip(letterbox.canvas_size, letterbox.content_size, strict=True)
-        )
-        if not bottom and not right:
+        if letterbox.content_size == letterbox.canvas_size:
             return content
-        colour = self.get_buffer("colour")
-        return nn.functional.pad(content - colour, (0, 0, 0, right, 0, bottom)) + colour
+        colour = self.get_buffer("row_colour")
+        content = content.flatten(2) - colour[: 3 * width]
+        canvas = nn.functional.pad(content, (0, 3 * (canvas_width - width), 0, canvas_height - height)) + colour
+        return canvas.unflatten(2, (canvas_width, 3))
 
     def resize(self, frames: Tensor) -> Tensor:
         """Whole values [B, H, W, 3] -> [B, H_content, W_content, 3]."""
         low, high, low_weight, high_weight = (self.get_buffer(f"column_{part}") for part in Taps._fields)
-        row_sum = (
-            frames.index_select(2, low) * low_weight[:, None] + frames.index_select(2, high) * high_weight[:, None]
-        )
+        row_sum = frames.index_select(2, low).flatten(2) * low_weight
+        row_sum = row_sum + frames.index_select(2, high).flatten(2) * high_weight
         row_sum = torch.floor(row_sum / CUT_SUM_OF_ROW)
         low, high, low_weight, high_weight = (self.get_buffer(f"row_{part}") for part in Taps._fields)
-        result = cut_product(row_sum.index_select(1, low), low_weight[:, None, None])
-        result = result + cut_product(row_sum.index_select(1, high), high_weight[:, None, None])
-        return torch.floor((result + CUT_RESULT // 2) / CUT_RESULT)
+        result = cut_product(row_sum.index_select(1, low), low_weight[:, None])
+        result = result + cut_product(row_sum.index_select(1, high), high_weight[:, None])
+        result = torch.floor((result + CUT_RESULT // 2) / CUT_RESULT)
+        return result.unflatten(2, (-1, 3))
 
 
 def cut_product(values: Tensor, weights: Tensor) -> Tensor:
