@@ -31,9 +31,11 @@ SECTIONS = {
     "plan": "A plan for a speed-up of four",
     "channel_multiple": "Channels in multiples",
     "recovery": "Quick recovery without labels",
+    "operator_profile": "Where a compressed detector's time goes",
     "table4_rank": "Table IV: rank",
     "table1_cifar": "Table I: VGG-16 on CIFAR-10",
     "rivals": "Figure 1: other decompositions and filter choices",
+    "keypoint_decoding": "Keypoint decoding in graphs",
     "export_parity": "Exported graphs against eager mode",
     "engine_builds": "TensorRT-RTX engines, built and not run",
     "size_buckets": "Fixed image sizes",
@@ -41,6 +43,15 @@ SECTIONS = {
     "gradcam": "Feature preservation: Grad-CAM",
 }
 """Result file -> heading, in the order of the document."""
+NOTES = {
+    "plan": "The model is `benchmarks/random_detector.py`'s: seeded random weights, on which no rank-one form beats "
+    "pruning, so the plan prunes only. Time, MACs and parameters are those of any weights; harm is not.",
+    "recovery": "One detector (the demo's dense one, 450 steps) and one seed. Seconds were measured on a busy machine.",
+    "engine_builds": "Measured on one thread of a busy machine: upper bounds. Weights are random; a random head's "
+    "masks lie so near their threshold that one fp16 comparison fails on it.",
+    "demo": "Measured before checkpoints ran in their grouped form in torch, which makes NORTON faster than here.",
+}
+"""What a reader must know of a result that its file does not say."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ def section(name: str, heading: str) -> str:
     results = json.loads((RESULTS / f"{name}.json").read_text())
     written = RESULTS / f"{name}.md"
     body = demo_table(results) if name == "demo" else written.read_text()
-    return f"## {heading}\n\n{origin(name, results)}\n\n{fit(body)}\n"
+    note = f"\n\n{NOTES[name]}" if name in NOTES else ""
+    return f"## {heading}\n\n{origin(name, results)}{note}\n\n{fit(body)}\n"
 
 
 def origin(name: str, results: dict[str, Any]) -> str:
