@@ -17,7 +17,6 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic_coco import draw_scene
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.coco_metrics import primary_iou_type
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.export.fixed_sampling import fix_sampling, is_adaptive
 from norton_deploy.export.fuse import lower_model
@@ -213,20 +212,18 @@ def parity_images(settings: ExportSettings) -> list[Image]:
 
 def average_precision(
     settings: ExportSettings, model: GeneralizedRCNN, categories: Categories, task: Task, out: Path
-) -> dict[str, float]:
-    """COCO AP of the task's own measure before (eager mode, its own resizing) and after (the graph)."""
+) -> dict[str, dict[str, float]]:
+    """COCO AP, by measure, before (eager mode, its own resizing and decoding) and after (the graph)."""
     assert settings.eval is not None
     dataset = CocoDetection(settings.eval, "val", task, categories=categories)
-    measure = primary_iou_type(task)
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
     for name, predictor in (
         ("before", TorchPredictor(model, task, categories, device="cpu")),
         ("after", OnnxRuntimePredictor(out, device="cpu")),
     ):
-        evaluation = evaluate_detector(predictor, dataset, limit=settings.eval_limit)
-        scores[name] = float(evaluation.metrics[measure]["AP"])
-    print(
-        f"{measure} AP: {scores['before']:.4f} in eager mode, {scores['after']:.4f} as {settings.precision} graph",
-        file=sys.stderr,
-    )
+        metrics = evaluate_detector(predictor, dataset, limit=settings.eval_limit).metrics
+        scores[name] = {measure: float(values["AP"]) for measure, values in metrics.items()}
+    for measure, before in scores["before"].items():
+        after = scores["after"][measure]
+        print(f"{measure} AP: {before:.4f} in eager mode, {after:.4f} as {settings.precision} graph", file=sys.stderr)
     return scores
