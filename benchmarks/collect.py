@@ -44,14 +44,18 @@ SECTIONS = {
 }
 """Result file -> heading, in the order of the document."""
 NOTES = {
-    "plan": "The model is `benchmarks/random_detector.py`'s: seeded random weights, on which no rank-one form beats "
+    "plan": "The model is `benchmarks/random_detector.py`'s: seeded random weights, on which no low rank beats "
     "pruning, so the plan prunes only. Time, MACs and parameters are those of any weights; harm is not.",
+    "operator_profile": "The compressed detector's matrix products run not far below the machine's rate, but they are "
+    "no longer nearly all of its time: RoIAlign's gathers and element-wise work do not shrink with the MACs.",
     "recovery": "One detector (the demo's dense one, 450 steps) and one seed. Seconds were measured on a busy machine.",
     "engine_builds": "Measured on one thread of a busy machine: upper bounds. Weights are random; a random head's "
     "masks lie so near their threshold that one fp16 comparison fails on it.",
     "demo": "Measured before checkpoints ran in their grouped form in torch, which makes NORTON faster than here.",
 }
 """What a reader must know of a result that its file does not say."""
+MACHINE_TABLE = re.compile(r"(?:## )?Machine and versions\n\n(?:Machine and versions\n\n)?(?:\|.*\n)+\n*")
+"""The table of versions that some results end with: `origin` says the same."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,10 @@ def provenances(value: Any) -> Any:
 
 
 def fit(body: str) -> str:
-    """A result's own Markdown, made to fit: headings two levels down, its title gone, links from docs/."""
-    lines = [line for line in body.strip().splitlines() if not line.startswith("# ")]
-    lines = [f"##{line}" if line.startswith("#") else line for line in lines]
+    """A result's own Markdown, made to fit: headings a level down, its title gone, links from docs/."""
+    body = MACHINE_TABLE.sub("", body.strip() + "\n\n")
+    lines = [line for line in body.splitlines() if not line.startswith("# ")]
+    lines = [f"#{line}" if line.startswith("#") else line for line in lines]
     return re.sub(r"\]\((?!http)([^)/]+)\)", r"](../benchmarks/results/\1)", "\n".join(lines).strip())
 
 
