@@ -231,7 +231,7 @@ class StaticRCNN(nn.Module):
             outputs["masks"] = masks.reshape(batch, self.max_detections, *masks.shape[1:]) * found
         elif self.task == "keypoint":
             point_maps = self.keypoint_head(self.task_pool(maps, boxes))
-            stages["heatmaps"] = self.keypoint_head.heatmaps(point_maps)
+            stages["heatmaps"] = point_maps
             keypoints = self.keypoint_head.keypoints(point_maps, boxes.reshape(-1, 4))
             outputs["keypoints"] = keypoints.reshape(batch, self.max_detections, -1, 3) * found
         if self.resize is not None:

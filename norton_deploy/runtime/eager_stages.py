@@ -148,6 +148,13 @@ class EagerStages:
         return result
 
 
+def doubled(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The graph's keypoint maps [N, K, S, S] -> heatmaps [N, K, 2 S, 2 S], as torchvision's predictor makes them."""
+    heatmaps = torch.nn.functional.interpolate(_tensor(maps), scale_factor=2.0, mode="bilinear", align_corners=False)
+    result: npt.NDArray[np.float32] = heatmaps.numpy()
+    return result
+
+
 def feature_maps(stages: Arrays, prefix: str) -> "OrderedDict[str, Tensor]":
     """The tensors whose name starts with `prefix`, by the rest of the name, float32, in order."""
     return OrderedDict(

@@ -18,7 +18,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import STAGE_PREFIX, read_contract
 from norton_deploy.runtime.detection_matching import Pairing, pair_detections
-from norton_deploy.runtime.eager_stages import Arrays, EagerStages, without_resize
+from norton_deploy.runtime.eager_stages import Arrays, EagerStages, doubled, without_resize
 from norton_deploy.runtime.keypoint_ties import keypoint_distances
 from norton_deploy.runtime.mask_paste import paste_masks
 from norton_deploy.runtime.parity_inputs import (
@@ -234,12 +234,12 @@ def compare_stages(
         gap = np.abs(eager.masks(stages, outputs) - outputs["masks"].reshape(-1, size, size))[real]
         report.record("masks", "probability difference", quantile(gap, limits.share), limits.mask_probability)
     if "keypoints" in outputs:
-        heatmaps = {"heatmaps": eager.heatmaps(stages, outputs)[real]}
-        gap_relative = relative_difference(heatmaps, {"heatmaps": stages["heatmaps"][real]})
+        heatmaps = doubled(stages["heatmaps"][real])
+        gap_relative = relative_difference({"heatmaps": eager.heatmaps(stages, outputs)[real]}, {"heatmaps": heatmaps})
         report.record("heatmaps", "largest relative difference", gap_relative, limits.tensor)
         points = outputs["keypoints"].reshape(-1, *outputs["keypoints"].shape[2:])[real][..., :2]
         boxes = outputs["boxes"].reshape(-1, 4)[real]
-        gap, ties = keypoint_distances(stages["heatmaps"][real], boxes, points, limits.keypoint_px)
+        gap, ties = keypoint_distances(heatmaps, boxes, points, limits.keypoint_px)
         report.record("keypoints", "distance, px", quantile(gap, limits.share), limits.keypoint_px)
         ambiguous = np.zeros((len(real), points.shape[1]), bool)
         ambiguous[real] = ties
