@@ -70,7 +70,7 @@ class TorchPredictor(Predictor):
 
     @classmethod
     def load(cls, path: Path, score_threshold: float | None, device: str | None) -> TorchPredictor:
-        """From a checkpoint file: the same outputs to rounding, CPDBlocks grouped and BatchNorm folded, which is faster.
+        """From a checkpoint file, with CPDBlocks grouped and BatchNorm folded: equal to rounding, and faster.
 
         Raises:
             UserError: not a detector's checkpoint, or the device is not there.
