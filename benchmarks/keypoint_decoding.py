@@ -25,9 +25,11 @@ from norton_deploy.config import parse_settings
 from norton_deploy.export.heatmap_argmax import best_pixel
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.provenance import provenance
+from norton_deploy.reporting.tables import Table
 
 RESULTS = Path(__file__).parent / "results"
 SIDE, SIZE, KEYPOINTS = 800, 28, 17
+COUNTS = ("keypoints", "off_by_more_than_1_px", "missed", "largest_shortfall")
 ROUNDING = 1e-5
 """Of a map's largest absolute value."""
 
@@ -37,7 +39,7 @@ class Settings:
     """Settings of benchmarks/keypoint_decoding.py."""
 
     out: Path = RESULTS / "keypoint_decoding.json"
-    """Results file."""
+    """Results file; a Markdown table is written beside it."""
     rois: int = 1200
     """RoIs of each kind; each has 17 keypoints."""
     people: int = 100
@@ -70,7 +72,25 @@ def main() -> int:
     print(json.dumps(result["agreement"] | result["timing"], indent=1))
     with atomic_write(settings.out, "w") as stream:
         json.dump(result, stream, indent=1)
+    with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
+        stream.write(table(result).to_markdown() + "\n")
     return int(any(counts["missed"] for counts in agreement.values()))
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Counts for each kind of map; the times are the caption."""
+    timing = result["timing"]
+    rows = tuple(
+        (kind, *(f"{counts[key]:.2g}" if key == "largest_shortfall" else str(counts[key]) for key in COUNTS))
+        for kind, counts in result["agreement"].items()
+    )
+    caption = (
+        f"{timing['people']} people of an {SIDE} x {SIDE} image: {timing['search_ms']:.0f} ms for the search in ONNX "
+        f"Runtime, {timing['torchvision_ms']:.0f} ms for torchvision in eager mode"
+    )
+    return Table(
+        ("Maps", "Keypoints", "Off by more than 1 px", "Below the maximum", "Largest shortfall"), rows, caption
+    )
 
 
 def compare(kind: str, rois: int, chunk: int = 20) -> dict[str, Any]:
