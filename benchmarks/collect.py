@@ -49,8 +49,9 @@ NOTES = {
     "operator_profile": "The compressed detector's matrix products run not far below the machine's rate, but they are "
     "no longer nearly all of its time: RoIAlign's gathers and element-wise work do not shrink with the MACs.",
     "recovery": "One detector (the demo's dense one, 450 steps) and one seed. Seconds were measured on a busy machine.",
-    "engine_builds": "Measured on one thread of a busy machine: upper bounds. Weights are random; a random head's "
-    "masks lie so near their threshold that one fp16 comparison fails on it.",
+    "engine_builds": "Measured on one thread of a busy machine, so upper bounds, but for dense and table3 keypoint "
+    "detectors in fp32: these were measured again on two quiet cores. Weights are random; a random head's masks lie "
+    "so near their threshold that one fp16 comparison fails on it.",
     "demo": "Measured before checkpoints ran in their grouped form in torch, which makes NORTON faster than here.",
 }
 """What a reader must know of a result that its file does not say."""
