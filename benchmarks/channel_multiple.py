@@ -28,13 +28,13 @@ from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.export.fixed_sampling import fix_sampling
-from norton_deploy.export.fuse import lower_model
 from norton_deploy.export.layer_calls import layer_calls
 from norton_deploy.export.onnx_export import OPSET
 from norton_deploy.export.tuning import CPU, TimingTable, tune_blocks
 from norton_deploy.files import atomic_write
 from norton_deploy.modeling.compress import channel_groups, compress, fit_plan
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.modeling.fuse import lower_model
 from norton_deploy.modeling.surgery import output_width
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.latency import balanced_orders

@@ -34,14 +34,14 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic_scene import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import Complexity, count_complexity
-from norton_deploy.export.fuse import lower_model
 from norton_deploy.export.letterbox import Letterbox
-from norton_deploy.export.lowering import Form
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.files import atomic_write
 from norton_deploy.modeling.compress import compress
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.modeling.fuse import lower_model
+from norton_deploy.modeling.lowering import Form
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.latency import macs_ceiling, measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance

@@ -19,8 +19,6 @@ from norton_deploy.data.synthetic_coco import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.export.fixed_sampling import fix_sampling, is_adaptive
-from norton_deploy.export.fuse import lower_model
-from norton_deploy.export.lowering import Form
 from norton_deploy.export.onnx_export import Precision, export_onnx, weights_digest
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.random_weights import calibrate_random_detector
@@ -28,6 +26,8 @@ from norton_deploy.export.static_rcnn import GraphSettings, InputDtype, StaticRC
 from norton_deploy.model_source import open_model
 from norton_deploy.modeling.builders import build_detector
 from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.modeling.fuse import lower_model
+from norton_deploy.modeling.lowering import Form
 from norton_deploy.modeling.published_weights import published_categories
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.loading import iterate
+from norton_deploy.modeling.fuse import lower_model, quickest_forms
 
 
 @torch.no_grad()
@@ -24,7 +25,8 @@ def evaluate_classifier(
     """Accuracy over a dataset; every process calls this and sees every n-th image, none of them twice.
 
     Args:
-        model: images [N, 3, H, W] -> logits [N, K], in evaluation mode, on `device`.
+        model: images [N, 3, H, W] -> logits [N, K], in evaluation mode, on `device`. What runs is a copy with
+            CPDBlocks and BatchNorm merged, which gives the same scores to rounding in less time.
         dataset: items (image, label, name), not augmented.
         device: where the model is.
         batch_size: images per forward pass.
@@ -34,6 +36,7 @@ def evaluate_classifier(
     Returns:
         top1 and top5, 0..1. With fewer than five classes top5 is 1.
     """
+    model = lower_model(model, forms=quickest_forms(model))
     state = PartialState(cpu=device.type == "cpu")
     own = Subset(dataset, range(state.process_index, len(dataset), state.num_processes))
     hits = torch.zeros(2, dtype=torch.int64)

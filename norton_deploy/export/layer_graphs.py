@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from norton_deploy.export.lowering import Form
 from norton_deploy.modeling.cpd_block import CPDBlock, Pair
+from norton_deploy.modeling.lowering import Form
 
 Kind = Literal["conv", "transposed", "linear"]
 OPSET, IR_VERSION = 20, 10

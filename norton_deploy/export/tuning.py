@@ -17,8 +17,8 @@ import numpy as np
 from norton_deploy.errors import UserError
 from norton_deploy.export.layer_calls import LayerCall
 from norton_deploy.export.layer_graphs import LayerShape, layer_graph
-from norton_deploy.export.lowering import Form
 from norton_deploy.files import atomic_write
+from norton_deploy.modeling.lowering import Form
 
 FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
 CPU = "CPUExecutionProvider"
@@ -126,7 +126,7 @@ def tune_blocks(
 
     Returns:
         One entry per block, in the order of the calls. `{t.name: t.form for t in ...}` is what
-        `norton_deploy.export.fuse.lower_model` takes as `forms`.
+        `norton_deploy.modeling.fuse.lower_model` takes as `forms`.
     """
     before_ms: dict[str, float] = {}
     for call in original:

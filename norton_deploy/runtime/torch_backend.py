@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from norton_deploy.checkpoint import load_checkpoint
 from norton_deploy.errors import UserError
-from norton_deploy.export.fuse import lower_model
+from norton_deploy.modeling.fuse import lower_model
 from norton_deploy.runtime.predictor import Image, Predictor
 from norton_deploy.structures import TASKS, Categories, Detections, Task
 

@@ -7,9 +7,9 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.fuse import lower_model
-from norton_deploy.export.lowering import Form
 from norton_deploy.modeling.cpd_block import CPDBlock
+from norton_deploy.modeling.fuse import lower_model, quickest_forms
+from norton_deploy.modeling.lowering import Form
 
 
 @pytest.mark.parametrize("form", ["grouped", "dense", "separable"])
@@ -47,3 +47,8 @@ def test_a_form_for_each_block_and_mistakes() -> None:
         lower_model(model, "grouped", {"backbone.body.conv1": "dense"})
     with pytest.raises(UserError, match="training mode"):
         lower_model(copy.deepcopy(model).train())
+
+
+def test_forms_for_speed_follow_rank_and_width() -> None:
+    model = nn.ModuleDict({"thin": CPDBlock(64, 8, 3, 2), "wide": CPDBlock(256, 8, 3, 2), "plain": nn.Conv2d(8, 8, 3)})
+    assert quickest_forms(model) == {"thin": "dense", "wide": "grouped"}

@@ -30,17 +30,18 @@ def test_forward_is_the_recomposed_convolution(kernel: tuple[int, int], geometry
     stride, padding, dilation = geometry
     for rank, bias in ((1, True), (2, False), (max_rank(6, *kernel), True)):
         conv = nn.Conv2d(6, 5, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias)
-        block = CPDBlock.from_conv(conv, rank)
+        block = CPDBlock.from_conv(conv, rank).eval()
         x = torch.randn(2, 6, 15, 17)
         recomposed = F.conv2d(x, block.dense_weight(), conv.bias, stride, padding, dilation)
         torch.testing.assert_close(block(x), recomposed, rtol=1e-4, atol=1e-4)
         if rank == max_rank(6, *kernel):
             torch.testing.assert_close(block(x), conv(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(block.train()(x), recomposed, rtol=1e-4, atol=1e-4)
 
 
 def test_forward_is_equations_4_to_7_step_by_step() -> None:
     torch.manual_seed(1)
-    block = CPDBlock(4, 3, (3, 2), rank=2, bias=False)
+    block = CPDBlock(4, 3, (3, 2), rank=2, bias=False).eval()
     factors, x = block.factors(), torch.randn(1, 4, 5, 6)
     for k in range(3):
         eq_4 = torch.einsum("pij,pr->rij", x[0], factors.C[k])
@@ -68,7 +69,7 @@ def test_parameter_count_of_section_2a(bias: bool) -> None:
 
 def test_selection_cuts_filters_and_inputs() -> None:
     torch.manual_seed(2)
-    block = CPDBlock.from_conv(nn.Conv2d(12, 8, 3, stride=2, padding=1), 2)
+    block = CPDBlock.from_conv(nn.Conv2d(12, 8, 3, stride=2, padding=1), 2).eval()
     filters, inputs = torch.tensor([6, 0, 3]), torch.tensor([1, 2, 5, 7, 11])
     x = torch.randn(2, 12, 9, 9)
     torch.testing.assert_close(block.select_filters(filters)(x), block(x)[:, filters])
@@ -80,14 +81,14 @@ def test_selection_cuts_filters_and_inputs() -> None:
 
 
 def test_structure_alone_builds_on_the_meta_device() -> None:
-    block = CPDBlock(64, 48, 3, rank=2, stride=2, padding=1, device="meta")
+    block = CPDBlock(64, 48, 3, rank=2, stride=2, padding=1, device="meta").eval()
     assert all(parameter.is_meta for parameter in block.parameters())
     assert block(torch.empty(1, 64, 32, 32, device="meta")).shape == (1, 48, 16, 16)
 
 
 def test_every_parameter_receives_the_gradient_of_the_dense_weight() -> None:
     torch.manual_seed(3)
-    block = CPDBlock.from_conv(nn.Conv2d(8, 4, 3, padding=1), 2)
+    block = CPDBlock.from_conv(nn.Conv2d(8, 4, 3, padding=1), 2).eval()
     x, goal = torch.randn(2, 8, 6, 6), torch.randn(2, 4, 6, 6)
     parameters = dict(block.named_parameters())
     direct = torch.autograd.grad((block(x) * goal).sum(), list(parameters.values()))
@@ -96,6 +97,26 @@ def test_every_parameter_receives_the_gradient_of_the_dense_weight() -> None:
         parameters, direct, torch.autograd.grad(recomposed, list(parameters.values())), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("rank", "convolutions"), [(1, 3), (2, 3), (5, 1), (8, 1)])
+def test_training_runs_one_convolution_where_the_rank_is_high(rank: int, convolutions: int) -> None:
+    torch.manual_seed(4)
+    block = CPDBlock(256, 8, 3, rank, padding=1)
+    assert block.is_quicker_dense == (convolutions == 1)
+    calls: list[nn.Module] = []
+    for part in (block.pointwise, block.horizontal, block.vertical):
+        part.register_forward_hook(lambda module, *_: calls.append(module))
+    x, goal = torch.randn(2, 256, 6, 6), torch.randn(2, 8, 6, 6)
+    parameters = list(block.parameters())
+    trained = block(x)
+    assert len(calls) == (3 if convolutions == 3 else 0)
+    gradients = torch.autograd.grad((trained * goal).sum(), parameters)
+    three = block.eval()(x)
+    torch.testing.assert_close(trained, three, rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad((three * goal).sum(), parameters)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_dtype_and_mode_are_those_of_the_convolution() -> None:

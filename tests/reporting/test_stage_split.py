@@ -68,10 +68,10 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     import torch
 
     from norton_deploy.data.synthetic_scene import draw_scene
-    from norton_deploy.export.fuse import lower_model
     from norton_deploy.export.onnx_export import export_onnx
     from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
     from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+    from norton_deploy.modeling.fuse import lower_model
     from norton_deploy.reporting.stage_split import STAGES, split_stages
     from norton_deploy.runtime.predictor import load_predictor
     from norton_deploy.runtime.torch_backend import TorchPredictor

@@ -12,9 +12,9 @@ from norton_deploy.checkpoint import Checkpoint, CheckpointHeader, class_categor
 from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.export import tuning
 from norton_deploy.export.layer_graphs import LayerShape
-from norton_deploy.export.lowering import Form
 from norton_deploy.export.tuning import TimingTable
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.modeling.lowering import Form
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget

@@ -76,7 +76,7 @@ def test_accuracy_is_counted():
             return torch.tensor([0.1, 0.4, 0.3, 0.2, 0.0, 0.05, -1.0]).repeat(len(images), 1)
 
     dataset = [(torch.zeros(3, 2, 2), label, "") for label in (1, 1, 4, 6)]
-    scores = evaluate_classifier(Fixed(), dataset, torch.device("cpu"), batch_size=3, progress=False)
+    scores = evaluate_classifier(Fixed().eval(), dataset, torch.device("cpu"), batch_size=3, progress=False)
     assert scores == {"top1": 0.5, "top5": 0.5}
-    scores = evaluate_classifier(Fixed(), [*dataset[:2], (torch.zeros(3, 2, 2), 5, "")], torch.device("cpu"))
+    scores = evaluate_classifier(Fixed().eval(), [*dataset[:2], (torch.zeros(3, 2, 2), 5, "")], torch.device("cpu"))
     assert scores == {"top1": pytest.approx(2 / 3), "top5": 1.0}

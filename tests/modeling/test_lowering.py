@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.lowering import fold_norm, lower_block
 from norton_deploy.modeling.cpd_block import CPDBlock
+from norton_deploy.modeling.lowering import fold_norm, lower_block
 
 FORMS = ("separable", "grouped", "dense")
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import nn
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.lowering import Form, Norm, fold_norm, lower_block
 from norton_deploy.modeling.cpd_block import CPDBlock
+from norton_deploy.modeling.lowering import Form, Norm, fold_norm, lower_block
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,7 +21,7 @@ def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | No
         model: in eval mode; any module that holds its layers as torchvision does, a normalisation directly
             after the convolution whose output it takes: `convN`, `bnN` in a ResNet, neighbours in an
             `nn.Sequential`.
-        form: how CPDBlocks leave, see `norton_deploy.export.lowering`.
+        form: how CPDBlocks leave, see `norton_deploy.modeling.lowering`.
         forms: name of a CPDBlock in `model` -> its own form, for those that shall not take `form`.
 
     Returns:
@@ -43,6 +43,15 @@ def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | No
         if not isinstance(parent, CPDBlock):
             _lower_children(parent, f"{path}." if path else "", form, chosen)
     return lowered.eval()
+
+
+def quickest_forms(model: nn.Module) -> dict[str, Form]:
+    """Name of every CPDBlock -> the form that should run quickest in PyTorch, by its rank and width; not measured."""
+    return {
+        name: "dense" if block.is_quicker_dense else "grouped"
+        for name, block in model.named_modules()
+        if isinstance(block, CPDBlock)
+    }
 
 
 def _lower_children(parent: nn.Module, prefix: str, form: Form, forms: Mapping[str, Form]) -> None:
