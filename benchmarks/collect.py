@@ -27,6 +27,7 @@ SECTIONS = {
     "demo": "The demo: dense and compressed detector on drawn images",
     "table3": "Table III: latency",
     "table3_accuracy": "Table III: accuracy on the embedded data",
+    "memorise_real": "Real photographs learnt by heart",
     "whole_detector": "Plans over the whole detector",
     "plan": "A plan for a speed-up of four",
     "channel_multiple": "Channels in multiples",
@@ -40,6 +41,7 @@ SECTIONS = {
     "engine_builds": "TensorRT-RTX engines, built and not run",
     "size_buckets": "Fixed image sizes",
     "compression_time": "Time to compress a layer",
+    "training_forms": "CPDBlocks in training",
     "gradcam": "Feature preservation: Grad-CAM",
 }
 """Result file -> heading, in the order of the document."""

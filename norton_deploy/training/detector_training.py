@@ -114,6 +114,8 @@ def train_detector(
     seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
     start = initial_detector(settings.task, train.categories, settings.detector, init=settings.init, plan=settings.plan)
     assert isinstance(start.settings, DetectorSettings)
+    # Quicker steps on a CPU. Not the heads: torchvision's keypoint loss views maps as contiguous.
+    start.model.get_submodule("backbone").to(memory_format=torch.channels_last)
     teacher, channels = None, None
     if settings.teacher is not None:
         teacher, channels = open_teacher(
@@ -131,6 +133,7 @@ def train_detector(
     notes = []
     if teacher is not None:
         teacher = teacher.to(accelerator.device)
+        teacher.get_submodule("backbone").to(memory_format=torch.channels_last)
         loss_terms = FeatureImitation(start.model, teacher, channels, settings.distillation_weight)
         notes.append(f"imitate the pyramid of {settings.teacher}, weight {settings.distillation_weight:g}")
 

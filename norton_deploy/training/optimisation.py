@@ -34,8 +34,8 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
     if not any(group["params"] for group in groups):
         raise UserError("the model has no trainable parameter; raise detector.trainable_layers")
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0)
-    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
 
 
 def learning_rate(

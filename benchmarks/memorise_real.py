@@ -1,0 +1,225 @@
+"""Mask R-CNN, dense and compressed, learns a few real photographs by heart.
+
+A detector that starts from one trained on drawn scenes is trained on the training images of a folder in COCO's layout
+and scored on those same images: that says nothing about images it has not seen, and everything about whether real
+annotations, sizes and categories go through training, compression and evaluation unharmed. The dense detector is
+then compressed, and fine-tuned on the same images with the dense one as its teacher.
+
+Beside the results file it writes a picture of outlines: the annotated objects and both models' detections of some
+images, on grey. The photographs with detections on them are in --work; most photographs' licences are not ours to
+publish under. Whatever is done already is not done again.
+
+    python benchmarks/memorise_real.py --data runs/coco --init runs/table3_accuracy/seed0/mask-dense/last.safetensors
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pycocotools.coco import COCO
+
+from norton_deploy import commands
+from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.config import parse_settings
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.complexity import count_complexity
+from norton_deploy.files import atomic_write
+from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.modeling.narrow_plan import narrow_plan
+from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.reporting.provenance import provenance
+from norton_deploy.reporting.tables import Table
+from norton_deploy.runtime.drawing import draw_detections
+from norton_deploy.runtime.predictor import load_predictor, read_image
+from norton_deploy.structures import Categories, Detections
+
+RESULTS = Path(__file__).parent / "results"
+CONFIG = Path("configs/train/demo_mask.yaml")
+GOAL_AP50 = 0.5
+GREY = 70
+NOTES = """\
+All scores are on the training images themselves: learning by heart is the point, they say nothing about other images. \
+The goal was an AP50 of {goal} for both. Outlines of {shown} images, from left to right: annotated objects, dense, \
+compressed (score at least {score}).
+
+![outlines of annotated and detected objects]({picture})"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of benchmarks/memorise_real.py."""
+
+    data: Path
+    """Folder in COCO-2017's layout; train2017 and its instances are used."""
+    init: Path
+    """Dense mask detector to start from; its backbone is taken (.safetensors)."""
+    plan: Path = Path("configs/plans/fast.yaml")
+    """Plan, brought to the detector's widths."""
+    dense_steps: int = 1600
+    """Steps of 4 images of the dense detector."""
+    finetune_steps: int = 1200
+    """Steps of 4 images of the compressed one."""
+    short_side: int = 192
+    """Images are resized so that their short side has this many pixels."""
+    shown: int = 6
+    """Images in the picture."""
+    draw_score: float = 0.5
+    """Detections below this score are not drawn."""
+    seed: int = 0
+    """Seed of the training."""
+    out: Path = RESULTS / "memorise_real.json"
+    """Results file; table and picture are written beside it."""
+    work: Path = Path("runs/memorise_real")
+    """Folder for the runs and the pictures."""
+
+
+def main() -> int:
+    """Run what is missing and write the results."""
+    settings = parse_settings(Settings, prog="memorise_real", description=__doc__ or "")
+    if not CONFIG.is_file():
+        raise UserError(f"{CONFIG}: not found; run the benchmark from the repository's root folder")
+    data = same_images_twice(settings)
+    sizes = ("--detector.min_size", str(settings.short_side), "--detector.max_size", str(2 * settings.short_side))
+    shape = ("--config", str(CONFIG), "--data", str(data), "--seed", str(settings.seed), *sizes)
+    dense, start, small = (settings.work / name for name in ("dense", "start", "compressed"))
+    train(dense, (*shape, "--init", str(settings.init), "--steps", str(settings.dense_steps)))
+    compress(settings, dense / "last.safetensors", start)
+    teacher = ("--teacher", str(dense / "last.safetensors"))
+    steps = ("--steps", str(settings.finetune_steps))
+    train(small, (*shape, "--init", str(start / "last.safetensors"), *steps, *teacher))
+    cells = {name: read_cell(folder) for name, folder in (("dense", dense), (settings.plan.stem, small))}
+    given = {name: value for name, value in asdict(settings).items() if not isinstance(value, Path)}
+    result = {"settings": {**given, "plan": settings.plan.name}, "cells": cells, "provenance": provenance()}
+    picture = settings.out.with_suffix(".png")
+    draw(settings, data, {"dense": dense, settings.plan.stem: small}, picture)
+    commands.write_json(result, settings.out)
+    notes = NOTES.format(goal=GOAL_AP50, shown=settings.shown, score=settings.draw_score, picture=picture.name)
+    with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
+        stream.write(f"{table(cells).to_markdown()}\n\n{notes}\n")
+    return 0
+
+
+def same_images_twice(settings: Settings) -> Path:
+    """A folder whose val2017 is the train2017 of the data."""
+    data = settings.work / "data"
+    if not data.is_dir():
+        unfinished = settings.work / "data.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "annotations").mkdir(parents=True)
+        for split in ("train", "val"):
+            (unfinished / f"{split}2017").symlink_to((settings.data / "train2017").resolve())
+            source = settings.data / "annotations" / "instances_train2017.json"
+            shutil.copy(source, unfinished / "annotations" / f"instances_{split}2017.json")
+        unfinished.rename(data)
+    return data
+
+
+def train(out: Path, argv: tuple[str, ...]) -> None:
+    """A training run of Mask R-CNN, from its last state if there is one."""
+    if (out / "metrics.json").is_file():
+        return
+    resume = ["--resume" if (out / "state.pt").is_file() else "--overwrite"] if out.is_dir() else []
+    ends = ["--out", str(out), "--json", str(out / "metrics.json"), *resume]
+    if commands.run("train_det", [*argv, *ends]):
+        raise UserError(f"failed: tools/train_det.py {shlex.join(argv)}")
+
+
+def compress(settings: Settings, dense: Path, out: Path) -> None:
+    """The dense detector by the plan in its widths, refitted on the images without their labels."""
+    if (out / "last.safetensors").is_file():
+        return
+    loaded = load_checkpoint(dense)
+    assert isinstance(loaded.header.settings, DetectorSettings)
+    full = build_dense_detector("mask", DetectorSettings(num_classes=loaded.header.settings.num_classes))
+    narrow_plan(CompressionPlan.load(settings.plan), loaded.model, full).save(out / "plan.yaml")
+    images = str(settings.data / "train2017")
+    argv = ["--model", str(dense), "--plan", str(out / "plan.yaml"), "--refit", images, "--reestimate", images]
+    if commands.run("compress", [*argv, "--out", str(out / "last.safetensors")]):
+        raise UserError(f"failed: tools/compress.py {shlex.join(argv)}")
+
+
+def read_cell(folder: Path) -> dict[str, Any]:
+    """Scores and size of a trained detector."""
+    figures = json.loads((folder / "metrics.json").read_text())
+    loaded = load_checkpoint(folder / "last.safetensors")
+    assert isinstance(loaded.header.settings, DetectorSettings)
+    size = loaded.header.settings.min_size
+    counts = count_complexity(loaded.model, (size, size), proposals=loaded.header.settings.rpn_post_nms[1])
+    return {
+        "steps": figures["steps"],
+        "metrics": figures["metrics"],
+        "macs": counts.macs,
+        "params": counts.params,
+        "commands": [entry["command"] for entry in loaded.header.lineage if "command" in entry],
+    }
+
+
+def table(cells: dict[str, dict[str, Any]]) -> Table:
+    """One row a model."""
+    rows = tuple(
+        (
+            name,
+            str(cell["steps"]),
+            *(f"{cell['metrics'][kind][measure]:.3f}" for kind in ("bbox", "segm") for measure in ("AP", "AP50")),
+            f"{cell['macs'] / 1e9:.2f}G",
+            f"{cell['params'] / 1e6:.2f}M",
+        )
+        for name, cell in cells.items()
+    )
+    header = ("Mask R-CNN", "Steps", "Box AP", "Box AP50", "Mask AP", "Mask AP50", "MACs", "Params")
+    return Table(header, rows, "Real photographs learnt by heart: scores on the training images")
+
+
+def draw(settings: Settings, data: Path, folders: dict[str, Path], picture: Path) -> None:
+    """The outlines of some images as one picture, and the photographs with detections in the work folder."""
+    coco = COCO(str(data / "annotations" / "instances_train2017.json"))
+    models = {name: load_predictor(folder / "last.safetensors") for name, folder in folders.items()}
+    categories = next(iter(models.values())).categories
+    rows = []
+    for image_id in sorted(coco.getImgIds())[: settings.shown]:
+        entry = coco.loadImgs([image_id])[0]
+        image = read_image(data / "train2017" / entry["file_name"])
+        found = [annotated(coco, image_id, image.shape[:2], categories)]
+        for model in models.values():
+            detections = model([image])[0]
+            found.append(detections[detections.scores >= settings.draw_score])
+        photographs = [draw_detections(image, detections, categories) for detections in found]
+        target = settings.work / "pictures" / f"{Path(entry['file_name']).stem}.jpg"
+        target.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.hstack(photographs)).save(target, quality=88)
+        rows.append([draw_detections(np.full_like(image, GREY), detections, categories) for detections in found])
+    with atomic_write(picture) as stream:
+        Image.fromarray(sheet(rows)).save(stream, format="PNG")
+
+
+def annotated(coco: COCO, image_id: int, image_size: tuple[int, int], categories: Categories) -> Detections:
+    """The annotations of an image that are no crowds, in the form of detections."""
+    entries = coco.loadAnns(coco.getAnnIds(imgIds=[image_id], iscrowd=False))
+    boxes = np.array([entry["bbox"] for entry in entries], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = np.array([categories.label_of_id[entry["category_id"]] for entry in entries], np.int64)
+    masks = np.array([coco.annToMask(entry) for entry in entries], bool).reshape(-1, *image_size)
+    return Detections(boxes, np.ones(len(entries), np.float32), labels, image_size, masks)
+
+
+def sheet(rows: list[list[npt.NDArray[np.uint8]]], width: int = 320) -> npt.NDArray[np.uint8]:
+    """Pictures in rows, each `width` pixels wide."""
+    lines = []
+    for row in rows:
+        height = round(width * row[0].shape[0] / row[0].shape[1])
+        lines.append(np.hstack([np.array(Image.fromarray(panel).resize((width, height))) for panel in row]))
+    return np.vstack(lines)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
