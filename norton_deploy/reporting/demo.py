@@ -1,6 +1,7 @@
 """The demo's report: dense beside compressed in the form of Table III, and what the numbers are not."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.evaluation.complexity import Complexity, count_complexity
 from norton_deploy.files import atomic_write
-from norton_deploy.reporting.html import Heading, Paragraph, Picture, Report
+from norton_deploy.reporting.html import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.latency import AlternatingRun, measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, detector_table
 from norton_deploy.runtime.drawing import draw_detections
 from norton_deploy.runtime.predictor import Predictor, load_predictor, read_image
 from norton_deploy.structures import Task
+from norton_deploy.weights import PACKAGED_TASKS, packaged_path
 
 LATENCY_ROUNDS = 40
 PICTURES = 6
@@ -30,6 +32,10 @@ raises both. Outline and inner drawing carry most of the class signal, a favouri
 Latency and FPS are those of PyTorch in eager mode on this machine, at the demo's small image size, both models \
 in turn on the same images; exported graphs are faster. The paper's lines are quoted from its Table III \
 (COCO-2017, 800 pixels, RTX 3060) and were not measured here."""
+
+PACKAGED = """\
+These detectors come with the package: NORTON by fast.yaml, trained for longer than the demo on scenes drawn by the \
+same program; these images were not among them."""
 
 
 def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, data: Path, command: str) -> Path:
@@ -52,7 +58,14 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
     images = find_images(data / "val2017")
     latency = measure_alternating(models, images, rounds=LATENCY_ROUNDS)
     counts = {name: _complexity(folder / "last.safetensors") for name, folder in folders.items()}
-    pictures = _draw_pairs(models, images[: 4 * PICTURES : 4], out / "pictures")
+    shown = images[: 4 * PICTURES : 4]
+    pairs = _draw_panels(models, shown, out / "pictures", "detections")
+    packaged = {kind: load_predictor(packaged_path(kind)) for kind in PACKAGED_TASKS if packaged_path(kind).is_file()}
+    blocks: list[Block] = []
+    if packaged:
+        blocks.append(Heading(f"Detections of the packaged detectors on held-out images: {', '.join(packaged)}"))
+        blocks.append(Paragraph(PACKAGED))
+        blocks += [Picture(path, path.stem) for path in _draw_panels(packaged, shown, out / "pictures", "packaged")]
 
     report = Report(f"Demo: {MODEL_NAMES[task]}, dense and compressed, on the embedded data")
     rows = [_row(name, task, metrics, latency, counts) for name in folders]
@@ -62,8 +75,9 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
         detector_table(rows, f"Table III's form: {held_out}", paper=task),
         _score_table(task, metrics),
         Paragraph(f"{latency.speedup('dense', 'NORTON').verdict} (PyTorch, one image at a time)."),
-        Heading("Detections on held-out images: dense left, compressed right"),
-        *(Picture(path, path.stem) for path in pictures),
+        *blocks,
+        Heading("Detections of this short run: dense left, compressed right"),
+        *(Picture(path, path.stem) for path in pairs),
         Heading("How it was made"),
         Paragraph(f"Command: {command}"),
         *(Paragraph(f"{entry['seconds']} s: {entry['command']}") for entry in _steps(out)),
@@ -132,7 +146,7 @@ def _score_table(task: Task, metrics: dict[str, Any]) -> Table:
     return Table(("IoU type", "Measure", "dense", "NORTON", "kept"), tuple(rows), caption)
 
 
-def _draw_pairs(models: dict[str, Predictor], images: list[Path], folder: Path) -> list[Path]:
+def _draw_panels(models: Mapping[Any, Predictor], images: list[Path], folder: Path, name: str) -> list[Path]:
     """Detections of score >= 0.5 of all models side by side, one picture per image, enlarged twice."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -144,8 +158,8 @@ def _draw_pairs(models: dict[str, Predictor], images: list[Path], folder: Path) 
             found = model([large])[0]
             panels.append(draw_detections(large, found[found.scores >= DRAWN_SCORE], model.categories))
         gap = np.full((large.shape[0], 8, 3), 255, np.uint8)
-        target = folder / f"detections-{number + 1}.jpg"
-        Image.fromarray(np.hstack([panels[0], gap, panels[1]])).save(target, quality=90)
+        target = folder / f"{name}-{number + 1}.jpg"
+        Image.fromarray(np.hstack([part for panel in panels for part in (panel, gap)][:-1])).save(target, quality=90)
         pictures.append(target)
     return pictures
 

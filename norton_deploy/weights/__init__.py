@@ -5,11 +5,12 @@ benchmarks/package_weights.py puts a checkpoint here.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from norton_deploy.errors import UserError
 
 PackagedTask = Literal["mask", "keypoint"]
+PACKAGED_TASKS: tuple[PackagedTask, ...] = get_args(PackagedTask)
 LARGEST_MB = 12.0
 """No file here may be larger, in millions of bytes."""
 
