@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 NOTES = """\
 The correlation is Pearson's, between a compressed model's map and the dense model's on the same image for the same \
 class (classifier) or the same box (detector), at three levels of the backbone, from early to late; mean and standard \
-deviation over the images. Maps that are constant have no correlation and are left out.
+deviation over the images. A detector's box is one that all models found, which favours agreement: images without such \
+a box are left out. Maps that are constant have no correlation and are left out.
 
 ![Grad-CAM of classifiers](gradcam_classifier.png)
 

@@ -13,7 +13,6 @@ publish under. Whatever is done already is not done again.
 """
 
 import json
-import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from pycocotools.coco import COCO
 
 from norton_deploy import commands
 from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.commands.steps import Steps
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import count_complexity
@@ -89,11 +89,13 @@ def main() -> int:
     sizes = ("--detector.min_size", str(settings.short_side), "--detector.max_size", str(2 * settings.short_side))
     shape = ("--config", str(CONFIG), "--data", str(data), "--seed", str(settings.seed), *sizes)
     dense, start, small = (settings.work / name for name in ("dense", "start", "compressed"))
-    train(dense, (*shape, "--init", str(settings.init), "--steps", str(settings.dense_steps)))
-    compress(settings, dense / "last.safetensors", start)
+    steps = Steps(settings.work)
+    length = ("--steps", str(settings.dense_steps))
+    steps.train("train_det", (*shape, "--init", str(settings.init), *length), dense)
+    compress(steps, settings, dense / "last.safetensors", start)
     teacher = ("--teacher", str(dense / "last.safetensors"))
-    steps = ("--steps", str(settings.finetune_steps))
-    train(small, (*shape, "--init", str(start / "last.safetensors"), *steps, *teacher))
+    length = ("--steps", str(settings.finetune_steps))
+    steps.train("train_det", (*shape, "--init", str(start / "last.safetensors"), *length, *teacher), small)
     cells = {name: read_cell(folder) for name, folder in (("dense", dense), (settings.plan.stem, small))}
     given = {name: value for name, value in asdict(settings).items() if not isinstance(value, Path)}
     result = {"settings": {**given, "plan": settings.plan.name}, "cells": cells, "provenance": provenance()}
@@ -121,28 +123,15 @@ def same_images_twice(settings: Settings) -> Path:
     return data
 
 
-def train(out: Path, argv: tuple[str, ...]) -> None:
-    """A training run of Mask R-CNN, from its last state if there is one."""
-    if (out / "metrics.json").is_file():
-        return
-    resume = ["--resume" if (out / "state.pt").is_file() else "--overwrite"] if out.is_dir() else []
-    ends = ["--out", str(out), "--json", str(out / "metrics.json"), *resume]
-    if commands.run("train_det", [*argv, *ends]):
-        raise UserError(f"failed: tools/train_det.py {shlex.join(argv)}")
-
-
-def compress(settings: Settings, dense: Path, out: Path) -> None:
+def compress(steps: Steps, settings: Settings, dense: Path, out: Path) -> None:
     """The dense detector by the plan in its widths, refitted on the images without their labels."""
-    if (out / "last.safetensors").is_file():
-        return
     loaded = load_checkpoint(dense)
     assert isinstance(loaded.header.settings, DetectorSettings)
     full = build_dense_detector("mask", DetectorSettings(num_classes=loaded.header.settings.num_classes))
     narrow_plan(CompressionPlan.load(settings.plan), loaded.model, full).save(out / "plan.yaml")
     images = str(settings.data / "train2017")
     argv = ["--model", str(dense), "--plan", str(out / "plan.yaml"), "--refit", images, "--reestimate", images]
-    if commands.run("compress", [*argv, "--out", str(out / "last.safetensors")]):
-        raise UserError(f"failed: tools/compress.py {shlex.join(argv)}")
+    steps.run("compress", [*argv, "--out", str(out / "last.safetensors")], out / "last.safetensors")
 
 
 def read_cell(folder: Path) -> dict[str, Any]:

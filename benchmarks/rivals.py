@@ -44,7 +44,7 @@ from norton_deploy.pruning.filter_choices import (
     choose_by_geometric_median,
     choose_by_l1_norm,
 )
-from norton_deploy.reporting.recovery import Recovery, RecoverySettings, network_nmse
+from norton_deploy.reporting.recovery import Recovery, RecoverySettings, network_nmse, percent
 from norton_deploy.reporting.result_cells import ResultCells
 from norton_deploy.reporting.tables import Table
 
@@ -62,7 +62,9 @@ NMSE: plain mean over the layers / all squared errors over all squared weights. 
 of all layers on this machine, each method in this package's own implementation. The paper's Figure 1 has no figures; \
 its Table I lists Lebedev et al. (layer CPD) with 93.07 % at 78 % fewer MACs and HALOC (low rank) with 93.16 % at \
 86 %, against 94.11 % at 77 % and 93.84 % at 88 % of its own method, each by its own recipe. The paper does not \
-compare PABS with other choices, or its order with the other one. Spread: the lowest and the highest of the seeds."""
+compare PABS with other choices, or its order with the other one. Every CPD is the best of four starts. Filters that \
+are pruned before they are decomposed have no factors yet: PABS means the angle between whole filters there. Spread: \
+the lowest and the highest of the seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.measure(
                 name, lambda method=method, rank=rank, name=name: measure_method(recovery, method, rank, name)
             )
+            write(results)
     for seed in settings.seeds:
         for order in settings.orders:
             for choice in settings.choices:
@@ -110,9 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                         prune(recovery.dense, plan, choice, order, seed), plan, name, seed=seed
                     ),
                 )
+                write(results)
+    return 0
+
+
+def write(results: ResultCells) -> None:
+    """Both tables of the cells so far."""
     tables = [method_table(results.cells, results.settings), choice_table(results.cells, results.settings)]
     results.write_markdown(tables, NOTES)
-    return 0
 
 
 def measure_method(recovery: Recovery, method: str, rank: int, name: str) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def method_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> 
                     f"{cell['params'] / 1e6:.2f}M",
                     f"{cell['nmse_mean']:.4f} / {cell['nmse_total']:.4f}",
                     f"{cell['decompose_s']:.1f}",
-                    *(f"{100 * cell[key]:.2f}" for key in ("top1_compressed", "top1_reestimated", "top1_fine_tuned")),
+                    *(percent(cell[key]) for key in ("top1_compressed", "top1_reestimated", "top1_fine_tuned")),
                 )
             )
     header = ("Decomposition", "MACs", "Params", "NMSE mean / total", "Time to decompose (s)")
@@ -207,7 +215,7 @@ def choice_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> 
             order,
             f"{found[0]['macs'] / 1e6:.2f}M",
             *(
-                mean_and_spread([100 * cell[key] for cell in found])
+                mean_and_spread([cell[key] for cell in found])
                 for key in ("top1_compressed", "top1_reestimated", "top1_fine_tuned")
             ),
             str(len(found)),
@@ -219,8 +227,11 @@ def choice_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> 
     return Table(header, tuple(rows), "Choices of filters and order of the steps, one plan: mean (lowest to highest)")
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """Mean, and lowest to highest."""
+def mean_and_spread(shares: list[float | None]) -> str:
+    """Mean, and lowest to highest, in per cent."""
+    values = [100 * share for share in shares if share is not None]
+    if len(values) < len(shares):
+        return f"{len(shares) - len(values)} of {len(shares)} diverged"
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

@@ -11,9 +11,7 @@ through in any order into one results file.
 """
 
 import json
-import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, Literal
 
 from norton_deploy import commands
 from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.commands.steps import Steps
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
@@ -79,7 +78,7 @@ class Experiment:
     """Runs what is missing and keeps the results file."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.steps = settings, Steps(settings.work)
         key = {name: value for name, value in asdict(settings).items() if name not in ANY_ORDER}
         self.results: dict[str, Any] = {"settings": key, "cells": {}, "latency": {}}
         if settings.out.is_file():
@@ -92,8 +91,8 @@ class Experiment:
         s = self.settings
         data, crops = s.work / "data", s.work / "crops"
         sizes = ("--train", str(s.train_images), "--val", str(s.val_images), "--min-size", "160", "--max-size", "224")
-        self.step("make_synthetic", ["--out", str(data), *sizes], data / "annotations" / "instances_val2017.json")
-        self.step("make_crops", ["--data", str(data), "--out", str(crops)], crops / "val")
+        self.steps.run("make_synthetic", ["--out", str(data), *sizes], data / "annotations" / "instances_val2017.json")
+        self.steps.run("make_crops", ["--data", str(data), "--out", str(crops)], crops / "val")
         for seed in s.seeds:
             body = s.work / f"seed{seed}" / "pretrain"
             config = str(CONFIGS / "train" / "demo_cls.yaml")
@@ -160,58 +159,33 @@ class Experiment:
         images = str(self.settings.work / "data" / "train2017")
         argv += ["--refit", images] if self.settings.recovery in ("refit", "both") else []
         argv += ["--reestimate", images] if self.settings.recovery in ("re-estimation", "both") else []
-        self.step("compress", argv, out)
+        self.steps.run("compress", argv, out)
 
     def train(self, name: str, argv: Sequence[str], out: Path) -> str:
         """A training run in its folder, from its last state if there is one; returns its command."""
-        argv = [*argv, "--out", str(out), "--json", str(out / "metrics.json")]
-        resume = ["--resume" if (out / "state.pt").is_file() else "--overwrite"] if out.is_dir() else []
-        command = self.step(name, argv, out / "metrics.json", resume)
+        command = self.steps.train(name, argv, out)
         for file in ("state.pt", "best.safetensors"):  # some 400 MB a run that nobody needs once it has ended
             (out / file).unlink(missing_ok=True)
-        return command
-
-    def step(self, name: str, argv: Sequence[str], product: Path, once: Sequence[str] = ()) -> str:
-        """Run a command unless it has been run; returns it as a user would type it.
-
-        Args:
-            name: of the command.
-            argv: its arguments.
-            product: what it writes last.
-            once: further arguments of this very call.
-
-        Raises:
-            UserError: it has been run with other arguments, or fails.
-        """
-        command = f"tools/{name}.py {shlex.join(argv)}"
-        marker = self.settings.work / "steps" / f"{product.relative_to(self.settings.work).as_posix()}.json"
-        if marker.is_file() and product.exists():
-            if json.loads(marker.read_text())["command"] != command:
-                raise UserError(f"{self.settings.work}: {product} was made by another command; choose another --work")
-            return command
-        print(f"\n$ {command}", flush=True)
-        started = time.perf_counter()
-        if commands.run(name, [*argv, *once]):
-            raise UserError(f"failed: {command}")
-        commands.write_json({"command": command, "seconds": round(time.perf_counter() - started, 1)}, marker)
         return command
 
     def measure_latency(self, task: Task, seed: int) -> None:
         """Export the task's detectors and time them in turn in ONNX Runtime."""
         s = self.settings
-        if set(self.results["latency"].get(task, {}).get("models", {})) == {DENSE, *s.plans}:
+        measured = self.results["latency"].get(task, {}).get("models", {})
+        if {DENSE, *s.plans} <= measured.keys():
             return
+        plans = [plan for plan in dict.fromkeys((*measured, *s.plans)) if plan != DENSE]
         images = find_images(s.work / "data" / "val2017")
         models: dict[str, Predictor] = {}
-        for model in (DENSE, *s.plans):
+        for model in (DENSE, *plans):
             source = s.work / f"seed{seed}" / f"{task}-{model}" / "last.safetensors"
             graph = source.with_name("graph.onnx")
             size = ("--image-size", *map(str, GRAPH_SIZE))
-            self.step("export_onnx", ["--model", str(source), *size, "--out", str(graph)], graph)
+            self.steps.run("export_onnx", ["--model", str(source), *size, "--out", str(graph)], graph)
             models[model] = load_predictor(graph)
         run = measure_alternating(models, images, rounds=s.latency_rounds)
         entries: dict[str, Any] = {name: {"latency": summary_to_dict(run.summary(name))} for name in models}
-        for plan in s.plans:
+        for plan in plans:
             entries[plan]["speedup"] = summary_to_dict(run.speedup(DENSE, plan))
         self.results["latency"][task] = {
             "models": entries, "seed": seed, "image_size": GRAPH_SIZE, "provenance": provenance(),

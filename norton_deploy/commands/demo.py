@@ -3,18 +3,15 @@
 Every step is one of the other commands, printed before it runs; a step that is done is not repeated.
 """
 
-import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import command_line, run
+from norton_deploy.commands import command_line
+from norton_deploy.commands.steps import Steps
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
 from norton_deploy.reporting.demo import write_demo_report
 from norton_deploy.structures import Task
 
@@ -47,13 +44,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo. `product` is the file that it writes last; `run` is its folder if it can resume."""
+    """One command of the demo. `product` is what it writes last, of a training run its folder."""
 
     title: str
     command: str
     arguments: tuple[str, ...]
     product: Path
-    run: Path | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,12 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="demo", description=__doc__ or "")
     if not settings.plan.is_file() or not CONFIGS.is_dir():
         raise UserError(f"{settings.plan}: not found; run the demo from the repository's root folder")
-    steps = demo_steps(settings)
+    steps, runner = demo_steps(settings), Steps(settings.out)
     started = time.perf_counter()
     for number, step in enumerate(steps, start=1):
-        status = _run_step(step, f"[{number}/{len(steps) + 1}] {step.title}", settings.out)
-        if status:
-            return status
+        title = f"[{number}/{len(steps) + 1}] {step.title}"
+        if step.command.startswith("train_"):
+            runner.train(step.command, step.arguments, step.product, title=title)
+        else:
+            runner.run(step.command, step.arguments, step.product, title=title)
     print(f"\n[{len(steps) + 1}/{len(steps) + 1}] latency, pictures, report", flush=True)
     report = write_demo_report(
         settings.out,
@@ -88,15 +86,13 @@ def demo_steps(settings: Settings) -> list[Step]:
 
     def classifier(title: str, folder: Path, steps: int, *initial: str) -> Step:
         config = str(CONFIGS / "train" / "demo_cls.yaml")
-        run_arguments = ("--steps", str(steps), "--seed", seed, "--out", str(folder), *initial)
-        arguments = ("--config", config, "--data", str(crops), *run_arguments)
-        return _training(title, "train_cls", arguments, folder)
+        arguments = ("--config", config, "--data", str(crops), "--steps", str(steps), "--seed", seed, *initial)
+        return Step(title, "train_cls", arguments, folder)
 
     def detector(title: str, folder: Path, body: Path) -> Step:
         config = str(CONFIGS / "train" / f"demo_{settings.task}.yaml")
-        run_arguments = ("--steps", str(settings.detector_steps), "--seed", seed, "--out", str(folder))
-        arguments = ("--config", config, "--data", str(data), *run_arguments)
-        return _training(title, "train_det", (*arguments, "--init", str(body / "last.safetensors")), folder)
+        arguments = ("--config", config, "--data", str(data), "--steps", str(settings.detector_steps), "--seed", seed)
+        return Step(title, "train_det", (*arguments, "--init", str(body / "last.safetensors")), folder)
 
     compressed = out / "compressed.safetensors"
     return [
@@ -126,33 +122,3 @@ def demo_steps(settings: Settings) -> list[Step]:
         detector("train the dense detector", out / "detector-dense", dense_body),
         detector("train the compressed detector", out / "detector-norton", small_body),
     ]
-
-
-def _training(title: str, command: str, arguments: tuple[str, ...], folder: Path) -> Step:
-    product = folder / "metrics.json"
-    return Step(title, command, (*arguments, "--json", str(product)), product, run=folder)
-
-
-def _run_step(step: Step, title: str, out: Path) -> int:
-    """Run one step, unless it is done already with the same arguments; returns its exit status."""
-    shown = f"tools/{step.command}.py {shlex.join(step.arguments)}"
-    record = out / "steps" / f"{step.product.parent.name}-{step.product.name}.json"
-    done = json.loads(record.read_text()) if record.is_file() else None
-    if done is not None and step.product.exists():
-        if done["arguments"] != list(step.arguments):
-            raise UserError(f"{out}: holds a demo with other settings; choose another --out or delete it")
-        print(f"\n{title}: done already", flush=True)
-        return 0
-    print(f"\n{title}\n$ {shown}", flush=True)
-    arguments = list(step.arguments)
-    if step.run is not None and (step.run / "settings.json").is_file():
-        arguments.append("--resume" if (step.run / "state.pt").is_file() else "--overwrite")
-    started = time.perf_counter()
-    status = run(step.command, arguments)
-    if status:
-        print(f"the step '{step.title}' failed", file=sys.stderr)
-        return status
-    with atomic_write(record, "w") as stream:
-        seconds = round(time.perf_counter() - started, 1)
-        json.dump({"command": shown, "arguments": list(step.arguments), "seconds": seconds}, stream)
-    return 0

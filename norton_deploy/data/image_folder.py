@@ -1,5 +1,6 @@
 """Plain images from a folder, for everything that needs pictures but no labels."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def read_images(folder: str | Path, limit: int) -> Iterator[Tensor]:
-    """The images below `folder`, at most `limit` of them, evenly spaced over the sorted list.
+    """The images below `folder`, at most `limit` of them, evenly spaced over the sorted list, in a mixed order.
+
+    Mixed, always alike: in a folder of classes neighbours in the list look alike, and whoever takes the images in
+    batches (BatchNorm's statistics) would see one class at a time.
 
     Yields:
         float32 [3, H, W], 0..1 RGB.
@@ -37,7 +41,9 @@ def read_images(folder: str | Path, limit: int) -> Iterator[Tensor]:
     """
     paths = find_images(folder)
     step = max(1, len(paths) // limit)
-    for path in paths[::step][:limit]:
+    chosen = paths[::step][:limit]
+    random.Random(0).shuffle(chosen)
+    for path in chosen:
         try:
             with Image.open(path) as picture:
                 pixels = pil_to_tensor(picture.convert("RGB"))

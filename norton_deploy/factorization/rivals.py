@@ -80,7 +80,14 @@ RivalFactors = LayerCP | ReshapedCP | Tucker2
 
 
 def decompose_layer(
-    weight: Tensor, kind: Rival, ranks: tuple[int, ...], *, seed: int = 0, sweeps: int = 100, tolerance: float = 3e-4
+    weight: Tensor,
+    kind: Rival,
+    ranks: tuple[int, ...],
+    *,
+    seed: int = 0,
+    starts: int = 4,
+    sweeps: int = 100,
+    tolerance: float = 3e-4,
 ) -> RivalFactors:
     """Factorise a layer's whole weight by alternating least squares (CPD) or orthogonal iteration (Tucker-2).
 
@@ -92,6 +99,8 @@ def decompose_layer(
         kind: which factorisation.
         ranks: (R,), or (P, Q) for "tucker2".
         seed: of the random columns.
+        starts: CPDs with other random columns, of which the best is taken, as for the filters' CPD; the orthogonal
+            iteration has one start, its outcome hardly depends on it.
         sweeps: at most.
         tolerance: relative fall of the squared error per sweep below which it has converged.
 
@@ -110,13 +119,17 @@ def decompose_layer(
         output, input, core = _orthogonal_iteration(exact / norm, ranks[0], ranks[1], sweeps, tolerance)
         return Tucker2(output.float(), input.float(), (core * norm).float())
     spatial_modes = tuple(weight.shape[2:]) if kind == "layer" else (weight.shape[2] * weight.shape[3],)
-    output, input, *spatial = _alternating_least_squares(
-        exact.flatten(2) / norm, spatial_modes, ranks[0], seed, sweeps, tolerance
-    )
-    output, input, *spatial = _balance([output * norm, input, *spatial])
-    if kind == "layer":
-        return LayerCP(output, input, spatial[0], spatial[1])
-    return ReshapedCP(output, input, spatial[0].unflatten(0, tuple(weight.shape[2:])))
+    found: list[LayerCP | ReshapedCP] = []
+    for start in range(starts):
+        output, input, *spatial = _alternating_least_squares(
+            exact.flatten(2) / norm, spatial_modes, ranks[0], starts * seed + start, sweeps, tolerance
+        )
+        output, input, *spatial = _balance([output * norm, input, *spatial])
+        if kind == "layer":
+            found.append(LayerCP(output, input, spatial[0], spatial[1]))
+        else:
+            found.append(ReshapedCP(output, input, spatial[0].unflatten(0, tuple(weight.shape[2:]))))
+    return min(found, key=lambda factors: rival_nmse(weight, factors))
 
 
 def rival_nmse(weight: Tensor, factors: RivalFactors) -> float:

@@ -166,5 +166,5 @@ def _draw_panels(models: Mapping[Any, Predictor], images: list[Path], folder: Pa
 
 def _steps(out: Path) -> list[dict[str, Any]]:
     """The records of the demo's steps, in the order in which they ran."""
-    records = sorted((out / "steps").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    records = sorted((out / "steps").rglob("*.json"), key=lambda path: path.stat().st_mtime)
     return [json.loads(path.read_text()) for path in records]

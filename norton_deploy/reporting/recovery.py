@@ -1,5 +1,7 @@
 """What a compressed classifier is worth: at once, with new BatchNorm statistics, and after a short fine-tuning."""
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
 from norton_deploy.training.initial_weights import InitialModel
 from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.trainer import NonFiniteLossError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,11 @@ class Teacher:
     model: Path
     weight: float
     temperature: float
+
+    @property
+    def how(self) -> tuple[float, float]:
+        """Weight and temperature."""
+        return self.weight, self.temperature
 
 
 class Recovery:
@@ -130,7 +138,7 @@ class Recovery:
         *,
         seed: int | None = None,
         teacher: Teacher | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """MACs, parameters and top-1 (0..1) as compressed, after re-estimation and after fine-tuning.
 
         Args:
@@ -140,7 +148,7 @@ class Recovery:
             seed: of the fine-tuning, if not the settings'.
             teacher: distil from it.
         """
-        figures = self.complexity(model)
+        figures: dict[str, float | None] = {**self.complexity(model)}
         figures["top1_compressed"] = self.top1(model)
         images = read_images(self.recovery.data / "train", self.recovery.reestimate_images)
         reestimate_batch_norm(model, images, self.settings)
@@ -156,10 +164,20 @@ class Recovery:
         *,
         seed: int | None = None,
         teacher: Teacher | None = None,
-    ) -> float:
-        """Top-1 (0..1) after the fine-tuning of the settings; see `measure`. A run that was begun is continued."""
+    ) -> float | None:
+        """Top-1 (0..1) after the fine-tuning of the settings, None if it diverged; see `measure`.
+
+        A run that was begun from the same weights with the same settings is continued.
+        """
         recovery = self.recovery
-        out = recovery.runs / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        start_of_run = [
+            model_digest(model),
+            seed,
+            self.identity(),
+            teacher and (sha256_of(teacher.model), *teacher.how),
+        ]
+        out = recovery.runs / f"{label}-{hashlib.sha256(json.dumps(start_of_run).encode()).hexdigest()[:8]}"
         resume = RunFolder(out).settings.is_file()
         init = None
         if plan is not None:
@@ -193,7 +211,27 @@ class Recovery:
                 training, teacher=teacher.model, distillation_weight=teacher.weight, temperature=teacher.temperature
             )
         start = None if plan is not None else InitialModel(model, self.settings, None, name)
-        return train_classifier(training, command=name, start=start).metrics["classification"]["top1"]
+        try:
+            metrics = train_classifier(training, command=name, start=start).metrics
+        except NonFiniteLossError:
+            return None
+        for file in ("state.pt", "best.safetensors"):  # nobody needs them once the run has ended
+            (out / file).unlink(missing_ok=True)
+        return metrics["classification"]["top1"]
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def percent(share: float | None) -> str:
+    """0.9123 -> 91.23; None is a training that diverged."""
+    return "diverged" if share is None else f"{100 * share:.2f}"
 
 
 def network_nmse(dense: nn.Module, layer_errors: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,8 @@ import pytest
 from norton_deploy import weights
 from norton_deploy.commands.demo import main
 
-SMALL = ("--train-images 8 --val-images 4 --pretrain-steps 2 --finetune-steps 1 --detector-steps 2").split()
+SMALL = ("--train-images", "8", "--val-images", "4", "--pretrain-steps", "2", "--finetune-steps", "1",
+         "--detector-steps", "2")  # fmt: skip
 
 
 def test_the_demo_runs_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
