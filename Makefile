@@ -32,4 +32,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

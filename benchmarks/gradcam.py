@@ -3,7 +3,7 @@
 tools/gradcam.py for a classifier on images of its test set and for a detector on held-out scenes, the picture and the
 figures of both in one place. The picture's columns and the table's rows are named after the models' folders.
 
-    python benchmarks/gradcam.py --classifier runs/vgg16/best.safetensors --classifier-compressed FILE ... \
+    python benchmarks/gradcam.py --classifier runs/vgg16/last.safetensors --classifier-compressed FILE ... \
         --classifier-images runs/cifar/test --detector DENSE --detector-compressed FILE ... --detector-images FOLDER
 """
 

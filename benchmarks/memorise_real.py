@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 
 from norton_deploy import commands
 from norton_deploy.checkpoint import load_checkpoint
-from norton_deploy.commands.steps import Steps
+from norton_deploy.commands import Steps
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import count_complexity

@@ -13,7 +13,7 @@ cell of 200 steps (an estimate; each cell records its seconds); by default there
 written when it is done and a fine-tuning that was interrupted goes on where its state was saved: run the same command
 again.
 
-    python benchmarks/rivals.py --model runs/vgg16/best.safetensors --data runs/cifar
+    python benchmarks/rivals.py --model runs/vgg16/last.safetensors --data runs/cifar
 """
 
 import sys

@@ -7,7 +7,7 @@ from any further training, the dense model is fine-tuned alike as a control (--n
 30 to 90 minutes a cell of 2000 steps (an estimate; each cell records its seconds). Each cell is written when it is done
 and a fine-tuning that was interrupted goes on where its state was saved: run the same command again.
 
-    python benchmarks/table1_cifar.py --model runs/vgg16/best.safetensors --data runs/cifar
+    python benchmarks/table1_cifar.py --model runs/vgg16/last.safetensors --data runs/cifar
 """
 
 import copy

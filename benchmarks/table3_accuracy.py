@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from norton_deploy import commands
 from norton_deploy.checkpoint import load_checkpoint
-from norton_deploy.commands.steps import Steps
+from norton_deploy.commands import Steps
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError

@@ -6,7 +6,7 @@ statistics, and after the same short fine-tuning of every rank. A dense epoch of
 10 to 30 minutes a cell of 400 steps (an estimate; each cell records its seconds). Each cell is written when it is
 done and a fine-tuning that was interrupted goes on where its state was saved: run the same command again.
 
-    python benchmarks/table4_rank.py --model runs/vgg16/best.safetensors --data runs/cifar
+    python benchmarks/table4_rank.py --model runs/vgg16/last.safetensors --data runs/cifar
 """
 
 import sys

@@ -102,5 +102,17 @@ def parse_settings(settings_class: type[S], argv: Sequence[str] | None = None, *
     for field in fields(settings_class):
         if field.default is MISSING and field.default_factory is MISSING:
             values.setdefault(field.name, tyro.MISSING)
-    default = settings_class(**values)
+    default = _unchecked(settings_class, values)  # the class checks its fields when the command line has been heard
     return tyro.cli(settings_class, args=arguments, default=default, prog=prog, description=description)
+
+
+def _unchecked(settings_class: type[S], values: dict[str, Any]) -> S:
+    """An object with these fields and the defaults of the others, without the class's own checks."""
+    settings = object.__new__(settings_class)
+    for field in fields(settings_class):
+        if field.name in values:
+            value = values[field.name]
+        else:
+            value = field.default if field.default_factory is MISSING else field.default_factory()
+        object.__setattr__(settings, field.name, value)
+    return settings

@@ -64,3 +64,24 @@ def test_a_required_setting_missing_everywhere_stops(tmp_path: Path) -> None:
 def test_missing_file() -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         parse("--config", "nowhere.yaml")
+
+
+@dataclass(frozen=True)
+class Either:
+    steps: int | None = None
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError("give one of the two")
+
+
+def test_checks_wait_for_the_command_line(tmp_path: Path) -> None:
+    def parse_either(text: str, *argv: str) -> Either:
+        config = write(tmp_path / "c.yaml", text)
+        return parse_settings(Either, ("--config", config, *argv), prog="test", description="")
+
+    assert parse_either("{}", "--epochs", "3") == Either(epochs=3)
+    assert parse_either("steps: 5", "--steps", "None", "--epochs", "3") == Either(epochs=3)
+    with pytest.raises(UserError, match="give one"):
+        parse_either("steps: 5", "--epochs", "3")

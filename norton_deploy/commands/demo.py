@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import command_line
-from norton_deploy.commands.steps import Steps
+from norton_deploy.commands import Steps, command_line
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.reporting.demo import write_demo_report

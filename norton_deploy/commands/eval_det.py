@@ -55,6 +55,8 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="eval_det", description=__doc__ or "")
+    if settings.batch_size < 1:
+        raise UserError(f"--batch-size: expected at least 1, got {settings.batch_size}")
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
     device = settings.device or ("cpu" if use_cpu else str(state.device))

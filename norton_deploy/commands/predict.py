@@ -14,9 +14,10 @@ from tqdm import tqdm
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images
+from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.runtime.drawing import draw_detections
-from norton_deploy.runtime.predictor import Backend, Image, load_predictor
+from norton_deploy.runtime.predictor import Image, load_predictor
 
 
 @dataclass
@@ -29,8 +30,6 @@ class Settings:
     """Image files and folders of images."""
     out: Path
     """Folder for the annotated images and detections.json."""
-    backend: Backend | None = None
-    """torch, onnxruntime or tensorrt; by the file's suffix."""
     device: str | None = None
     """cpu, cuda or cuda:N; a GPU if there is one."""
     score_threshold: float = 0.05
@@ -45,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Detect in all images."""
     settings = parse_settings(Settings, argv, prog="predict", description=__doc__ or "")
     files = [file for path in settings.images for file in find_images(path)]
-    predictor = load_predictor(
-        settings.model, settings.backend, score_threshold=settings.score_threshold, device=settings.device
-    )
+    if not files:
+        raise UserError("--images: expected image files or folders after it")
+    predictor = load_predictor(settings.model, score_threshold=settings.score_threshold, device=settings.device)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     stages_ms: list[dict[str, float]] = []

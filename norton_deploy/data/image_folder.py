@@ -37,8 +37,10 @@ def read_images(folder: str | Path, limit: int) -> Iterator[Tensor]:
         float32 [3, H, W], 0..1 RGB.
 
     Raises:
-        UserError: there are none, or one cannot be decoded.
+        UserError: there are none, one cannot be decoded, or the limit is below 1.
     """
+    if limit < 1:
+        raise UserError(f"{folder}: expected to read at least 1 image, got {limit}")
     paths = find_images(folder)
     step = max(1, len(paths) // limit)
     chosen = paths[::step][:limit]

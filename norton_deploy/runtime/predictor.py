@@ -146,7 +146,6 @@ def read_image(path: str | Path) -> Image:
 
 def load_predictor(
     path: str | Path | Sequence[str | Path],
-    backend: Backend | None = None,
     *,
     score_threshold: float | None = None,
     device: str | None = None,
@@ -157,20 +156,19 @@ def load_predictor(
     Args:
         path: one file; or several `.onnx`/`.engine` files, or a folder of them, that differ in image size:
             each image then goes to the one whose aspect ratio is nearest.
-        backend: by default chosen by the file's suffix; naming one that cannot read the file is an error.
         score_threshold: detections below it are dropped, 0..1; None keeps the model's own threshold.
         device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one. An engine needs a GPU.
         providers: ONNX Runtime's execution providers, in order of preference, e.g.
             ["TensorrtExecutionProvider", "CUDAExecutionProvider"]; by default that of `device`.
 
     Raises:
-        UserError: a missing or foreign file, a backend, device or provider that is not there, or a
+        UserError: a missing or foreign file, a package, device or provider that is not there, or a
             threshold that the exported graph cannot honour.
     """
     if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
         raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
     files = _model_files(path)
-    predictors = [_load_one(file, backend, score_threshold, device, providers) for file in files]
+    predictors = [_load_one(file, score_threshold, device, providers) for file in files]
     if len(predictors) == 1:
         return predictors[0]
     from norton_deploy.runtime.size_buckets import SizeBucketPredictor
@@ -195,7 +193,6 @@ def _model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _load_one(
     file: Path,
-    backend: Backend | None,
     score_threshold: float | None,
     device: str | None,
     providers: Sequence[str] | None,
@@ -203,18 +200,16 @@ def _load_one(
     """Load one file; a backend is imported only when it is asked for."""
     if not file.is_file():
         raise UserError(f"{file}: no such model file")
-    expected = BACKEND_OF_SUFFIX.get(file.suffix)
-    if expected is None:
+    backend = BACKEND_OF_SUFFIX.get(file.suffix)
+    if backend is None:
         raise UserError(f"{file}: unknown kind of model file; expected {', '.join(BACKEND_OF_SUFFIX)}")
-    if backend is not None and backend != expected:
-        raise UserError(f"{file}: a {file.suffix} file runs with backend '{expected}', not '{backend}'")
-    if providers is not None and expected != "onnxruntime":
+    if providers is not None and backend != "onnxruntime":
         raise UserError(f"{file}: providers are ONNX Runtime's; a {file.suffix} file has none")
-    if expected == "torch":
+    if backend == "torch":
         from norton_deploy.runtime.torch_backend import TorchPredictor
 
         return TorchPredictor.load(file, score_threshold, device)
-    if expected == "onnxruntime":
+    if backend == "onnxruntime":
         from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
 
         return OnnxRuntimePredictor(file, score_threshold, device, providers)

@@ -81,8 +81,13 @@ class TrainingSettings:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise UserError("epochs, steps: give exactly one of the two")
+        if self.epochs is None and self.steps is None:
+            raise UserError("epochs, steps: give one of the two")
+        if self.epochs is not None and self.steps is not None:
+            raise UserError(
+                f"epochs is {self.epochs} and steps is {self.steps}: give one of the two; "
+                "--epochs None or --steps None takes back what a --config file sets"
+            )
         for name in ("epochs", "steps", "batch_size", "state_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -76,7 +76,6 @@ def test_drawing_keeps_the_colour_order_and_the_input():
     np.testing.assert_array_equal(draw_detections(image, found[:0], Categories((1,), (1,), ("person",))), image)
 
 
-def test_unknown_backend_for_a_file(graph, tmp_path, folder, capsys):
-    arguments = ["--model", str(graph()), "--images", str(folder), "--out", str(tmp_path / "o"), "--backend", "torch"]
-    assert run("predict", arguments) == 1
-    assert "runs with backend 'onnxruntime'" in capsys.readouterr().err
+def test_no_images_are_a_mistake(graph, tmp_path, capsys):
+    assert run("predict", ["--model", str(graph()), "--out", str(tmp_path / "o"), "--images"]) == 1
+    assert "--images: expected" in capsys.readouterr().err
