@@ -60,7 +60,7 @@ NOTES = {
     "detector's own. Lower weights, more steps, the other tasks and plans have not been tried.",
     "table4_rank": "The goal for the dense model was 91 %. Ten epochs were too few for it (learning rate 0.1, one "
     "cosine), so all accuracies lie lower than the paper's, and the decomposition's errors higher: weights that were "
-    "trained for a short time may have less structure. All fine-tunings have the same 100 steps, a quarter of an epoch.",
+    "trained briefly may have less structure. All fine-tunings have the same 100 steps, a quarter of an epoch.",
     "training_forms": "Measured on one core while the other one trained a detector.",
     "gradcam": "The classifiers are Table IV's, the detectors those of Table III's accuracy.",
     "demo": "Measured before checkpoints ran in their grouped form in torch, which makes NORTON faster than here.",
