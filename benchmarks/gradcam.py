@@ -26,9 +26,9 @@ class (classifier) or the same box (detector), at three levels of the backbone, 
 deviation over the images. A detector's box is one that all models found, which favours agreement: images without such \
 a box are left out. Maps that are constant have no correlation and are left out.
 
-![Grad-CAM of classifiers](gradcam_classifier.png)
+![Grad-CAM of classifiers](gradcam_classifier.jpg)
 
-![Grad-CAM of detectors](gradcam_detector.png)"""
+![Grad-CAM of detectors](gradcam_detector.jpg)"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def main() -> int:
 
 def explain(s: Settings, kind: str, dense: Path, compressed: tuple[Path, ...], images: Path) -> dict[str, Any]:
     """The picture of one kind of model, and its figures."""
-    picture = s.out.with_name(f"{s.out.stem}_{kind}.png")
+    picture = s.out.with_name(f"{s.out.stem}_{kind}.jpg")
     figures = s.out.with_name(f"{s.out.stem}_{kind}.json")
     argv = ["--model", str(dense), "--compressed", *map(str, compressed), "--images", str(images)]
     argv += ["--count", str(s.count), "--out", str(picture), "--json", str(figures)]
