@@ -85,7 +85,7 @@ class TrainingSettings:
             raise UserError("epochs, steps: give one of the two")
         if self.epochs is not None and self.steps is not None:
             raise UserError(
-                f"epochs is {self.epochs} and steps is {self.steps}: give one of the two; "
+                f"epochs, steps: are {self.epochs} and {self.steps}, give one of the two; "
                 "--epochs None or --steps None takes back what a --config file sets"
             )
         for name in ("epochs", "steps", "batch_size", "state_every", "log_every"):
