@@ -48,8 +48,8 @@ NOTES = f"""\
 In brackets: the paper's Table IV, from a dense model with {PAPER_DENSE} %. NMSE of this code: plain mean over the \
 layers, and all squared errors over all squared weights; the paper does not say which its figure is. The paper has no \
 column for re-estimated BatchNorm statistics and does not say how long it fine-tunes. CIFAR-10 here is JPEG-coded, \
-which costs a little. The row "dense" shows what the same fine-tuning does to the dense model: one that has not been \
-trained to the end gains from it.
+which costs a little. The row "dense" shows what the same fine-tuning \
+does to the dense model.
 
 ![accuracy and NMSE against rank](table4_rank.png)"""
 
