@@ -13,7 +13,8 @@ Pair = tuple[int, int]
 Padding = Pair | Literal["same"]
 MOVED_CHANNEL_COST = 300
 """What a channel costs on its way through a block's two depthwise convolutions and the sum, which move memory rather
-than compute: as much as so many input channels of the pointwise convolution (200 to 500 measured on a CPU)."""
+than compute: as much as so many input channels of the pointwise convolution. Chosen on a CPU; how well it chooses is in
+benchmarks/results/training_forms.md."""
 
 
 class CPDBlock(nn.Module):
@@ -130,7 +131,7 @@ class CPDBlock(nn.Module):
         """Whether one convolution with `dense_weight` should take less time than the block's three.
 
         So it is at high ranks, where R * O channels pass through the block: the same function and the same
-        gradients of the factors, but in training at rank 4 or 8 several times as fast, and in less memory.
+        gradients of the factors, several times as fast at rank 8 on a CPU.
         """
         kernel_h, kernel_w = self.kernel_size
         return self.rank * (self.in_channels + MOVED_CHANNEL_COST) > self.in_channels * kernel_h * kernel_w
