@@ -57,31 +57,6 @@ NOTES = {
     "table3_accuracy": "So far: Mask R-CNN, one seed, `fast`. The dense detector is above the goals set for it (box AP "
     "0.45 and AP50 0.75); `fast` keeps far less than the goal of 0.93. Distillation at its default "
     "weight made it worse; lower weights, more steps, the other tasks and plans have not been tried.",
-    "table4_rank": "Table IV: rank",
-    "table1_cifar": "Table I: VGG-16 on CIFAR-10",
-    "rivals": "Figure 1: other decompositions and filter choices",
-    "keypoint_decoding": "Keypoint decoding in graphs",
-    "export_parity": "Exported graphs against eager mode",
-    "engine_builds": "TensorRT-RTX engines, built and not run",
-    "size_buckets": "Fixed image sizes",
-    "compression_time": "Time to compress a layer",
-    "training_forms": "CPDBlocks in training",
-    "gradcam": "Feature preservation: Grad-CAM",
-}
-"""Result file -> heading, in the order of the document."""
-NOTES = {
-    "plan": "The model is `benchmarks/random_detector.py`'s: seeded random weights, on which no low rank beats "
-    "pruning, so the plan prunes only. Time, MACs and parameters are those of any weights; harm is not.",
-    "operator_profile": "The compressed detector's matrix products run not far below the machine's rate, but they are "
-    "no longer nearly all of its time: RoIAlign's gathers and element-wise work do not shrink with the MACs.",
-    "recovery": "One detector (the demo's dense one, 450 steps) and one seed. Seconds were measured on a busy machine.",
-    "engine_builds": "Measured on one thread of a busy machine, so upper bounds, but for dense and table3 keypoint "
-    "detectors in fp32: these were measured again on two quiet cores. Weights are random; a random head's masks lie "
-    "so near their threshold that one fp16 comparison fails on it.",
-    "table3_accuracy": "So far: Mask R-CNN, one seed, `fast`. The dense detector is above the goals set for it (box AP "
-    "0.45 and AP50 0.75); `fast` keeps far less than the goal of 0.93. Distillation made it worse: at its default "
-    "weight the whole gradient was some twenty times as long as without it, and clipping leaves little of the "
-    "detector's own. Lower weights, more steps, the other tasks and plans have not been tried.",
     "table4_rank": "The goal for the dense model was 91 %. Ten epochs were too few for it (learning rate 0.1, one "
     "cosine), so all accuracies lie lower than the paper's, and the decomposition's errors higher: weights that were "
     "trained briefly may have less structure. All fine-tunings have the same 100 steps, a quarter of an epoch.",

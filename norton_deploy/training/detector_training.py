@@ -114,7 +114,8 @@ def train_detector(
     seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
     start = initial_detector(settings.task, train.categories, settings.detector, init=settings.init, plan=settings.plan)
     assert isinstance(start.settings, DetectorSettings)
-    # Quicker steps on a CPU in informal trials (no result file). Not the heads: torchvision's keypoint loss views maps as contiguous.
+    # Quicker steps on a CPU in informal trials (no result file). Not the heads: torchvision's keypoint loss views maps
+    # as contiguous.
     start.model.get_submodule("backbone").to(memory_format=torch.channels_last)
     teacher, channels = None, None
     if settings.teacher is not None:
