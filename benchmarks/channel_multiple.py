@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in CELLS if name not in cells]
     if missing:
         settings.work.mkdir(parents=True, exist_ok=True)
-        images, results["images"] = prepare_images(settings)  # type: ignore[arg-type]  # only reads these fields
+        images, results["images"] = prepare_images(settings.images, settings.image_size, settings.work)
         models = build_models(settings, images)
         table = timing_table(settings)
         for name in missing:
@@ -118,7 +118,7 @@ def build_models(settings: Settings, images: Sequence[Path]) -> dict[str, nn.Mod
         keep = {name: round_kept(count, widths[name], multiple) for name, count in plan.keep.items()}
         model = compress(dense, CompressionPlan(plan.architecture, plan.ranks, keep), starts=1)
         calibrate(model, images)
-        equalise(model, settings)  # type: ignore[arg-type]  # only reads these fields
+        equalise(model, settings.image_size, settings.proposals, settings.detections)
         models[variant(multiple)] = model
     return models
 

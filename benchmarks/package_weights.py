@@ -1,14 +1,27 @@
-"""Put a trained, compressed mask or keypoint detector into the package, in float16 (norton_deploy/weights/)."""
+"""Put a trained, compressed mask or keypoint detector into the package, in float16 (norton_deploy/weights/).
 
+The packaged file and the checkpoint it is made from are both evaluated: float16 rounds the weights.
+
+    python benchmarks/package_weights.py --model FILE --data runs/table3_accuracy/data
+"""
+
+import json
 import shlex
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from norton_deploy import commands
 from norton_deploy.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.config import parse_settings
 from norton_deploy.data.synthetic_coco import CATEGORIES
 from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+from norton_deploy.reporting.provenance import provenance
+from norton_deploy.reporting.tables import Table
+from norton_deploy.structures import Task
 from norton_deploy.weights import LARGEST_MB, packaged_path
 
 
@@ -18,10 +31,14 @@ class Settings:
 
     model: Path
     """Detector compressed by fast.yaml and trained on the embedded data (.safetensors)."""
+    data: Path
+    """Embedded data (tools/make_synthetic.py), whose held-out images both files are evaluated on."""
+    out: Path = Path(__file__).parent / "results" / "packaged.json"
+    """Results file, one entry a task; a Markdown table is written beside it."""
 
 
 def main() -> int:
-    """Check the detector and write it."""
+    """Check the detector, write it, and evaluate it."""
     settings = parse_settings(Settings, prog="package_weights", description=__doc__ or "")
     loaded = load_checkpoint(settings.model)
     header = loaded.header
@@ -38,8 +55,40 @@ def main() -> int:
     out = packaged_path(header.task)  # type: ignore[arg-type]  # mask or keypoint, checked above
     command = shlex.join(["benchmarks/package_weights.py", *sys.argv[1:]])
     save_checkpoint(out, loaded.model, header.made_by(command, settings.model), half=True)
-    print(f"{out.name}: {out.stat().st_size / 1e6:.1f} MB; check it with tools/eval_det.py, float16 rounds the weights")
+    results = json.loads(settings.out.read_text()) if settings.out.is_file() else {}
+    results[header.task] = {
+        "file": out.name,
+        "bytes": out.stat().st_size,
+        "float32": evaluate(settings.model, header.task, settings.data),
+        "float16": evaluate(out, header.task, settings.data),
+        "provenance": provenance(),
+    }
+    commands.write_json(results, settings.out)
+    with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
+        stream.write(packaged_table(results).to_markdown() + "\n")
     return 0
+
+
+def evaluate(model: Path, task: Task, data: Path) -> dict[str, Any]:
+    """Figures of tools/eval_det.py on the held-out images."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "metrics.json"
+        argv = ["--task", task, "--data", str(data), "--model", str(model), "--no-progress", "--json", str(written)]
+        if commands.run("eval_det", argv):
+            raise UserError(f"{model}: tools/eval_det.py failed on it")
+        figures: dict[str, Any] = json.loads(written.read_text())
+    return {name: figures[name] for name in ("images", "table3", "metrics")}
+
+
+def packaged_table(results: dict[str, Any]) -> Table:
+    """One row a packaged detector."""
+    rows = []
+    for task, entry in results.items():
+        before, after = (entry[precision]["table3"]["AP"] for precision in ("float32", "float16"))
+        size, images = f"{entry['bytes'] / 1e6:.1f} MB", str(entry["float16"]["images"])
+        rows.append((task, entry["file"], size, images, f"{before:.4f}", f"{after:.4f}"))
+    header = ("Task", "File", "Size", "Held-out images", "AP of the checkpoint", "AP of the packaged file, float16")
+    return Table(header, tuple(rows), "Detectors in the package: AP of the task's own kind on drawn images")
 
 
 if __name__ == "__main__":

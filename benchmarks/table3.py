@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = {name: str(value) for name, value in asdict(settings).items() if name not in ("out", "work", "tasks")}
     results = read_results(settings.out, key)
     settings.work.mkdir(parents=True, exist_ok=True)
-    images, images_are = prepare_images(settings)
+    images, images_are = prepare_images(settings.images, settings.image_size, settings.work)
     for task in settings.tasks:
         if task in results["tasks"]:
             print(f"{task}: already in {settings.out}", file=sys.stderr)
@@ -142,23 +142,29 @@ def read_results(path: Path, settings: dict[str, str]) -> dict[str, Any]:
     return results
 
 
-def prepare_images(settings: Settings) -> tuple[list[Path], str]:
-    """Image files of exactly `image_size` (so that no model resizes), and what they are, in words."""
-    if settings.images is None:
-        arrays = [draw_scene(seed, settings.image_size).image for seed in range(SYNTHETIC_IMAGES)]
+def prepare_images(source: Path | None, image_size: tuple[int, int], work: Path) -> tuple[list[Path], str]:
+    """Image files in `work` of exactly `image_size` (so that no model resizes), and what they are, in words.
+
+    Args:
+        source: folder of photographs; None: synthetic scenes are drawn.
+        image_size: height and width in pixels.
+        work: folder that exists.
+    """
+    if source is None:
+        arrays = [draw_scene(seed, image_size).image for seed in range(SYNTHETIC_IMAGES)]
         what = f"{len(arrays)} synthetic scenes, not photographs"
     else:
-        files = find_images(settings.images)
+        files = find_images(source)
         arrays = []
         for file in files:
             image = read_image(file)
-            canvas = np.empty((*settings.image_size, 3), np.uint8)
-            Letterbox.fit((image.shape[0], image.shape[1]), settings.image_size).place(image, canvas)
+            canvas = np.empty((*image_size, 3), np.uint8)
+            Letterbox.fit((image.shape[0], image.shape[1]), image_size).place(image, canvas)
             arrays.append(canvas)
-        what = f"{len(files)} images of {settings.images}"
+        what = f"{len(files)} images of {source}"
     paths = []
     for index, image in enumerate(arrays):
-        paths.append(settings.work / f"image_{index:03d}.jpg")
+        paths.append(work / f"image_{index:03d}.jpg")
         cv2.imwrite(str(paths[-1]), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     return paths, what
 
@@ -215,13 +221,13 @@ def calibrate(model: Any, images: Sequence[Path]) -> None:
         handle.remove()
 
 
-def equalise(model: Any, settings: Settings) -> None:
+def equalise(model: Any, image_size: tuple[int, int], proposals: int, detections: int) -> None:
     """Give a detector the same image size, proposals and detections as all others, in place."""
-    model.transform.min_size, model.transform.max_size = (min(settings.image_size),), max(settings.image_size)
+    model.transform.min_size, model.transform.max_size = (min(image_size),), max(image_size)
     for counts in (model.rpn._pre_nms_top_n, model.rpn._post_nms_top_n):
-        counts["testing"] = settings.proposals
+        counts["testing"] = proposals
     model.roi_heads.score_thresh = 0.0
-    model.roi_heads.detections_per_img = settings.detections
+    model.roi_heads.detections_per_img = detections
 
 
 def measure_task(task: Task, settings: Settings, images: Sequence[Path]) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def measure_task(task: Task, settings: Settings, images: Sequence[Path]) -> dict
         _, dense, norton, categories = trained_pair(settings)
         weights = f"{settings.baseline}, {settings.model}"
     for model in (dense, norton):
-        equalise(model, settings)
+        equalise(model, settings.image_size, settings.proposals, settings.detections)
     graphs: dict[str, tuple[nn.Module, Form]] = {
         DENSE_ORT: (dense, "grouped"),
         NORTON_ORT: (norton, "grouped"),

@@ -188,7 +188,7 @@ def prepare(settings: Settings) -> tuple[list[Path], str]:
     height, width = settings.image_size
     folder = settings.work / f"images_{height}x{width}"
     folder.mkdir(parents=True, exist_ok=True)
-    return prepare_images(replace(settings, work=folder))  # type: ignore[arg-type]  # only reads these fields
+    return prepare_images(settings.images, settings.image_size, folder)
 
 
 def workload(settings: Settings) -> Workload:
@@ -209,7 +209,7 @@ def build_models(
     """The dense detector with seeded random weights, and what each plan makes of it; calibrated and equalised."""
     models = {name: random_model(task, name, tuple(images)) for name in names}
     for model in models.values():
-        equalise(model, settings)  # type: ignore[arg-type]  # only reads these fields
+        equalise(model, settings.image_size, settings.proposals, settings.detections)
     count = 1 if task == "keypoint" else 90
     labels = tuple(range(1, count + 1))
     return models, Categories(labels, labels, tuple(f"class {label}" for label in labels))

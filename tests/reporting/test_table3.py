@@ -81,11 +81,11 @@ def test_finished_tasks_are_kept_and_other_settings_refused(table3, monkeypatch,
 
 def test_random_models_do_equal_work(table3, tmp_path):
     settings = table3.Settings(image_size=(96, 96), small=True, proposals=60, detections=7, work=tmp_path)
-    images, _ = table3.prepare_images(settings)
+    images, _ = table3.prepare_images(settings.images, settings.image_size, settings.work)
     dense, norton, categories = table3.random_pair("box", settings, images)
     work = {}
     for name, model in (("dense", dense), ("norton", norton)):
-        table3.equalise(model, settings)
+        table3.equalise(model, settings.image_size, settings.proposals, settings.detections)
         proposals: list[int] = []
         model.rpn.register_forward_hook(lambda _m, _i, output, seen=proposals: seen.append(len(output[0][0])))
         found = [len(one) for _, one in TorchPredictor(model, "box", categories, device="cpu").predict_files(images)]

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -5,13 +6,15 @@ import pytest
 import torch
 
 from norton_deploy import weights
-from norton_deploy.checkpoint import CheckpointHeader, class_categories, load_checkpoint, read_header, save_checkpoint
+from norton_deploy.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
+from norton_deploy.commands import make_synthetic
 from norton_deploy.commands.demo_video import Settings, chosen_model
 from norton_deploy.data.synthetic_coco import CATEGORIES
 from norton_deploy.errors import UserError
 from norton_deploy.modeling.compress import compress
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.structures import Categories
 
 
 @pytest.fixture
@@ -45,13 +48,17 @@ def test_a_checkpoint_is_packaged_in_float16(folder, monkeypatch):
     plan = CompressionPlan("rcnn", {}, {f"backbone.body.layer{stage}": 16 for stage in (3, 4)})
     torch.manual_seed(0)
     dense = build_dense_detector("mask", shape)
-    header = CheckpointHeader("mask", shape, None, class_categories(names))
+    ids = tuple(category["id"] for category in CATEGORIES)
+    categories = Categories(tuple(range(1, len(ids) + 1)), ids, tuple(names))
+    header = CheckpointHeader("mask", shape, None, categories)
     save_checkpoint(folder / "dense.safetensors", dense, header)
     save_checkpoint(folder / "small.safetensors", compress(dense, plan), header.made_by("test", plan=plan))
-    monkeypatch.setattr(sys, "argv", ["package_weights", "--model", str(folder / "dense.safetensors")])
+    make_synthetic.main(["--out", str(folder / "data"), "--train", "1", "--val", "2", "--workers", "1"])
+    more = ["--data", str(folder / "data"), "--out", str(folder / "packaged.json")]
+    monkeypatch.setattr(sys, "argv", ["package_weights", "--model", str(folder / "dense.safetensors"), *more])
     with pytest.raises(UserError, match="expected a compressed mask or keypoint detector"):
         package_weights.main()
-    monkeypatch.setattr(sys, "argv", ["package_weights", "--model", str(folder / "small.safetensors")])
+    monkeypatch.setattr(sys, "argv", ["package_weights", "--model", str(folder / "small.safetensors"), *more])
     monkeypatch.setattr(package_weights, "LARGEST_MB", 1.0)
     with pytest.raises(UserError, match=r"in float16, at most 1 MB"):
         package_weights.main()
@@ -63,3 +70,7 @@ def test_a_checkpoint_is_packaged_in_float16(folder, monkeypatch):
         wanted = expected[name].half().float() if tensor.is_floating_point() else expected[name]
         assert torch.equal(tensor, wanted), name
     assert read_header(weights.packaged_path("mask")).lineage[-1]["command"].startswith("benchmarks/package_weights.py")
+    entry = json.loads((folder / "packaged.json").read_text())["mask"]
+    assert entry["bytes"] == weights.packaged_path("mask").stat().st_size
+    assert entry["float32"]["images"] == entry["float16"]["images"] == 2
+    assert "| mask | fast_mask.safetensors |" in (folder / "packaged.md").read_text()
