@@ -56,8 +56,8 @@ NOTES = {
     "detectors in fp32: these were measured again on two quiet cores. Weights are random; a random head's masks lie "
     "so near their threshold that one fp16 comparison fails on it.",
     "table3_accuracy": "So far: Mask R-CNN, one seed, `fast`. The dense detector is above the goals set for it (box AP "
-    "0.45 and AP50 0.75); `fast` keeps far less than the goal of 0.93. Distillation at its default "
-    "weight made it worse; lower weights, more steps, the other tasks and plans have not been tried.",
+    "0.45 and AP50 0.75); `fast` keeps far less than the goal of 0.93. Distillation with "
+    "weight 6 made it worse; lower weights, more steps, the other tasks and plans have not been tried.",
     "table4_rank": "The goal for the dense model was 91 %. Ten epochs were too few for it (learning rate 0.1, one "
     "cosine), so all accuracies lie lower than the paper's, and the decomposition's errors higher: weights that were "
     "trained briefly may have less structure. All fine-tunings have the same 100 steps, a quarter of an epoch.",

@@ -9,7 +9,7 @@ Beside the results file it writes a picture of outlines: the annotated objects a
 images, on grey. The photographs with detections on them are in --work; most photographs' licences are not ours to
 publish under. Whatever is done already is not done again.
 
-    python benchmarks/memorise_real.py --data runs/coco --init runs/table3_accuracy/seed0/mask-dense/last.safetensors
+    python benchmarks/memorise_real.py --data COCO --init runs/table3_accuracy/seed0/mask-dense-600/last.safetensors
 """
 
 import json

@@ -140,7 +140,7 @@ def level_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> T
     rows = [("dense", *size_columns(cells["dense"]), "-", "-", f"{100 * dense:.2f}", "0.00", "-", "-", "-")]
     if CONTROL in cells:
         rows.append((CONTROL, *size_columns(cells[CONTROL]), "-", "-", *drop(cells[CONTROL]), "-", "-", "-"))
-    for name, cell in cells.items():
+    for name, cell in sorted(cells.items(), key=lambda item: -item[1]["macs"]):
         if name in ("dense", CONTROL) or name.endswith(", distilled"):
             continue
         paper = f"{PAPER_DENSE - PAPER[name][3]:.2f}" if name in PAPER else "-"

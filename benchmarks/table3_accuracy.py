@@ -6,8 +6,8 @@ trained for --detector-steps. Every plan then compresses that trained detector, 
 with the same recipe and learning rates: it has seen as many images as each compressed one, and it is the teacher.
 
 Every cell is the project's own commands, called in this process with run folders under --work; whatever is done
-already is not done again, so the benchmark may be stopped at any time, and --tasks, --plans and --seeds may be worked
-through in any order into one results file.
+already is not done again, so the benchmark may be stopped at any time, and --tasks, --plans, --seeds,
+--finetune-steps and --distillation-weights may be worked through in any order into one results file.
 """
 
 import json
@@ -30,7 +30,7 @@ from norton_deploy.modeling.narrow_plan import narrow_plan
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.table3_accuracy import DENSE, DISTILLED, TRAINED, accuracy_report, cell_name
+from norton_deploy.reporting.table3_accuracy import DENSE, TRAINED, accuracy_report
 from norton_deploy.runtime.predictor import Predictor, load_predictor
 from norton_deploy.structures import TASKS, Task
 
@@ -38,7 +38,8 @@ RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path("configs")
 FINETUNE_SEED = 1000
 """Added to the seed after the first phase, so that the second sees the images in another order."""
-ANY_ORDER = ("tasks", "plans", "seeds", "out", "work", "latency_rounds")
+SHARED = ("train_images", "val_images", "pretrain_steps", "detector_steps", "recovery")
+"""Settings that all cells of a results file have in common."""
 GRAPH_SIZE = (192, 192)
 
 
@@ -64,8 +65,8 @@ class Settings:
     """Steps of 4 images for every compressed detector, and for the dense one once more."""
     recovery: Literal["none", "re-estimation", "refit", "both"] = "both"
     """Recovery without labels right after compression."""
-    distillation_weight: float = 6.0
-    """Weight of the imitation in the runs with distillation."""
+    distillation_weights: tuple[float, ...] = (0.5,)
+    """Weights of the imitation, one run with distillation for each."""
     latency_rounds: int = 60
     """Measured calls of each exported detector; 0 leaves latency out."""
     out: Path = RESULTS / "table3_accuracy.json"
@@ -74,12 +75,29 @@ class Settings:
     """Folder for data, runs and graphs."""
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What a trained detector is.
+
+    Attributes:
+        model: DENSE, TRAINED or the name of a plan.
+        finetune_steps: 0 before any fine-tuning.
+        distillation_weight: None without distillation.
+    """
+
+    task: Task
+    seed: int
+    model: str
+    finetune_steps: int = 0
+    distillation_weight: float | None = None
+
+
 class Experiment:
     """Runs what is missing and keeps the results file."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.steps = settings, Steps(settings.work)
-        key = {name: value for name, value in asdict(settings).items() if name not in ANY_ORDER}
+        key = {name: getattr(settings, name) for name in SHARED}
         self.results: dict[str, Any] = {"settings": key, "cells": {}, "latency": {}}
         if settings.out.is_file():
             self.results = json.loads(settings.out.read_text())
@@ -106,28 +124,33 @@ class Experiment:
     def run_task(self, task: Task, seed: int, body: Path) -> None:
         """The dense detector of a task, then all its compressed forms."""
         s, folder = self.settings, self.settings.work / f"seed{seed}"
-        trained, dense = folder / f"{task}-trained", folder / f"{task}-dense"
-        self.detector(task, seed, TRAINED, trained, body, s.detector_steps, seed)
-        again = seed + FINETUNE_SEED
-        self.detector(task, seed, DENSE, dense, trained, s.finetune_steps, again)
-        teacher = ["--teacher", str(dense / "last.safetensors"), "--distillation-weight", str(s.distillation_weight)]
+        trained = folder / f"{task}-trained"
+        self.detector(Cell(task, seed, TRAINED), trained, body, s.detector_steps, seed)
+        length, again = s.finetune_steps, seed + FINETUNE_SEED
+        dense = self.finetuned(task, seed, DENSE)
+        self.detector(Cell(task, seed, DENSE, length), dense, trained, length, again)
         for plan in s.plans:
-            small = folder / f"{task}-{plan}-start"
+            small, out = folder / f"{task}-{plan}-start", self.finetuned(task, seed, plan)
             self.compress(trained / "last.safetensors", plan, small / "last.safetensors")
-            self.detector(task, seed, plan, folder / f"{task}-{plan}", small, s.finetune_steps, again)
-            distilled = folder / f"{task}-{plan}-distilled"
-            self.detector(task, seed, plan + DISTILLED, distilled, small, s.finetune_steps, again, teacher)
+            self.detector(Cell(task, seed, plan, length), out, small, length, again)
+            for weight in s.distillation_weights:
+                teacher = ["--teacher", str(dense / "last.safetensors"), "--distillation-weight", str(weight)]
+                taught = out.with_name(f"{out.name}-distilled-{weight:g}")
+                self.detector(Cell(task, seed, plan, length, weight), taught, small, length, again, teacher)
+
+    def finetuned(self, task: Task, seed: int, model: str) -> Path:
+        """Folder of a detector's fine-tuning without distillation."""
+        return self.settings.work / f"seed{seed}" / f"{task}-{model}-{self.settings.finetune_steps}"
 
     def detector(
-        self, task: Task, seed: int, model: str, out: Path, init: Path, steps: int, seed_of_run: int,
-        more: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self, cell: Cell, out: Path, init: Path, steps: int, seed_of_run: int, more: Sequence[str] = ()
+    ) -> None:
         """Train one detector and record its accuracy."""
-        config = str(CONFIGS / "train" / f"demo_{task}.yaml")
+        config = str(CONFIGS / "train" / f"demo_{cell.task}.yaml")
         argv = ["--config", config, "--data", str(self.settings.work / "data"), "--steps", str(steps)]
         argv += ["--seed", str(seed_of_run), "--init", str(init / "last.safetensors"), *more]
         command = self.train("train_det", argv, out)
-        name = cell_name(task, seed, model)
+        name = out.relative_to(self.settings.work).as_posix()
         if name in self.results["cells"]:
             return
         loaded = load_checkpoint(out / "last.safetensors")
@@ -136,9 +159,9 @@ class Experiment:
         counts = count_complexity(loaded.model, (size, size), proposals=proposals)
         figures = json.loads((out / "metrics.json").read_text())
         self.results["cells"][name] = {
+            **asdict(cell),
             "command": command,
             "images": self.settings.val_images,
-            "steps": figures["steps"],
             "metrics": figures["metrics"],
             "macs": counts.macs,
             "params": counts.params,
@@ -178,7 +201,7 @@ class Experiment:
         images = find_images(s.work / "data" / "val2017")
         models: dict[str, Predictor] = {}
         for model in (DENSE, *plans):
-            source = s.work / f"seed{seed}" / f"{task}-{model}" / "last.safetensors"
+            source = self.finetuned(task, seed, model) / "last.safetensors"
             graph = source.with_name("graph.onnx")
             size = ("--image-size", *map(str, GRAPH_SIZE))
             self.steps.run("export_onnx", ["--model", str(source), *size, "--out", str(graph)], graph)

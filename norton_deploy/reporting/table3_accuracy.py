@@ -8,23 +8,20 @@ from norton_deploy.reporting.html import Heading, Paragraph, Report
 from norton_deploy.reporting.tables import MODEL_NAMES, PAPER_ROWS, Table, reduction_percent
 from norton_deploy.structures import Task
 
+Cell = Mapping[str, Any]
+Way = tuple[str, int, float | None]
 DENSE, TRAINED = "dense", "dense before"
-DISTILLED = ", distilled"
 METHOD = """\
 Embedded data, drawn by a program; not COCO: outline, inner drawing and, nine times in ten, a favourite hue carry the \
 class. One ResNet-50 per seed is pretrained on object crops and starts every detector of that seed. The dense detector \
 of a task is trained ("dense before"); compressed detectors are compressed from it, recovered without labels (refit: \
 least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither) and fine-tuned, and the \
-dense one is trained on for as many steps with the same recipe ("dense"), so every row but the first has seen equally \
-many images. With distillation, "dense" is the teacher. Retention is a row's AP over that of "dense", seed by seed. \
+dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
+many images as the others with its number of steps. With distillation (the column is its weight), "dense" is the \
+teacher. Retention is a row's AP over that of "dense" with as many steps, seed by seed. \
 Plans are brought to the detectors' widths: equal shares of filters. FPS: ONNX Runtime, one image at a time, all \
 models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median of \
 the paired ratios with its 95 % interval. MACs without detections, as in Table III."""
-
-
-def cell_name(task: str, seed: int, model: str) -> str:
-    """Key of one trained detector in the results."""
-    return f"{task}, seed {seed}, {model}"
 
 
 def accuracy_report(results: Mapping[str, Any]) -> Report:
@@ -32,58 +29,67 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
     report = Report("Table III's accuracy on the embedded data")
     report.blocks.append(Paragraph(METHOD))
     settings = results["settings"]
-    steps = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in settings if name.endswith("steps"))
-    drawn, recovery = settings["train_images"], settings["recovery"]
-    report.blocks.append(Paragraph(f"{drawn} training images; {steps}; batch 4 (crops: 32); recovery: {recovery}."))
+    report.blocks.append(
+        Paragraph(
+            f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops, "
+            f"{settings['detector_steps']} steps of 4 images for the dense detector, fine-tuning in steps of 4 images; "
+            f"recovery: {settings['recovery']}."
+        )
+    )
     for task in MODEL_NAMES:
-        models = _models(results["cells"], task)
-        if models:
-            report.blocks += [Heading(MODEL_NAMES[task]), accuracy_table(results, task, models)]
+        if any(cell["task"] == task for cell in results["cells"].values()):
+            report.blocks += [Heading(MODEL_NAMES[task]), accuracy_table(results, task)]
     return report
 
 
-def accuracy_table(results: Mapping[str, Any], task: Task, models: Sequence[str]) -> Table:
-    """One row per model: means over the seeds, the seeds' own values in brackets; then the paper's two rows."""
-    header = ("Model", "AP", "AP50", "AR", "Retention", "MACs (CR)", "Params (CR)", "FPS", "Speed-up")
-    latency = results["latency"].get(task, {})
-    rows = [_row(results["cells"], latency, task, model) for model in models]
+def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:
+    """One row per way of training: means over the seeds, the seeds' own values in brackets; then the paper's rows."""
+    header = ("Model", "Fine-tuning", "Distillation", "AP", "AP50", "AR", "Retention", "MACs (CR)", "Params (CR)")
+    cells = [cell for cell in results["cells"].values() if cell["task"] == task]
+    latency = results["latency"].get(task, {}).get("models", {})
+    ways = sorted({_way(cell) for cell in cells}, key=lambda way: _place(way, cells))
+    rows = [_row([cell for cell in cells if _way(cell) == way], cells, latency, task) for way in ways]
     dense, norton = PAPER_ROWS[task]
     for line, kept in ((dense, "1.00"), (norton, f"{float(norton[2]) / float(dense[2]):.2f}")):
-        rows.append((f"{line[0]} ({line[1]})", line[2], "-", line[3], kept, line[4], line[5], line[6], "-"))
-    images = {cell["images"] for name, cell in results["cells"].items() if name.startswith(f"{task}, ")}
-    kind = primary_iou_type(task)
-    return Table(header, tuple(rows), f"AP and AR of {kind} on {', '.join(map(str, sorted(images)))} held-out images")
+        rows.append((f"{line[0]} ({line[1]})", "-", "-", line[2], "-", line[3], kept, *line[4:7], "-"))
+    images = ", ".join(map(str, sorted({cell["images"] for cell in cells})))
+    caption = f"AP and AR of {primary_iou_type(task)} on {images} held-out images"
+    return Table((*header, "FPS", "Speed-up"), tuple(rows), caption)
 
 
-def _models(cells: Mapping[str, Any], task: str) -> list[str]:
-    """Names of the task's models, in the order of their cells."""
-    parts = [name.split(", ", 2) for name in cells]
-    return list(dict.fromkeys(model for found, _, model in parts if found == task))
+def _way(cell: Cell) -> Way:
+    """How a detector came about, whatever its seed: model, steps of fine-tuning, weight of the distillation."""
+    return cell["model"], cell["finetune_steps"], cell["distillation_weight"]
 
 
-def _of_seeds(cells: Mapping[str, Any], task: str, model: str) -> dict[str, Mapping[str, Any]]:
-    """Seed -> cell of one model."""
-    parts = {name: name.split(", ", 2) for name in cells}
-    return {seed: cells[name] for name, (found, seed, kind) in parts.items() if (found, kind) == (task, model)}
+def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float]:
+    """Order of the rows: by steps of fine-tuning, larger models first, without distillation first."""
+    model, steps, weight = way
+    return steps, -next(cell["macs"] for cell in cells if cell["model"] == model), weight or 0.0
 
 
-def _row(cells: Mapping[str, Any], latency: Mapping[str, Any], task: Task, model: str) -> tuple[str, ...]:
-    own, dense = _of_seeds(cells, task, model), _of_seeds(cells, task, DENSE)
-    scores = {seed: table3_scores(task, cell["metrics"]) for seed, cell in own.items()}
-    baseline = {seed: table3_scores(task, cell["metrics"])[0] for seed, cell in dense.items()}
-    kept = [scores[seed][0] / baseline[seed] for seed in scores if baseline.get(seed, 0) > 0]
-    first = next(iter(own.values()))
-    large = next(iter(dense.values()), first)
-    speed = latency.get("models", {}).get(model.removesuffix(DISTILLED))
+def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> tuple[str, ...]:
+    model, steps, weight = _way(own[0])
+    scores = {cell["seed"]: table3_scores(task, cell["metrics"]) for cell in own}
+    baseline = {cell["seed"]: cell for cell in cells if _way(cell) == (DENSE, steps, None)}
+    kept = [
+        ap / table3_scores(task, baseline[seed]["metrics"])[0]
+        for seed, (ap, _) in scores.items()
+        if seed in baseline and baseline[seed]["metrics"][primary_iou_type(task)]["AP"] > 0
+    ]
+    large = max(cells, key=lambda cell: cell["macs"])
+    speed = latency.get(model)
     speedup = None if speed is None else speed.get("speedup")
     return (
         model,
+        f"{steps} steps" if steps else "-",
+        "-" if weight is None else f"{weight:g}",
         _mean([ap for ap, _ in scores.values()]),
-        _mean([cell["metrics"][primary_iou_type(task)]["AP50"] for cell in own.values()]),
+        _mean([cell["metrics"][primary_iou_type(task)]["AP50"] for cell in own]),
         _mean([ar for _, ar in scores.values()]),
         _mean(kept, digits=2) if kept else "-",
-        f"{first['macs'] / 1e9:.2f}G ({reduction_percent(first['macs'], large['macs'])})",
-        f"{first['params'] / 1e6:.2f}M ({reduction_percent(first['params'], large['params'])})",
+        f"{own[0]['macs'] / 1e9:.2f}G ({reduction_percent(own[0]['macs'], large['macs'])})",
+        f"{own[0]['params'] / 1e6:.2f}M ({reduction_percent(own[0]['params'], large['params'])})",
         "-" if speed is None else f"{speed['latency']['fps']:.1f}",
         "-" if speedup is None else f"{speedup['ratio']:.2f} ({speedup['low']:.2f} to {speedup['high']:.2f})",
     )
