@@ -47,9 +47,9 @@ CONTROL = "dense, fine-tuned alike"
 NOTES = f"""\
 In brackets: the paper's Table IV, from a dense model with {PAPER_DENSE} %. NMSE of this code: plain mean over the \
 layers, and all squared errors over all squared weights; the paper does not say which its figure is. The paper has no \
-column for re-estimated BatchNorm statistics and does not say how long it fine-tunes. CIFAR-10 here is JPEG-coded, \
-which costs a little. The row "dense" shows what the same fine-tuning \
-does to the dense model.
+column for re-estimated BatchNorm statistics and does not say how long it fine-tunes. CIFAR-10 here is not the \
+original but coded as JPEG (quality 75, colours at half the resolution). The row "dense" shows what the same \
+fine-tuning does to the dense model.
 
 ![accuracy and NMSE against rank](table4_rank.png)"""
 
