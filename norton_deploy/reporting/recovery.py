@@ -1,5 +1,6 @@
 """What a compressed classifier is worth: at once, with new BatchNorm statistics, and after a short fine-tuning."""
 
+import copy
 import hashlib
 import json
 import re
@@ -138,6 +139,7 @@ class Recovery:
         *,
         seed: int | None = None,
         teacher: Teacher | None = None,
+        other_lr: float | None = None,
     ) -> dict[str, float | None]:
         """MACs, parameters and top-1 (0..1) as compressed, after re-estimation and after fine-tuning.
 
@@ -147,12 +149,18 @@ class Recovery:
             name: of the cell; the run's folder is named after it.
             seed: of the fine-tuning, if not the settings'.
             teacher: distil from it.
+            other_lr: fine-tune a second time with this learning rate ("top1_fine_tuned_other_lr").
         """
         figures: dict[str, float | None] = {**self.complexity(model)}
         figures["top1_compressed"] = self.top1(model)
         images = read_images(self.recovery.data / "train", self.recovery.reestimate_images)
         reestimate_batch_norm(model, images, self.settings)
         figures["top1_reestimated"] = self.top1(model)
+        if other_lr is not None:
+            again = copy.deepcopy(model)
+            figures["top1_fine_tuned_other_lr"] = self.fine_tune(
+                again, plan, name, seed=seed, teacher=teacher, lr=other_lr
+            )
         figures["top1_fine_tuned"] = self.fine_tune(model, plan, name, seed=seed, teacher=teacher)
         return figures
 
@@ -164,10 +172,12 @@ class Recovery:
         *,
         seed: int | None = None,
         teacher: Teacher | None = None,
+        lr: float | None = None,
     ) -> float | None:
         """Top-1 (0..1) after the fine-tuning of the settings, None if it diverged; see `measure`.
 
-        A run that was begun from the same weights with the same settings is continued.
+        `lr` replaces the settings' learning rate. A run that was begun from the same weights with the same settings is
+        continued.
         """
         recovery = self.recovery
         label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -176,6 +186,7 @@ class Recovery:
             seed,
             self.identity(),
             teacher and (sha256_of(teacher.model), *teacher.how),
+            lr,
         ]
         out = recovery.runs / f"{label}-{hashlib.sha256(json.dumps(start_of_run).encode()).hexdigest()[:8]}"
         resume = RunFolder(out).settings.is_file()
@@ -194,7 +205,7 @@ class Recovery:
             style="cifar",
             steps=recovery.steps,
             batch_size=recovery.batch_size,
-            lr=recovery.lr,
+            lr=recovery.lr if lr is None else lr,
             schedule="cosine",
             warmup_steps=min(recovery.warmup_steps, recovery.steps // 4),
             weight_decay=recovery.weight_decay,

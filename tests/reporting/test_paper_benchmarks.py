@@ -147,6 +147,24 @@ def test_table_4_goes_on_where_it_was_interrupted(stand_in, tmp_path, monkeypatc
     assert table4.main(argv) == 0
 
 
+def test_rivals_are_fine_tuned_at_two_learning_rates(stand_in, tmp_path, monkeypatch) -> None:
+    model, data = stand_in
+    rivals = benchmark("rivals")
+    monkeypatch.setattr(rivals, "METHODS", {"filter": "filter CPD"})
+    out = tmp_path / "rivals.json"
+    argv = f"--model {model} --data {data} --runs {tmp_path / 'runs'} --out {out} --ranks 1 --seeds 0 --choices L1"
+    argv += " --steps 2 --batch-size 4 --workers 0 --reestimate-images 8 --warmup-steps 1"
+    assert rivals.main([*argv.split(), "--orders", "prune, decompose"]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert list(cells) == ["dense", "filter, rank 1", "L1, prune, decompose, seed 0"]
+    assert 0 <= cells["filter, rank 1"]["top1_fine_tuned_other_lr"] <= 1
+    assert "top1_fine_tuned_other_lr" not in cells["L1, prune, decompose, seed 0"]
+    initial = {path.name: path for path in (tmp_path / "runs").iterdir()}
+    lrs = {json.loads((path / "settings.json").read_text())["lr"] for path in initial.values()}
+    assert lrs == {0.02, 0.002}  # each in a folder of its own
+    assert "| 2 steps at 0.02 % | 2 steps at 0.002 % |" in out.with_suffix(".md").read_text()
+
+
 def test_level_table_sets_the_drop_beside_the_papers() -> None:
     table1 = benchmark("table1_cifar")
     size = {"macs": 4.6e6, "params": 1.4e5, "macs_reduction_percent": 98.5, "params_reduction_percent": 99.1}
