@@ -49,7 +49,7 @@ PAPER = {
 PAPER_DENSE = 93.96
 NOTES = f"""\
 A drop is in points below the dense model's own top-1 (the paper's: below its {PAPER_DENSE} %); a negative drop is a \
-gain. Paper: Table I, with its own baseline, recipe and longer training. CIFAR-10 here is not the \
+gain. Paper: Table I, with its own baseline and recipe. CIFAR-10 here is not the \
 original but coded as JPEG (quality 75, colours at half the resolution)."""
 CONTROL_NOTE = """\
  The control's drop shows what the fine-tuning alone does to the dense model: a fair drop is the difference to it."""
