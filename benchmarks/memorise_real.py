@@ -1,4 +1,4 @@
-"""Mask R-CNN, dense and compressed, learns a few real photographs by heart.
+r"""Mask R-CNN, dense and compressed, learns a few real photographs by heart.
 
 A detector that starts from one trained on drawn scenes is trained on the training images of a folder in COCO's layout
 and scored on those same images: that says nothing about images it has not seen, and everything about whether real
@@ -9,7 +9,8 @@ Beside the results file it writes a picture of outlines: the annotated objects a
 images, on grey. The photographs with detections on them are in --work; most photographs' licences are not ours to
 publish under. Whatever is done already is not done again.
 
-    python benchmarks/memorise_real.py --data COCO --init runs/table3_accuracy/seed0/mask-dense-600/last.safetensors
+    python benchmarks/memorise_real.py --data COCO \
+        --init runs/table3_accuracy/seed0/mask-dense-600-lr-0.0015/last.safetensors
 """
 
 import json

@@ -3,11 +3,11 @@
 One ResNet-50 per seed is pretrained on object crops. Per task and seed, a dense detector starts from it and is
 trained for --detector-steps. Every plan then compresses that trained detector, which is fine-tuned for
 --finetune-steps, with and without distillation. The control is the dense detector trained on for --finetune-steps
-with the same recipe and learning rates: it has seen as many images as each compressed one, and it is the teacher.
+with the same recipe and learning rate: it has seen as many images as each compressed one, and it is the teacher.
 
 Every cell is the project's own commands, called in this process with run folders under --work; whatever is done
 already is not done again, so the benchmark may be stopped at any time, and --tasks, --plans, --seeds,
---finetune-steps and --distillation-weights may be worked through in any order into one results file.
+--finetune-steps, --finetune-lr and --distillation-weights may be worked through in any order into one results file.
 """
 
 import json
@@ -63,6 +63,8 @@ class Settings:
     """Steps of 4 images that train the dense detector of a task."""
     finetune_steps: int = 600
     """Steps of 4 images for every compressed detector, and for the dense one once more."""
+    finetune_lr: float = 0.0015
+    """Peak learning rate of these steps, for all."""
     recovery: Literal["none", "re-estimation", "refit", "both"] = "both"
     """Recovery without labels right after compression."""
     distillation_weights: tuple[float, ...] = (0.5,)
@@ -82,6 +84,7 @@ class Cell:
     Attributes:
         model: DENSE, TRAINED or the name of a plan.
         finetune_steps: 0 before any fine-tuning.
+        finetune_lr: None before any fine-tuning.
         distillation_weight: None without distillation.
     """
 
@@ -89,6 +92,7 @@ class Cell:
     seed: int
     model: str
     finetune_steps: int = 0
+    finetune_lr: float | None = None
     distillation_weight: float | None = None
 
 
@@ -126,21 +130,23 @@ class Experiment:
         s, folder = self.settings, self.settings.work / f"seed{seed}"
         trained = folder / f"{task}-trained"
         self.detector(Cell(task, seed, TRAINED), trained, body, s.detector_steps, seed)
-        length, again = s.finetune_steps, seed + FINETUNE_SEED
+        recipe, again = (s.finetune_steps, s.finetune_lr), seed + FINETUNE_SEED
         dense = self.finetuned(task, seed, DENSE)
-        self.detector(Cell(task, seed, DENSE, length), dense, trained, length, again)
+        self.detector(Cell(task, seed, DENSE, *recipe), dense, trained, s.finetune_steps, again)
         for plan in s.plans:
             small, out = folder / f"{task}-{plan}-start", self.finetuned(task, seed, plan)
             self.compress(trained / "last.safetensors", plan, small / "last.safetensors")
-            self.detector(Cell(task, seed, plan, length), out, small, length, again)
+            self.detector(Cell(task, seed, plan, *recipe), out, small, s.finetune_steps, again)
             for weight in s.distillation_weights:
                 teacher = ["--teacher", str(dense / "last.safetensors"), "--distillation-weight", str(weight)]
                 taught = out.with_name(f"{out.name}-distilled-{weight:g}")
-                self.detector(Cell(task, seed, plan, length, weight), taught, small, length, again, teacher)
+                cell = Cell(task, seed, plan, *recipe, weight)
+                self.detector(cell, taught, small, s.finetune_steps, again, teacher)
 
     def finetuned(self, task: Task, seed: int, model: str) -> Path:
         """Folder of a detector's fine-tuning without distillation."""
-        return self.settings.work / f"seed{seed}" / f"{task}-{model}-{self.settings.finetune_steps}"
+        s = self.settings
+        return s.work / f"seed{seed}" / f"{task}-{model}-{s.finetune_steps}-lr-{s.finetune_lr:g}"
 
     def detector(
         self, cell: Cell, out: Path, init: Path, steps: int, seed_of_run: int, more: Sequence[str] = ()
@@ -149,6 +155,7 @@ class Experiment:
         config = str(CONFIGS / "train" / f"demo_{cell.task}.yaml")
         argv = ["--config", config, "--data", str(self.settings.work / "data"), "--steps", str(steps)]
         argv += ["--seed", str(seed_of_run), "--init", str(init / "last.safetensors"), *more]
+        argv += [] if cell.finetune_lr is None else ["--lr", str(cell.finetune_lr)]
         command = self.train("train_det", argv, out)
         name = out.relative_to(self.settings.work).as_posix()
         if name in self.results["cells"]:

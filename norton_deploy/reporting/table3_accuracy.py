@@ -9,7 +9,7 @@ from norton_deploy.reporting.tables import MODEL_NAMES, PAPER_ROWS, Table, reduc
 from norton_deploy.structures import Task
 
 Cell = Mapping[str, Any]
-Way = tuple[str, int, float | None]
+Way = tuple[str, int, float | None, float | None]
 DENSE, TRAINED = "dense", "dense before"
 METHOD = """\
 Embedded data, drawn by a program; not COCO: outline, inner drawing and, nine times in ten, a favourite hue carry the \
@@ -18,7 +18,7 @@ of a task is trained ("dense before"); compressed detectors are compressed from 
 least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither) and fine-tuned, and the \
 dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
 many images as the others with its number of steps. With distillation (the column is its weight), "dense" is the \
-teacher. Retention is a row's AP over that of "dense" with as many steps, seed by seed. \
+teacher. Retention is a row's AP over that of the best "dense" with as many steps, seed by seed. \
 Plans are brought to the detectors' widths: equal shares of filters. FPS: ONNX Runtime, one image at a time, all \
 models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median of \
 the paired ratios with its 95 % interval. MACs without detections, as in Table III."""
@@ -44,45 +44,45 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
 
 def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:
     """One row per way of training: means over the seeds, the seeds' own values in brackets; then the paper's rows."""
-    header = ("Model", "Fine-tuning", "Distillation", "AP", "AP50", "AR", "Retention", "MACs (CR)", "Params (CR)")
+    header = ("Model", "Fine-tuning", "Peak lr", "Distillation", "AP", "AP50", "AR", "Retention", "MACs (CR)", "Params (CR)")
     cells = [cell for cell in results["cells"].values() if cell["task"] == task]
     latency = results["latency"].get(task, {}).get("models", {})
     ways = sorted({_way(cell) for cell in cells}, key=lambda way: _place(way, cells))
     rows = [_row([cell for cell in cells if _way(cell) == way], cells, latency, task) for way in ways]
     dense, norton = PAPER_ROWS[task]
     for line, kept in ((dense, "1.00"), (norton, f"{float(norton[2]) / float(dense[2]):.2f}")):
-        rows.append((f"{line[0]} ({line[1]})", "-", "-", line[2], "-", line[3], kept, *line[4:7], "-"))
+        rows.append((f"{line[0]} ({line[1]})", "-", "-", "-", line[2], "-", line[3], kept, *line[4:7], "-"))
     images = ", ".join(map(str, sorted({cell["images"] for cell in cells})))
     caption = f"AP and AR of {primary_iou_type(task)} on {images} held-out images"
     return Table((*header, "FPS", "Speed-up"), tuple(rows), caption)
 
 
 def _way(cell: Cell) -> Way:
-    """How a detector came about, whatever its seed: model, steps of fine-tuning, weight of the distillation."""
-    return cell["model"], cell["finetune_steps"], cell["distillation_weight"]
+    """How a detector came about, whatever its seed: model, fine-tuning steps and rate, weight of the distillation."""
+    return cell["model"], cell["finetune_steps"], cell["finetune_lr"], cell["distillation_weight"]
 
 
-def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float]:
-    """Order of the rows: by steps of fine-tuning, larger models first, without distillation first."""
-    model, steps, weight = way
-    return steps, -next(cell["macs"] for cell in cells if cell["model"] == model), weight or 0.0
+def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float]:
+    """Order of the rows: by steps of fine-tuning, larger models first, by learning rate, without distillation first."""
+    model, steps, lr, weight = way
+    return steps, -next(cell["macs"] for cell in cells if cell["model"] == model), lr or 0.0, weight or 0.0
 
 
 def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> tuple[str, ...]:
-    model, steps, weight = _way(own[0])
+    model, steps, lr, weight = _way(own[0])
     scores = {cell["seed"]: table3_scores(task, cell["metrics"]) for cell in own}
-    baseline = {cell["seed"]: cell for cell in cells if _way(cell) == (DENSE, steps, None)}
-    kept = [
-        ap / table3_scores(task, baseline[seed]["metrics"])[0]
-        for seed, (ap, _) in scores.items()
-        if seed in baseline and baseline[seed]["metrics"][primary_iou_type(task)]["AP"] > 0
-    ]
+    best: dict[int, float] = {}
+    for cell in cells:
+        if (cell["model"], cell["finetune_steps"]) == (DENSE, steps):
+            best[cell["seed"]] = max(best.get(cell["seed"], 0.0), table3_scores(task, cell["metrics"])[0])
+    kept = [ap / best[seed] for seed, (ap, _) in scores.items() if best.get(seed, 0.0) > 0]
     large = max(cells, key=lambda cell: cell["macs"])
     speed = latency.get(model)
     speedup = None if speed is None else speed.get("speedup")
     return (
         model,
         f"{steps} steps" if steps else "-",
+        "-" if lr is None else f"{lr:g}",
         "-" if weight is None else f"{weight:g}",
         _mean([ap for ap, _ in scores.values()]),
         _mean([cell["metrics"][primary_iou_type(task)]["AP50"] for cell in own]),
