@@ -44,7 +44,8 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
 
 def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:
     """One row per way of training: means over the seeds, the seeds' own values in brackets; then the paper's rows."""
-    header = ("Model", "Fine-tuning", "Peak lr", "Distillation", "AP", "AP50", "AR", "Retention", "MACs (CR)", "Params (CR)")
+    training = ("Model", "Fine-tuning", "Peak lr", "Distillation")
+    figures = ("AP", "AP50", "AR", "Retention", "MACs (CR)", "Params (CR)", "FPS", "Speed-up")
     cells = [cell for cell in results["cells"].values() if cell["task"] == task]
     latency = results["latency"].get(task, {}).get("models", {})
     ways = sorted({_way(cell) for cell in cells}, key=lambda way: _place(way, cells))
@@ -54,7 +55,7 @@ def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:
         rows.append((f"{line[0]} ({line[1]})", "-", "-", "-", line[2], "-", line[3], kept, *line[4:7], "-"))
     images = ", ".join(map(str, sorted({cell["images"] for cell in cells})))
     caption = f"AP and AR of {primary_iou_type(task)} on {images} held-out images"
-    return Table((*header, "FPS", "Speed-up"), tuple(rows), caption)
+    return Table((*training, *figures), tuple(rows), caption)
 
 
 def _way(cell: Cell) -> Way:
