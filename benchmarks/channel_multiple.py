@@ -40,7 +40,7 @@ from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.latency import balanced_orders
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.runtime.predictor import read_image
+from norton_deploy.runtime.predictor import Image, Predictor, read_image
 from norton_deploy.search.end_to_end import Workload, tuned_predictor
 from norton_deploy.structures import Categories
 
@@ -151,7 +151,7 @@ def measure(
             labels = tuple(range(1, 91))
             categories = Categories(labels, labels, tuple(f"class {label}" for label in labels))
             predictor = tuned_predictor(model, work, categories, table)
-            calls[name] = lambda step, predictor=predictor: predictor([pixels[step % len(pixels)]])
+            calls[name] = detector_call(predictor, pixels)
         found = count_complexity(model, work.image_size, proposals=work.proposals, detections=work.detections)
         layers = [layer for layer in found.layers if cell == "detector" or layer.name.startswith("backbone.body.")]
         complexity[name] = {
@@ -160,6 +160,11 @@ def measure(
         }
     times_ms = alternate(calls, settings.rounds)
     return {"complexity": complexity, "times_ms": {name: times.tolist() for name, times in times_ms.items()}}
+
+
+def detector_call(predictor: Predictor, pixels: Sequence[Image]) -> Callable[[int], object]:
+    """The whole detector on one image after the other."""
+    return lambda step: predictor([pixels[step % len(pixels)]])
 
 
 def body_call(model: Any, work: Workload, table: TimingTable) -> Callable[[int], object]:

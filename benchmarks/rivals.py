@@ -127,12 +127,8 @@ def measure_method(recovery: Recovery, method: str, rank: int, name: str, other_
     if method == "filter":
         small = compress(dense, plan, seed=seed)
         seconds = time.perf_counter() - started
-        blocks = {n: small.get_submodule(n) for n in convolutions}
-        errors = {
-            n: layer_nmse(conv.weight, blocks[n].factors())
-            for n, conv in convolutions.items()
-            if isinstance(blocks[n], CPDBlock)
-        }
+        blocks = {n: layer for n, layer in small.named_modules() if isinstance(layer, CPDBlock)}
+        errors = {n: layer_nmse(convolutions[n].weight, block.factors()) for n, block in blocks.items()}
         figures = recovery.measure(small, plan, name, other_lr=other_lr)
         return {"decompose_s": round(seconds, 2), **network_nmse(dense, errors), **figures}
     kind: Rival = next(rival for rival in RIVALS if rival == method)

@@ -13,6 +13,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dense = results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
     control = results.measure(CONTROL, lambda: measure_control(recovery))
     for rank in settings.ranks:
-        results.measure(f"rank {rank}", lambda rank=rank: measure_rank(recovery, rank))
+        results.measure(f"rank {rank}", partial(measure_rank, recovery, rank))
         cells = {rank: results.cells[f"rank {rank}"] for rank in PAPER if f"rank {rank}" in results.cells}
         results.write_markdown([rank_table(dense, control, cells, results.settings)], NOTES)
         plot(dense, cells, settings.out.with_suffix(".png"))
