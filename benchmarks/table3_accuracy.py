@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path("configs")
 FINETUNE_SEED = 1000
 """Added to the seed after the first phase, so that the second sees the images in another order."""
-SHARED = ("train_images", "val_images", "pretrain_steps", "detector_steps", "recovery")
+SHARED = ("train_images", "val_images", "pretrain_steps", "recovery")
 """Settings that all cells of a results file have in common."""
 GRAPH_SIZE = (192, 192)
 
@@ -60,7 +60,7 @@ class Settings:
     pretrain_steps: int = 300
     """Steps of 32 object crops that pretrain the ResNet-50, the stand-in for ImageNet."""
     detector_steps: int = 1200
-    """Steps of 4 images that train the dense detector of a task."""
+    """Steps of 4 images that train the dense detector of a task; keypoints need more than boxes."""
     finetune_steps: int = 600
     """Steps of 4 images for every compressed detector, and for the dense one once more."""
     finetune_lr: float = 0.0015
@@ -167,6 +167,7 @@ class Experiment:
         figures = json.loads((out / "metrics.json").read_text())
         self.results["cells"][name] = {
             **asdict(cell),
+            "steps": steps,
             "command": command,
             "images": self.settings.val_images,
             "metrics": figures["metrics"],

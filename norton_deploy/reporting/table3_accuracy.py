@@ -32,8 +32,7 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
     report.blocks.append(
         Paragraph(
             f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops, "
-            f"{settings['detector_steps']} steps of 4 images for the dense detector, fine-tuning in steps of 4 images; "
-            f"recovery: {settings['recovery']}."
+            f"dense detectors are trained and all are fine-tuned in steps of 4 images; recovery: {settings['recovery']}."
         )
     )
     for task in MODEL_NAMES:
@@ -82,7 +81,7 @@ def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any],
     speedup = None if speed is None else speed.get("speedup")
     return (
         model,
-        f"{steps} steps" if steps else "-",
+        f"{steps} steps" if steps else f"- (trained for {own[0]['steps']})",
         "-" if lr is None else f"{lr:g}",
         "-" if weight is None else f"{weight:g}",
         _mean([ap for ap, _ in scores.values()]),
