@@ -31,8 +31,8 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
     settings = results["settings"]
     report.blocks.append(
         Paragraph(
-            f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops, "
-            f"dense detectors are trained and all are fine-tuned in steps of 4 images; recovery: {settings['recovery']}."
+            f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops; "
+            f"training and fine-tuning in steps of 4 images; recovery: {settings['recovery']}."
         )
     )
     for task in MODEL_NAMES:

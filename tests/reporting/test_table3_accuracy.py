@@ -50,4 +50,4 @@ def test_retention_is_taken_seed_by_seed_at_equal_steps() -> None:
 def test_the_report_holds_the_tasks_that_were_measured(tmp_path) -> None:
     text = accuracy_report(RESULTS).to_markdown(tmp_path)
     assert "## FasterRCNN" in text and "MaskRCNN" not in text
-    assert "40 training images; 9 steps of 32 crops" in text
+    assert "40 training images; 9 steps of 32 crops; training" in text
