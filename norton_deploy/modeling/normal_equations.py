@@ -15,7 +15,8 @@ from norton_deploy.factorization.cp import CPFactors
 RIDGES = (1e-8, 1e-3, 1e-1)
 """Weights of staying at the present solution, relative to the mean squared input. With the smallest it decides only
 where the data does not; with few samples per unknown the larger ones keep the fit from following their noise."""
-CHUNK_NUMBERS = 2**24
+CHUNK_NUMBERS = 2**22
+"""Numbers in a temporary tensor at most: several filters share one matrix product, and the memory is reused."""
 
 
 @dataclass
@@ -68,6 +69,17 @@ class NormalEquations:
             self.energy - self.output_sum.square() / count,
             torch.zeros_like(self.input_sum),
             torch.zeros_like(self.output_sum),
+        )
+
+    def of_outputs(self, index: Tensor) -> "NormalEquations":
+        """The same samples with the outputs `index` [O'] only."""
+        return NormalEquations(
+            self.samples,
+            self.gram,
+            self.cross[:, index],
+            self.energy[index],
+            self.input_sum,
+            self.output_sum[index],
         )
 
     def merged(self, other: "NormalEquations") -> "NormalEquations":
@@ -134,22 +146,22 @@ def _channel_factor(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best C for the spatial kernels of A and B."""
     filters, channels, rank = C.shape
-    kernels = torch.einsum("ohr,owr->ohwr", A, B).flatten(1, 2)  # [O, P, R]
-    positions = kernels.shape[1]
-    gram = equations.gram.view(channels, positions, channels, positions).transpose(1, 2)
-    gram = gram.reshape(channels * channels, positions * positions)
-    wanted = torch.einsum("ipo,opr->oir", equations.cross.view(channels, positions, filters), kernels)
-    fitted = torch.empty_like(C)
+    kernels = torch.einsum("ohr,owr->orhw", A, B).flatten(2)  # [O, R, P]
+    positions = kernels.shape[2]
+    gram = equations.gram.view(channels, positions, channels, positions)
+    gram = torch.einsum("ipjq->pqij", gram).reshape(positions * positions, channels * channels)
+    wanted = torch.einsum("ipo,orp->ori", equations.cross.view(channels, positions, filters), kernels)
+    present = C.mT.flatten(1)[..., None]  # [O, R * I, 1]
+    fitted = torch.empty_like(present)
     step = max(1, CHUNK_NUMBERS // (channels * rank) ** 2)
     for start in range(0, filters, step):
         part = slice(start, start + step)
-        pairs = torch.einsum("opr,oqs->pqors", kernels[part], kernels[part]).flatten(2).flatten(0, 1)
-        normal = (gram @ pairs).view(channels, channels, -1, rank, rank)
-        normal = torch.einsum("ijors->oirjs", normal).flatten(3).flatten(1, 2)
-        present = C[part].flatten(1)[..., None]
-        change = _solve(normal, wanted[part].flatten(1)[..., None] - normal @ present, ridge)
-        fitted[part] = (present + change).view(-1, channels, rank)
-    return A, B, fitted
+        pairs = torch.einsum("orp,osq->orspq", kernels[part], kernels[part]).flatten(3)
+        normal = (pairs.flatten(0, 2) @ gram).view(-1, rank, rank, channels, channels)
+        normal = normal.transpose(2, 3).reshape(-1, rank * channels, rank * channels)
+        right = wanted[part].flatten(1)[..., None] - normal @ present[part]
+        fitted[part] = present[part] + _solve(normal, right, ridge)
+    return A, B, fitted.view(filters, rank, channels).mT.contiguous()
 
 
 def _vertical_factor(
@@ -190,7 +202,7 @@ def _small_factor(equations: NormalEquations, factor: Tensor, ridge: float, embe
 
 def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     """(normal + ridge) x = right for symmetric positive semidefinite [..., n, n] and [..., n, m]."""
-    size = normal.shape[-1]
-    level = normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
-    regular = normal + ridge * level[..., None, None] * torch.eye(size, dtype=normal.dtype)
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    level = diagonal.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    regular = torch.diagonal_scatter(normal, diagonal + ridge * level, dim1=-2, dim2=-1)
     return torch.cholesky_solve(right, torch.linalg.cholesky(regular))

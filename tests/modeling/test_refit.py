@@ -59,6 +59,18 @@ def test_normal_equations_give_the_errors_and_the_solution_of_least_squares() ->
     torch.testing.assert_close(equations.bias(fitted), solution[-1], rtol=1e-5, atol=1e-6)
 
 
+def test_equations_of_some_outputs_give_their_errors() -> None:
+    torch.manual_seed(0)
+    equations = NormalEquations.empty(6, 4)
+    equations.add(torch.randn(50, 6), torch.randn(50, 4))
+    weight, bias, index = torch.randn(4, 6), torch.randn(4), torch.tensor([3, 1])
+    some = equations.of_outputs(index)
+    torch.testing.assert_close(
+        some.squared_error(weight[index], bias[index]), equations.squared_error(weight, bias)[index]
+    )
+    torch.testing.assert_close(some.bias(weight[index]), equations.bias(weight)[index])
+
+
 def test_channel_factor_is_the_least_squares_solution() -> None:
     """Against lstsq on the explicit outputs of the block, filter by filter."""
     torch.manual_seed(0)
