@@ -45,7 +45,7 @@ class DetectorTrainingSettings(TrainingSettings):
     """Compression plan that gives random weights their structure (without --init)."""
     teacher: Path | None = None
     """Dense detector whose feature pyramid the trained one imitates; usually the one that it was compressed from."""
-    distillation_weight: float = 6.0
+    distillation_weight: float = 0.5
     """Weight of the imitation, for each of the pyramid's four levels (with --teacher)."""
     flip: float = 0.5
     """Probability of mirroring a training image."""
