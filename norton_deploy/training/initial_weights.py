@@ -86,7 +86,7 @@ def initial_detector(
     model = build_dense_detector(task, final)
     if source.header.plan is not None:
         model = apply_structure(model, source.header.plan)
-    origin = _take_weights(model, task, categories, source, init)
+    origin = _take_weights(model, task, categories, source, init) + _kept_settings(final, settings)
     freeze_stages(model.get_submodule("backbone.body"), final.trainable_layers)
     return InitialModel(model, final, source.header.plan, origin, source.header.pyramid_channels)
 
@@ -111,6 +111,13 @@ def _with_changes(own: DetectorSettings, given: DetectorSettings) -> DetectorSet
     names = [field.name for field in fields(DetectorSettings)]
     changes = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(default, name)}
     return replace(own, **changes)
+
+
+def _kept_settings(final: DetectorSettings, given: DetectorSettings) -> str:
+    """In words, the settings that are not as given: the file's, where `given` has a default. Empty without any."""
+    names = [field.name for field in fields(DetectorSettings) if field.name != "num_classes"]
+    kept = [f"{name} {getattr(final, name)}" for name in names if getattr(final, name) != getattr(given, name)]
+    return f"; the file's own settings where none but a default is given: {', '.join(kept)}" if kept else ""
 
 
 def _take_weights(model: nn.Module, task: Task, categories: Categories, source: Checkpoint, init: Path) -> str:

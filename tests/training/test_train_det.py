@@ -116,7 +116,7 @@ def test_from_a_compressed_classifier_to_a_checkpoint(tiny_coco, tmp_path, compr
     assert set(figures["metrics"]) == ({"bbox"} if task == "box" else {"bbox", "keypoints"})
 
 
-def test_init_from_a_detector(tiny_coco, tmp_path):
+def test_init_from_a_detector(tiny_coco, tmp_path, capsys):
     box = tmp_path / "box"
     main(tiny_arguments(tiny_coco, box, "box", "--steps", "1"))
     trained = load_file(box / "last.safetensors")
@@ -129,6 +129,9 @@ def test_init_from_a_detector(tiny_coco, tmp_path):
     shared = [name for name in trained if name.startswith("backbone.")]
     assert all(torch.equal(mask[name], trained[name]) for name in shared)
     assert not torch.equal(mask["rpn.head.cls_logits.weight"], trained["rpn.head.cls_logits.weight"])
+    assert "own settings" not in capsys.readouterr().err  # the command line gives what the file has
+    main(tiny_arguments(tiny_coco, tmp_path / "large", "box", *none, "--detector.max-size", "1333"))
+    assert "the file's own settings where none but a default is given: max_size 128\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
