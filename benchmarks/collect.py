@@ -58,7 +58,7 @@ NOTES = {
     "table3_accuracy": "So far: Mask R-CNN, one seed. The dense detector is above the goals set for it (box AP "
     "0.45 and AP50 0.75). The goals were to keep 0.97 with the Table III plan, which distillation reaches, and 0.93 "
     "with `fast`, which is missed by 0.16. What was tried for `fast`: three times the learning rate helps (the dense "
-    "detector does not gain from it), distillation helps with weight 0.5 at that rate, and harms with 6. The recipe's"
+    "detector does not gain from it), distillation helps with weights 0.5 and 2 there, and harms with 6. The recipe's"
     " loss is still falling when the steps end; longer fine-tuning, the other tasks and `balanced` have not been "
     "tried.",
     "table4_rank": "The goal for the dense model was 91 %. Ten epochs were too few for it (learning rate 0.1, one "
