@@ -20,7 +20,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     untouched and the neighbour is gone.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be made or written to, the disk is full, or `path` is a folder.
     """
     target = Path(path)
     try:
@@ -37,9 +37,46 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.umask(umask)
         os.chmod(neighbour, 0o666 & ~umask)
         os.replace(neighbour, target)
-    except BaseException:
+    except BaseException as error:
         Path(neighbour).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{target}: cannot be written ({error.strerror})") from error
         raise
+
+
+def check_output_file(path: Path | None, option: str, suffix: str = "") -> None:
+    """Say before the work, not after it, that a file cannot be written; None and "-" (stdout) can.
+
+    Args:
+        path: of the file to come.
+        option: its option on the command line, for the message.
+        suffix: the ending that its name must have.
+
+    Raises:
+        UserError: the name ends otherwise, it is a folder, or its folder cannot be made or written to.
+    """
+    if path is None or str(path) == "-":
+        return
+    if not path.name.endswith(suffix):
+        raise UserError(f"{option} {path}: expected a name that ends in {suffix}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; expected the name of a file")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {path}: cannot write in {folder}; choose another place")
+
+
+def refuse_same_file(out: Path, *inputs: Path | None) -> None:
+    """Keep a command from replacing what it reads.
+
+    Raises:
+        UserError: `out` is one of the inputs (None is left out), by whatever path.
+    """
+    for path in inputs:
+        if path is not None and path.is_file() and out.exists() and out.samefile(path):
+            raise UserError(f"{out}: is read by this very command and would be lost; choose another name to write to")
 
 
 @contextmanager

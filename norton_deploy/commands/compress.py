@@ -16,6 +16,7 @@ from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import count_complexity
+from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.model_source import open_model
 from norton_deploy.modeling.compress import compress, fit_plan
 from norton_deploy.modeling.detectors import DetectorSettings
@@ -60,10 +61,15 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="compress", description=__doc__ or "")
+    check_output_file(settings.out, "--out", ".safetensors")
+    check_output_file(settings.json, "--json")
+    refuse_same_file(settings.out, Path(settings.model), Path(settings.weights), settings.plan)
     plan = CompressionPlan.load(settings.plan)
     dense = open_model(settings.model, settings.weights)
     if dense.header.plan is not None:
         raise UserError(f"{settings.model}: is compressed already; start from its dense original")
+    if settings.weights == "none" and not Path(settings.model).is_file():
+        print(f"note: the weights of {settings.model} are random (--weights none)", file=sys.stderr)
     fitted = fit_plan(dense.model, plan)
     kept: dict[str, Tensor] = {}
     steps = len(fitted.ranks) + len(fitted.keep)

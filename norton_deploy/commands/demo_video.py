@@ -13,6 +13,7 @@ from types import FrameType
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
+from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.runtime.predictor import load_predictor
 from norton_deploy.runtime.video import VideoPipeline
 from norton_deploy.runtime.video_sinks import VideoFile, Window
@@ -20,7 +21,10 @@ from norton_deploy.runtime.video_sources import open_source
 from norton_deploy.weights import PackagedTask, packaged_detector
 
 SYNTHETIC_FRAMES = 250
+SMALLEST_SIDE = 32
 INTERRUPTED = 130
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a service manager's stop and a closed terminal end the demo after the current frame."""
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Settings:
     task: PackagedTask = "mask"
     """Which packaged detector runs without --model: mask or keypoint."""
     source: str = "synthetic"
-    """Camera number, video file, stream address (rtsp://...) or "synthetic"."""
+    """Camera number or device, video file, stream address (rtsp://...) or "synthetic"."""
     baseline: Path | None = None
     """Second model, shown on the left for comparison."""
     show: bool = False
@@ -52,10 +56,14 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 on success, 1 when a stream broke for good, 130 after Ctrl-C (the video is whole)."""
+    """Run the demo; 0 on success, 1 when a stream broke for good, 130 after Ctrl-C or SIGTERM (the video is whole)."""
     settings = parse_settings(Settings, argv, prog="demo_video", description=__doc__ or "")
     if settings.max_frames is not None and settings.max_frames < 1:
         raise UserError(f"--max-frames: expected at least 1, got {settings.max_frames}")
+    if min(settings.image_size) < SMALLEST_SIDE:
+        raise UserError(f"--image-size: expected at least {SMALLEST_SIDE} pixels a side, got {settings.image_size}")
+    check_output_file(settings.json, "--json")
+    refuse_same_file(settings.out, Path(settings.source), settings.model, settings.baseline)
     limit = settings.max_frames
     if limit is None and settings.source == "synthetic":
         limit = SYNTHETIC_FRAMES
@@ -82,16 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
             pipeline.interrupt()
 
-        previous = signal.signal(signal.SIGINT, on_interrupt)
+        previous = {number: signal.signal(number, on_interrupt) for number in STOP_SIGNALS}
         try:
             summary = pipeline.run()
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     if output.frames == 0:
         raise UserError(f"{settings.source}: not one frame could be shown ({summary['ended']})")
     write_json(summary, settings.json)
     print(
-        f"{output.path}: {output.frames} frames, {summary['frames']['dropped']} dropped, "
+        f"{output.path}: {summary['frames']['written']} frames, {summary['frames']['dropped']} dropped, "
         f"{summary['frames']['corrupt']} corrupt; ended: {summary['ended']}; "
         f"{json.dumps(summary['pipeline'])}",
         file=sys.stderr,

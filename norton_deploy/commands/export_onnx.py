@@ -23,6 +23,7 @@ from norton_deploy.export.onnx_export import Precision, export_onnx, weights_dig
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.random_weights import calibrate_random_detector
 from norton_deploy.export.static_rcnn import GraphSettings, InputDtype, StaticRCNN, Target
+from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.model_source import open_model
 from norton_deploy.modeling.builders import build_detector
 from norton_deploy.modeling.detectors import DetectorSettings
@@ -37,6 +38,11 @@ from norton_deploy.runtime.sampling_effect import measure_sampling_effect
 from norton_deploy.runtime.torch_backend import TorchPredictor
 from norton_deploy.structures import Categories, Task
 
+RANDOM_SIZE = (800, 800)
+"""Of graphs of random detectors, as in the paper's Table III."""
+FAR = 2.0
+"""A graph whose short side differs by more than this factor from the model's own is remarked upon."""
+
 
 @dataclass(kw_only=True)
 class ExportSettings:
@@ -50,8 +56,9 @@ class ExportSettings:
     """box, mask or keypoint; needed without --model, checked with it."""
     plan: Path | None = None
     """Without --model: compress the random detector by this plan."""
-    image_size: tuple[int, int] = (800, 800)
-    """Height and width in pixels of the image that the detector sees, the graph's input without --input-size."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels of the image that the detector sees, the graph's input without --input-size; by
+    default a square of the model's own short side (800 without --model)."""
     input_size: tuple[int, int] | None = None
     """Height and width of the camera's frames: the graph letterboxes them into --image-size itself, takes no other
     size, and gives boxes in their pixels."""
@@ -109,7 +116,15 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
     """
     if settings.parity_images < 1:
         raise UserError("parity_images: every export is compared on at least 1 image")
+    check_output_file(out, "--out", ".onnx")
+    check_output_file(settings.json, "--json")
+    refuse_same_file(out, None if settings.model is None else Path(settings.model))
     original, categories, task = open_detector(settings)
+    image_size = graph_size(settings, original)
+    images = parity_images(settings, image_size)
+    dataset = None
+    if settings.eval is not None:
+        dataset = CocoDetection(settings.eval, "val", task, categories=categories)
     adaptive = is_adaptive(original)
     model = fix_sampling(original) if adaptive else original
     unchecked = out.with_suffix(".unchecked.onnx")
@@ -117,7 +132,7 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
     graph = StaticRCNN(
         lower_model(model, settings.form),
         GraphSettings(
-            image_size=settings.image_size,
+            image_size=image_size,
             batch=settings.batch,
             target=target,
             max_detections=settings.max_detections,
@@ -138,7 +153,6 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
         letterbox=settings.resize == "letterbox",
     )
     exported = time.perf_counter()
-    images = parity_images(settings)
     parity = check_parity(model, unchecked, images)
     compared = time.perf_counter()
     print(f"{out}: {task}, {settings.precision}, {target}\n{parity.table()}", file=sys.stderr)
@@ -154,11 +168,11 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
         "parity_s": compared - exported,
     }
     if adaptive:
-        effect = measure_sampling_effect(original, model, images, settings.image_size)
+        effect = measure_sampling_effect(original, model, images, image_size)
         print(f"note: {effect.sentence()}", file=sys.stderr)
         report["sampling_effect"] = asdict(effect)
-    if settings.eval is not None:
-        report["average_precision"] = average_precision(settings, original, categories, task, out)
+    if dataset is not None:
+        report["average_precision"] = average_precision(settings, original, dataset, task, out)
     print(
         f"{out}: equal to eager mode on {parity.images} images ({parity.detections} detections); "
         f"export {exported - started:.0f} s, comparison {compared - exported:.0f} s",
@@ -183,13 +197,14 @@ def open_detector(settings: ExportSettings) -> tuple[GeneralizedRCNN, Categories
         if settings.task is None:
             raise UserError("--task: needed without --model")
         task = settings.task
-        shape = DetectorSettings(min_size=min(settings.image_size), max_size=max(settings.image_size))
+        size = settings.image_size or RANDOM_SIZE
+        shape = DetectorSettings(min_size=min(size), max_size=max(size))
         shape = replace(shape, num_classes=2) if task == "keypoint" else shape
         plan = None if settings.plan is None else CompressionPlan.load(settings.plan)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build_detector(task, shape, plan)
-        scenes = [draw_scene(seed, settings.image_size).image for seed in (1000, 1001)]
+        scenes = [draw_scene(seed, size).image for seed in (1000, 1001)]
         pixels = [torch.from_numpy(scene).permute(2, 0, 1).to(torch.float32) / 255 for scene in scenes]
         calibrate_random_detector(model, pixels, shape)
         categories = published_categories(task, shape.num_classes)
@@ -200,25 +215,36 @@ def open_detector(settings: ExportSettings) -> tuple[GeneralizedRCNN, Categories
     return model.eval(), categories, task
 
 
-def parity_images(settings: ExportSettings) -> list[Image]:
+def graph_size(settings: ExportSettings, model: GeneralizedRCNN) -> tuple[int, int]:
+    """--image-size, or the square of the model's own short side; a size far from it is remarked upon."""
+    own = int(model.transform.min_size[-1])
+    if settings.image_size is None:
+        return RANDOM_SIZE if settings.model is None else (own, own)
+    if not own / FAR <= min(settings.image_size) <= own * FAR:
+        print(
+            f"warning: --image-size {settings.image_size[0]} {settings.image_size[1]} is far from the {own} pixels of "
+            "the short side that this model was made for: expect it to miss much; leave --image-size out, or see "
+            "what is lost with --eval",
+            file=sys.stderr,
+        )
+    return settings.image_size
+
+
+def parity_images(settings: ExportSettings, image_size: tuple[int, int]) -> list[Image]:
     """The user's first images, or embedded scenes of the size of the graph's input."""
     if settings.images:
         files = [file for path in settings.images for file in find_images(path)]
         return [read_image(file) for file in files[: settings.parity_images]]
-    return [
-        draw_scene(seed, settings.input_size or settings.image_size).image for seed in range(settings.parity_images)
-    ]
+    return [draw_scene(seed, settings.input_size or image_size).image for seed in range(settings.parity_images)]
 
 
 def average_precision(
-    settings: ExportSettings, model: GeneralizedRCNN, categories: Categories, task: Task, out: Path
+    settings: ExportSettings, model: GeneralizedRCNN, dataset: CocoDetection, task: Task, out: Path
 ) -> dict[str, dict[str, float]]:
     """COCO AP, by measure, before (eager mode, its own resizing and decoding) and after (the graph)."""
-    assert settings.eval is not None
-    dataset = CocoDetection(settings.eval, "val", task, categories=categories)
     scores: dict[str, dict[str, float]] = {}
     for name, predictor in (
-        ("before", TorchPredictor(model, task, categories, device="cpu")),
+        ("before", TorchPredictor(model, task, dataset.categories, device="cpu")),
         ("after", OnnxRuntimePredictor(out, device="cpu")),
     ):
         metrics = evaluate_detector(predictor, dataset, limit=settings.eval_limit).metrics

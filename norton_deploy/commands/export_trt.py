@@ -16,6 +16,7 @@ from norton_deploy.commands.export_onnx import ExportSettings, export_checked
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.export.tensorrt_build import Engine, EngineUnavailableError, build_engine, target_commands
+from norton_deploy.files import check_output_file
 
 ENGINE_NOT_BUILT = 3
 
@@ -35,8 +36,8 @@ class Settings(ExportSettings):
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, compare, build, report."""
     settings = parse_settings(Settings, argv, prog="export_trt", description=__doc__ or "")
-    if settings.out.suffix != ".engine":
-        raise UserError(f"{settings.out}: expected a name that ends in .engine")
+    check_output_file(settings.out, "--out", ".engine")
+    check_output_file(settings.json, "--json")
     report: dict[str, Any] = {}
     if settings.onnx is not None:
         if settings.model is not None or settings.plan is not None:

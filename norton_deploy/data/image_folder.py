@@ -1,15 +1,18 @@
 """Plain images from a folder, for everything that needs pictures but no labels."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from norton_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -39,6 +42,10 @@ def read_images(folder: str | Path, limit: int) -> Iterator[Tensor]:
     Raises:
         UserError: there are none, one cannot be decoded, or the limit is below 1.
     """
+    # here, because who only looks for files on a machine that runs graphs has no torch
+    import torch
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     if limit < 1:
         raise UserError(f"{folder}: expected to read at least 1 image, got {limit}")
     paths = find_images(folder)

@@ -28,11 +28,13 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
     if len(detections) == 0:
         return np.ascontiguousarray(scene[:, :, ::-1])
     objects = detections.to_supervision(categories)
+    order = {label: index for index, label in enumerate(categories.labels)}
+    colours = np.array([order[int(label)] for label in detections.labels])  # COCO's ids are sparse: two might share one
     scale = max(0.4, min(image.shape[:2]) / 1000)
     thickness = max(1, round(2 * scale))
     if objects.mask is not None:
-        scene = sv.MaskAnnotator(opacity=0.45).annotate(scene, objects)
-    scene = sv.BoxAnnotator(thickness=thickness).annotate(scene, objects)
+        scene = sv.MaskAnnotator(opacity=0.45).annotate(scene, objects, colours)
+    scene = sv.BoxAnnotator(thickness=thickness).annotate(scene, objects, colours)
     if detections.keypoints is not None:
         skeletons = _key_points(detections.keypoints, objects.class_id)
         if detections.keypoints.shape[1] == COCO_KEYPOINTS:
@@ -41,9 +43,12 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
     names = objects.data["class_name"]
     labels = [f"{name} {score:.2f}" for name, score in zip(names, detections.scores, strict=True)]
     labeller = sv.LabelAnnotator(
-        text_scale=0.9 * scale, text_thickness=thickness, text_padding=max(2, round(5 * scale))
+        text_scale=0.9 * scale,
+        text_thickness=thickness,
+        text_padding=max(2, round(5 * scale)),
+        smart_position=True,  # labels at the image's edge are moved inside
     )
-    scene = labeller.annotate(scene, objects, labels)
+    scene = labeller.annotate(scene, objects, labels, colours)
     return np.ascontiguousarray(scene[:, :, ::-1])
 
 

@@ -159,6 +159,8 @@ def choose_providers(device: str | None, providers: Sequence[str] | None) -> tup
 
 
 def _cuda_devices() -> int:
-    import torch
-
+    try:
+        import torch
+    except ImportError:  # a machine that only runs graphs
+        return 0
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -58,8 +58,9 @@ class _Run:
 class VideoPipeline:
     """Runs one model, or two side by side, over a source and writes what they see.
 
-    Live sources drop the oldest waiting frame when inference is slower than the camera, and count it; files
-    and synthetic scenes wait. With two models both see every frame, in alternating order.
+    Live sources drop the oldest waiting frame when inference is slower than the camera, and count it (the recording
+    repeats the frame before, so that it plays in real time); files and synthetic scenes wait. With two models both see
+    every frame, in alternating order.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class VideoPipeline:
     def _draw(self) -> None:
         measured = self._measured
         recent_predict_ms: deque[list[float]] = deque(maxlen=OVERLAY_WINDOW)
+        first_s: float | None = None
         while (analysed := self._analysed.get()) is not None:
             recent_predict_ms.append(analysed.predict_ms)
             shown = [found[found.scores >= self._score_threshold] for found in analysed.detections]
@@ -173,7 +175,8 @@ class VideoPipeline:
             latency_ms = measured.latency_ms[-OVERLAY_WINDOW:]
             fps = _rate(measured.written_s[-OVERLAY_WINDOW:])
             canvas = compose_panels(analysed.frame.image, shown, categories, texts, fps, latency_ms)
-            self._output.write(canvas)
+            first_s = analysed.frame.captured_s if first_s is None else first_s
+            self._output.write(canvas, analysed.frame.captured_s - first_s if self._source.is_live else None)
             open_window = self._window is None or self._window.show(canvas)
             now = time.perf_counter()
             measured.written_s.append(now)

@@ -6,8 +6,11 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import cv2
+import numpy as np
+import numpy.typing as npt
 
 from norton_deploy.errors import UserError
 from norton_deploy.runtime.predictor import Image
@@ -20,7 +23,8 @@ class VideoFile:
     """An MP4 file that appears under its name only when it was closed properly.
 
     Use as a context manager; frames go to a hidden neighbour, which is renamed on exit, after an exception
-    too: what was recorded so far is a readable video.
+    too: what was recorded so far is a readable video. What cannot be read back (a full disk: OpenCV does not tell)
+    is left beside, and an older video of that name stays.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -39,9 +43,16 @@ class VideoFile:
         self._partial = path.with_name(f".{path.stem}.partial.mp4")
         self._writer: cv2.VideoWriter | None = None
         self._frame_size = (0, 0)
+        self._last: npt.NDArray[Any] = np.empty(0, np.uint8)
 
-    def write(self, frame: Image) -> None:
-        """Append a frame, uint8 RGB [H, W, 3]; one of another size is scaled to the first one's.
+    def write(self, frame: Image, time_s: float | None = None) -> None:
+        """Append a frame; one of another size is scaled to the first one's.
+
+        Args:
+            frame: uint8 RGB [H, W, 3].
+            time_s: when it was seen, in seconds since the first frame, for a source that runs by the clock: the
+                frame before is repeated until then, and a frame that comes before its turn is left out, so that
+                the video plays as fast as things happened.
 
         Raises:
             UserError: OpenCV cannot open the file for writing.
@@ -54,8 +65,18 @@ class VideoFile:
                 raise UserError(f"{self.path}: OpenCV cannot write {CODEC} video here ({self._frame_size})")
         if (frame.shape[1], frame.shape[0]) != self._frame_size:
             frame = cv2.resize(frame, self._frame_size, interpolation=cv2.INTER_AREA).astype(frame.dtype)
-        self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        turn = self.frames if time_s is None else round(time_s * self._fps)
+        while self.frames < turn:
+            self._append(self._last)
+        if self.frames == turn:
+            self._append(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+
+    def _append(self, frame: npt.NDArray[Any]) -> None:
+        """Write a BGR frame of the video's size."""
+        assert self._writer is not None
+        self._writer.write(frame)
         self.frames += 1
+        self._last = frame
 
     def __enter__(self) -> VideoFile:
         return self
@@ -65,10 +86,21 @@ class VideoFile:
     ) -> None:
         if self._writer is not None:
             self._writer.release()
-        if self.frames:
+        if not self.frames:
+            self._partial.unlink(missing_ok=True)
+        elif self._readable_frames() == self.frames:
             self._partial.replace(self.path)
         else:
-            self._partial.unlink(missing_ok=True)
+            raise UserError(
+                f"{self.path}: the video cannot be read back (is the disk full?); what was written is {self._partial}"
+            )
+
+    def _readable_frames(self) -> int:
+        """Frames that the closed file announces, 0 if it cannot be opened."""
+        capture = cv2.VideoCapture(str(self._partial))
+        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+        capture.release()
+        return frames
 
 
 class Window:

@@ -211,10 +211,10 @@ class SyntheticSource(FrameSource):
 
 
 def open_source(source: str, image_size: tuple[int, int] = (480, 640)) -> FrameSource:
-    """Open what `--source` names: a camera number, a stream's address, "synthetic" or a file.
+    """Open what `--source` names: a camera's number or device, a stream's address, "synthetic" or a file.
 
     Args:
-        source: "0", "rtsp://...", "synthetic" or a path.
+        source: "0", "/dev/video0", "rtsp://...", "synthetic" or a path.
         image_size: (height, width) of synthetic frames.
 
     Raises:
@@ -224,6 +224,8 @@ def open_source(source: str, image_size: tuple[int, int] = (480, 640)) -> FrameS
         return SyntheticSource(image_size)
     if source.isdecimal():
         return LiveSource(f"camera {source}", lambda: cv2.VideoCapture(int(source)))
+    if Path(source).is_char_device():
+        return LiveSource(source, lambda: cv2.VideoCapture(source, cv2.CAP_V4L2))
     if source.lower().startswith(NETWORK_SCHEMES):
         return LiveSource(source, lambda: cv2.VideoCapture(source))
     return FileSource.open(Path(source))

@@ -71,6 +71,33 @@ def test_export_onnx_with_evaluation(checkpoint: Path, tmp_path: Path, tiny_coco
     assert sorted(path.name for path in tmp_path.iterdir()) == ["box.onnx", "report.json"]
 
 
+def test_the_graph_has_the_models_own_size_and_a_far_one_is_remarked_upon(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(checkpoint), "--nms-iterations", "4", "--parity-images", "1"]
+    report = tmp_path / "report.json"
+    assert commands.run("export_onnx", [*arguments, "--out", str(tmp_path / "own.onnx"), "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["contract"]["image_size"] == [96, 96]
+    assert "is far from" not in capsys.readouterr().err
+    large = ["--image-size", "256", "256", "--out", str(tmp_path / "large.onnx")]
+    assert commands.run("export_onnx", [*arguments, *large]) in (0, 1)  # random weights may differ there
+    assert "--image-size 256 256 is far from the 96 pixels" in capsys.readouterr().err
+
+
+def test_outputs_and_images_are_checked_before_the_export(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in [
+        (["--out", str(tmp_path / "e")], "ends in .onnx"),
+        (["--out", str(tmp_path / "e.onnx"), "--json", str(tmp_path)], "is a folder"),
+        (["--out", str(tmp_path / "e.onnx"), "--images", str(tmp_path / "absent")], "no images"),
+        (["--out", str(tmp_path / "e.onnx"), "--eval", str(tmp_path / "absent")], "absent"),
+    ]:
+        assert commands.run("export_onnx", ["--model", str(checkpoint), *more]) == 1
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_trt_without_tensorrt_then_the_tool_command(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

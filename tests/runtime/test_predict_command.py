@@ -1,5 +1,7 @@
 """norton predict: images in, annotated images and COCO JSON out."""
 
+import json
+
 import cv2
 import numpy as np
 import pytest
@@ -48,10 +50,54 @@ def lampless(image: np.ndarray) -> np.ndarray:
 def test_predict_mistakes_are_one_line(graph, folder, tmp_path, capsys):
     model = str(graph())
     (folder / "c.jpg").write_text("no image")
-    for images, message in [(tmp_path / "absent", "no images"), (folder, "c.jpg: not an image")]:
+    for images, message in [(tmp_path / "absent", "no images"), (folder / "c.jpg", "c.jpg: not an image")]:
         assert run("predict", ["--model", model, "--images", str(images), "--out", str(tmp_path / "o")]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
+
+
+def test_a_bad_image_costs_only_itself(graph, folder, tmp_path, capsys):
+    (folder / "a_bad.jpg").write_text("no image")
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    arguments = ["--model", str(graph()), "--images", str(folder), "--out", str(out)]
+    assert run("predict", [*arguments, "--json", str(figures)]) == 1
+    assert "1 of 3 images were left out, the first because: " in capsys.readouterr().err
+    found = json.loads((out / "detections.json").read_text())
+    assert [image["id"] for image in found["images"]] == [1, 3] and len(found["annotations"]) == 1
+    assert json.loads(figures.read_text())["bad_images"] == 1
+    assert run("predict", arguments) == 1  # the folder has results
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_was_found(graph, folder, tmp_path, monkeypatch):
+    from norton_deploy.commands import predict
+
+    pictures = iter([predict.write_image])
+
+    def write(path, image):
+        try:
+            next(pictures)(path, image)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(predict, "write_image", write)
+    assert run("predict", ["--model", str(graph()), "--images", str(folder), "--out", str(tmp_path / "o")]) == 130
+    assert json.loads((tmp_path / "o" / "detections.json").read_text())["annotations"]
+
+
+def test_colours_tell_neighbouring_categories_apart():
+    boxes = np.array([[10, 40, 40, 70], [60, 40, 90, 70]], np.float32)
+    found = Detections(boxes, np.ones(2, np.float32), np.array([1, 2]), (100, 100))
+    drawn = draw_detections(np.zeros((100, 100, 3), np.uint8), found, Categories((1, 2), (1, 22), ("a", "b")))
+    assert drawn[70, 25].any() and (drawn[70, 25] != drawn[70, 75]).any()  # the boxes' lower edges
+
+
+def test_a_label_at_the_edge_is_whole():
+    image, categories = np.zeros((100, 100, 3), np.uint8), Categories((1,), (1,), ("wide name",))
+    inside = Detections(np.array([[20, 40, 50, 70]], np.float32), np.ones(1, np.float32), np.ones(1, int), (100, 100))
+    at_edge = Detections(np.array([[80, 0, 99, 30]], np.float32), np.ones(1, np.float32), np.ones(1, int), (100, 100))
+    white = [int((draw_detections(image, found, categories).min(axis=2) > 200).sum()) for found in (inside, at_edge)]
+    assert white[0] == white[1] > 0  # pixels of the text
 
 
 def test_image_ids_follow_cocos_names(tmp_path):
