@@ -8,7 +8,9 @@ from typing import Literal
 
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
+from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import Complexity, count_complexity
+from norton_deploy.files import check_output_file
 from norton_deploy.modeling.builders import build_classifier, build_detector
 from norton_deploy.modeling.classifiers import Architecture, ClassifierSettings
 from norton_deploy.modeling.detectors import DetectorSettings
@@ -40,6 +42,15 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="complexity", description=__doc__ or "")
+    for name, value, least in (
+        ("--image-size", None if settings.image_size is None else min(settings.image_size), 1),
+        ("--num-classes", settings.num_classes, 1 if settings.task == "cls" else 2),
+        ("--proposals", settings.proposals, 0),
+        ("--detections", settings.detections, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name}: expected at least {least}, got {value}")
+    check_output_file(settings.json, "--json")
     plan = None if settings.plan is None else CompressionPlan.load(settings.plan)
     vgg = settings.arch == "vgg16_bn"
     if settings.task == "cls":

@@ -27,6 +27,9 @@ from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.pruning.filter_choices import choose_by_angles
 from norton_deploy.pruning.subspace_angles import Measure
 
+WHOLE_DETECTOR = "rcnn"
+"""Architecture of plans that name a detector's pyramid and heads too."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -70,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{settings.model}: is compressed already; start from its dense original")
     if settings.weights == "none" and not Path(settings.model).is_file():
         print(f"note: the weights of {settings.model} are random (--weights none)", file=sys.stderr)
+    found = dense.header.settings
+    own = found.backbone if isinstance(found, DetectorSettings) else found.architecture
+    if plan.architecture not in (own, WHOLE_DETECTOR):
+        raise UserError(f"{settings.plan}: a plan for {plan.architecture}, and {settings.model} is a {own}")
     fitted = fit_plan(dense.model, plan)
     kept: dict[str, Tensor] = {}
     steps = len(fitted.ranks) + len(fitted.keep)

@@ -18,6 +18,7 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import metrics_table, table3_scores
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector, write_results
+from norton_deploy.files import check_output_file
 from norton_deploy.runtime.predictor import load_predictor
 from norton_deploy.structures import Task
 
@@ -55,8 +56,15 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="eval_det", description=__doc__ or "")
-    if settings.batch_size < 1:
-        raise UserError(f"--batch-size: expected at least 1, got {settings.batch_size}")
+    for name, value, least in (
+        ("--batch-size", settings.batch_size, 1),
+        ("--limit", settings.limit, 1),
+        ("--workers", settings.workers, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name}: expected at least {least}, got {value}")
+    check_output_file(settings.results, "--results")
+    check_output_file(settings.json, "--json")
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
     device = settings.device or ("cpu" if use_cpu else str(state.device))

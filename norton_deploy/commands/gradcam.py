@@ -17,6 +17,7 @@ from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
+from norton_deploy.files import check_output_file
 from norton_deploy.model_source import open_model
 from norton_deploy.modeling.classifiers import ClassifierSettings
 from norton_deploy.reporting.gradcam import (
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {settings.out}: expected a .png or .jpg file")
     if settings.count < 1 or settings.rows < 1:
         raise UserError("--count, --rows: expected at least 1")
+    if not settings.compressed:
+        raise UserError("--compressed: expected one or several models after it")
+    check_output_file(settings.json, "--json")
     if settings.box is not None and len(find_images(settings.images)) != 1:
         raise UserError(f"--box: goes with one image, {settings.images} holds more")
     models = open_models(settings)
@@ -129,6 +133,10 @@ def ask(models: dict[str, Checkpoint], image: torch.Tensor, settings: Settings) 
         if settings.box is not None:
             raise UserError("--box: goes with detectors, not with a classifier")
         return ask_classifier(models[DENSE].model, image, found)
+    if settings.box is not None:
+        (left, top, right, bottom), (height, width) = settings.box, image.shape[-2:]
+        if not (max(left, 0) < min(right, width) and max(top, 0) < min(bottom, height)):
+            raise UserError(f"--box {settings.box}: covers nothing of the image, which has {width} x {height} pixels")
     return ask_detector([checkpoint.model for checkpoint in models.values()], image, settings.box)
 
 

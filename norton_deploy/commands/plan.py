@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
+from norton_deploy.errors import UserError
 from norton_deploy.export.tuning import CPU, TimingTable
-from norton_deploy.files import atomic_write
+from norton_deploy.files import atomic_write, check_output_file
 from norton_deploy.model_source import open_model
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.plan_report import plan_report, verdict
@@ -65,6 +66,9 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="plan", description=__doc__ or "")
+    if settings.multiple < 1:
+        raise UserError(f"--multiple: expected at least 1, got {settings.multiple}")
+    check_output_file(settings.json, "--json")
     request = PlanRequest(
         budget=Budget.parse(settings.budget),
         image_size=settings.image_size,

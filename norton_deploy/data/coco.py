@@ -121,6 +121,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 f"{source}: category {unknown[0]['id']} ({unknown[0]['name']}) is unknown to the model, which has "
                 + ", ".join(self.categories.names)
             )
+        names = dict(zip(self.categories.ids, self.categories.names, strict=True))
+        renamed = [entry for entry in category_entries if entry["name"] != names[entry["id"]]]
+        if renamed:
+            warnings.warn(
+                f"{source}: category {renamed[0]['id']} is '{renamed[0]['name']}' here and '{names[renamed[0]['id']]}' "
+                f"to the model ({len(renamed)} such in all); are these the same objects?",
+                stacklevel=2,
+            )
         degenerate = sum(
             not entry["iscrowd"] and _is_degenerate(entry, image)
             for image, entries in zip(images, annotations, strict=True)

@@ -102,13 +102,30 @@ def _is_number(value: object) -> bool:
 
 
 def _require(entry: Entry, names: tuple[str, ...]) -> None:
+    if not isinstance(entry, dict):
+        raise _BadEntryError(f"expected an object with fields, got {entry!r}")
     for name in names:
         if name not in entry:
             raise _BadEntryError(f"the field '{name}' is missing")
 
 
+def _require_integers(entry: Entry, names: tuple[str, ...]) -> None:
+    _require(entry, names)
+    for name in names:
+        if type(entry[name]) is not int:
+            raise _BadEntryError(f"'{name}' must be an integer, got {entry[name]!r}")
+
+
+def _name_of(entry: object, position: int) -> object:
+    """What to call an entry in a message: its id, or its place in the list."""
+    return entry["id"] if isinstance(entry, dict) and "id" in entry else f"(entry {position})"
+
+
 def _check_image(entry: Entry, known: dict[int, Entry]) -> None:
-    _require(entry, ("id", "file_name", "height", "width"))
+    _require_integers(entry, ("id",))
+    _require(entry, ("file_name", "height", "width"))
+    if not isinstance(entry["file_name"], str):
+        raise _BadEntryError(f"'file_name' must be a string, got {entry['file_name']!r}")
     if entry["id"] in known:
         raise _BadEntryError("there is another image with this id")
     for side in ("height", "width"):
@@ -122,11 +139,15 @@ def _check_segmentation(segmentation: object, image: Entry) -> None:
         if list(segmentation.get("size", [])) != size or "counts" not in segmentation:
             raise _BadEntryError(f"its RLE needs 'counts' and 'size' {size}, got size {segmentation.get('size')}")
         counts = segmentation["counts"]
+        if not isinstance(counts, str) and not (isinstance(counts, list) and set(map(type, counts)) <= {int}):
+            raise _BadEntryError("its RLE's 'counts' must be a string or a list of integers")
         if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
             raise _BadEntryError(f"its RLE covers {sum(counts)} of the image's {size[0] * size[1]} pixels")
         return
     polygons = segmentation if isinstance(segmentation, list) else []
     sound = all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
+    if sound:
+        sound = all(set(map(type, polygon)) <= {int, float} for polygon in polygons)
     if not polygons or not sound:
         raise _BadEntryError("'segmentation' must be an RLE or polygons of three or more x, y pairs")
 
@@ -134,7 +155,7 @@ def _check_segmentation(segmentation: object, image: Entry) -> None:
 def _check_annotation(
     entry: Entry, known: set[int], images: dict[int, Entry], category_ids: set[int], task: Task
 ) -> None:
-    _require(entry, ("id", "image_id", "category_id", "bbox", "area"))
+    _require(entry, ("bbox", "area"))
     if entry["id"] in known:
         raise _BadEntryError("there is another annotation with this id")
     if entry["id"] == 0:
@@ -146,6 +167,8 @@ def _check_annotation(
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise _BadEntryError(f"'bbox' must be four numbers x, y, width, height, got {box!r}")
+    if entry.get("iscrowd", 0) not in (0, 1):
+        raise _BadEntryError(f"'iscrowd' must be 0 or 1, got {entry['iscrowd']!r}")
     if not _is_number(entry["area"]):
         raise _BadEntryError(f"'area' must be a number, got {entry['area']!r}")
     if task == "mask":
@@ -191,7 +214,7 @@ def _images_with_files(entries: list[Entry], folder: Path, complaints: _Complain
             if name not in present and not ("/" in name and (folder / name).is_file()):
                 raise _BadEntryError(f"its file {folder / name} is missing")
         except _BadEntryError as error:
-            complaints.add("image", entry.get("id", f"(entry {position})"), error)
+            complaints.add("image", _name_of(entry, position), error)
             continue
         images[entry["id"]] = entry
     if not complaints.skip_bad:
@@ -238,27 +261,30 @@ def read_annotations(
     root = Path(root)
     source = annotation_file(root, split, task)
     content = _read_json(source, root, split)
-    all_categories = {category.get("id") for category in content["categories"]}
+    for entry in content["categories"]:
+        if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("name"), str):
+            raise UserError(f"{source}: a category needs an integer 'id' and a 'name', got {entry}")
+    all_categories = {category["id"] for category in content["categories"]}
     categories = [entry for entry in content["categories"] if task != "keypoint" or "keypoints" in entry]
-    for entry in categories:
-        if "id" not in entry or "name" not in entry:
-            raise UserError(f"{source}: a category needs 'id' and 'name', got {entry}")
     if not categories:
         raise UserError(f"{source}: no category{' with keypoints' if task == 'keypoint' else ''}")
     category_ids = {entry["id"] for entry in categories}
+    other_categories = all_categories - category_ids
     complaints = _Complaints(source, skip_bad)
     images = _images_with_files(content["images"], image_folder(root, split), complaints)
-    unusable = {entry.get("id") for entry in content["images"]} - set(images)
+    listed = (entry.get("id") for entry in content["images"] if isinstance(entry, dict))
+    unusable = {number for number in listed if type(number) is int} - set(images)
     ordered = [images[number] for number in sorted(images)]
     known: set[int] = set()
     of_image: dict[int, list[Entry]] = {entry["id"]: [] for entry in ordered}
     for position, entry in enumerate(content["annotations"]):
-        if entry.get("image_id") in unusable or entry.get("category_id") in all_categories - category_ids:
-            continue
         try:
+            _require_integers(entry, ("id", "image_id", "category_id"))
+            if entry["image_id"] in unusable or entry["category_id"] in other_categories:
+                continue
             _check_annotation(entry, known, images, category_ids, task)
         except _BadEntryError as error:
-            complaints.add("annotation", entry.get("id", f"(entry {position})"), error)
+            complaints.add("annotation", _name_of(entry, position), error)
             continue
         known.add(entry["id"])
         entry.setdefault("iscrowd", 0)

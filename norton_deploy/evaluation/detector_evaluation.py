@@ -1,6 +1,7 @@
 """Run a detector over a COCO split, on one process or many, and score what it finds."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def evaluate_detector(
     """Score a detector on a dataset's ground truth.
 
     Every process calls this with the same arguments; each sees every n-th image (none is padded or seen
-    twice), then all hold all results and the same metrics.
+    twice), then all hold all results and the same metrics. Detections of categories that the ground truth has not
+    are left out with one warning.
 
     Args:
         detect: images -> detections.
@@ -97,6 +99,15 @@ def evaluate_detector(
             own.extend(detections.to_coco_results(image_id, labels))
             bar.update()
     results = gather_object(own)
+    known = set(dataset.coco.getCatIds())
+    kept = [entry for entry in results if entry["category_id"] in known]
+    if len(kept) < len(results) and state.is_main_process:
+        warnings.warn(
+            f"{len(results) - len(kept)} of {len(results)} detections are of categories that the ground truth has not; "
+            "they are left out",
+            stacklevel=2,
+        )
+    results = kept
     results.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
     image_ids = [dataset.image_ids[index] for index in chosen]
     metrics: list[Any] = [None]

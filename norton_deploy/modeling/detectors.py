@@ -120,6 +120,9 @@ class DetectorSettings:
     def __post_init__(self) -> None:
         if self.num_classes < 2:
             raise UserError(f"num_classes: expected at least 2 (background counts), got {self.num_classes}")
+        for name in ("num_keypoints", "fpn_channels", "box_features", "min_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.trainable_layers <= 5:
             raise UserError(f"trainable_layers: expected 0..5, got {self.trainable_layers}")
         if len(self.anchor_sizes) != len(STAGES) + 1:

@@ -64,6 +64,8 @@ class DetectorTrainingSettings(TrainingSettings):
         super().__post_init__()
         if self.distillation_weight <= 0:
             raise UserError(f"distillation_weight: expected a positive number, got {self.distillation_weight}")
+        if self.evaluation_images is not None and self.evaluation_images < 1:
+            raise UserError(f"evaluation_images: expected at least 1, got {self.evaluation_images}")
 
     def identity(self) -> dict[str, Any]:
         """As of every run; the teacher counts by its contents too, and without one there is nothing to weigh."""

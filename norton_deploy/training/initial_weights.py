@@ -15,6 +15,8 @@ from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.structures import Categories, Task
 
 CLASSIFICATION_LAYER = "fc."
+NAMED = 5
+"""So many of a checkpoint's categories are named in a message."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ def training_categories(task: Task, data: Categories, init: Path | None) -> Cate
     if init is None or init.suffix != ".safetensors":
         return data
     header = read_header(init)
-    is_same = header.task == task and set(header.categories.ids) == set(data.ids)
+    own = header.categories  # an id alone says little: every data set of one's own begins at 1
+    is_same = header.task == task and set(zip(own.ids, own.names, strict=True)) == set(
+        zip(data.ids, data.names, strict=True)
+    )
     return header.categories if is_same else data
 
 
@@ -132,7 +137,8 @@ def _take_weights(model: nn.Module, task: Task, categories: Categories, source: 
         return f"{init}: all weights"
     backbone = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
     load_weights(model.get_submodule("backbone"), backbone, str(init))
-    return f"{init}: backbone and pyramid; the heads are random (another task or other categories)"
+    theirs = ", ".join(source.header.categories.names[:NAMED]) if source.header.task == task else source.header.task
+    return f"{init}: backbone and pyramid; the heads are random (the file's detect something else: {theirs})"
 
 
 def initial_classifier(

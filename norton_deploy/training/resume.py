@@ -75,14 +75,37 @@ def load_state(path: Path, identity: dict[str, Any]) -> RunState:
         found = content.pop("format")
         state = RunState(**content)
     except Exception as error:  # torch.load has no common base class for what it raises
-        raise UserError(f"{path}: not a saved state of a run; delete the folder's run with --overwrite") from error
+        raise UserError(
+            f"{path}: not a whole state of a run; start a new run from the folder's last.safetensors "
+            "(--init FILE --out NEW), or replace the run with --overwrite"
+        ) from error
     if found != FORMAT:
         raise UserError(f"{path}: state format {found}, this version reads {FORMAT}")
-    for name in sorted(identity.keys() | state.identity.keys()):
-        before, now = state.identity.get(name), identity.get(name)
-        if before != now:
-            raise UserError(
-                f"{path}: --resume continues the same run, but '{name}' was {before!r} and is now {now!r}; "
-                "give the old value, or start a new run with --init"
-            )
+    check_identity(path, state.identity, identity)
     return state
+
+
+def check_identity(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run with other settings.
+
+    Raises:
+        UserError: a setting differs; the message names it (and the file that holds the old ones, `path`).
+    """
+    old, new = _flat(before), _flat(now)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{path}: --resume continues the same run, but '{name}' was {old.get(name)!r} and is now "
+                f"{new.get(name)!r}; give the old value, or start a new run with --init"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists and tuples alike."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

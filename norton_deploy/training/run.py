@@ -34,7 +34,7 @@ def run_training(
     notes: Sequence[str] = (),
     image_sizes: npt.ArrayLike | None = None,
 ) -> TrainingResult:
-    """Claim the run's folder, then train, evaluate and save.
+    """Claim the run's folder once everything fits, then train, evaluate and save.
 
     Args:
         settings: of the run.
@@ -54,11 +54,6 @@ def run_training(
         UserError: the folder belongs to another run, or the loss is not finite.
     """
     identity = {**settings.identity(), **identity, "training_images": len(train)}
-    if accelerator.is_main_process:
-        RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
-        for line in (f"start from {start.origin}", *notes):
-            announce(line)
-    accelerator.wait_for_everyone()
     sampler = GroupedBatchSampler(
         len(train),
         settings.batch_size,
@@ -76,7 +71,11 @@ def run_training(
         evaluate=evaluate,
         save_model=save_model,
         identity=identity,
+        announce=announce,
     )
-    if accelerator.is_main_process:
-        announce(trainer.summary())
+    if accelerator.is_main_process:  # now that everything else is known to fit: --overwrite deletes a run
+        RunFolder(settings.out).claim(identity, resume=settings.resume, overwrite=settings.overwrite)
+        for line in (*(() if settings.resume else (f"start from {start.origin}",)), *notes, trainer.summary()):
+            announce(line)
+    accelerator.wait_for_everyone()
     return trainer.run()

@@ -8,6 +8,7 @@ from typing import Any
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
+from norton_deploy.training.resume import check_identity
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class RunFolder:
         """Make the folder this run's own; called by the main process before anything is written.
 
         Raises:
-            UserError: a run is there already and neither `resume` nor `overwrite` is set, or there is
-                nothing to resume.
+            UserError: a run is there already and neither `resume` nor `overwrite` is set, there is
+                nothing to resume, or what there is has other settings.
         """
         if resume:
             if not self.settings.is_file():
                 raise UserError(f"{self.root}: no run to resume here; start it without --resume")
+            if not self.state.exists():  # a state has its own settings, which are compared when it is read
+                check_identity(self.settings, json.loads(self.settings.read_text()), settings)
             self.non_finite.unlink(missing_ok=True)
             return
         present = [path for path in self._all() if path.exists()]

@@ -92,13 +92,17 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
-        for name in ("workers", "warmup_steps", "evaluate_every", "weight_decay"):
+        for name in ("workers", "warmup_steps", "evaluate_every", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("lr", "lr_per_16_images", "clip_norm"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum: expected 0 or more and less than 1, got {self.momentum}")
+        if not 0 <= self.warmup_factor <= 1:
+            raise UserError(f"warmup_factor: expected 0 to 1, got {self.warmup_factor}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
         if self.resume and self.overwrite:

@@ -22,6 +22,7 @@ from norton_deploy.training.optimisation import build_optimizer, learning_rate
 from norton_deploy.training.resume import RunState, load_state, save_state, seed_step
 from norton_deploy.training.run_folder import RunFolder
 from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.stop_signals import StopSignals
 from norton_deploy.training.weight_average import build_weight_average
 
 
@@ -67,6 +68,7 @@ class Trainer:
         evaluate: model in evaluation mode -> Evaluation; called on every process.
         save_model: (path, model) writes a checkpoint; called on the main process.
         identity: settings that decide the weights; a resumed run must have the same.
+        announce: called on the main process with where a run goes on, or stopped.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Trainer:
         evaluate: Callable[[nn.Module], Evaluation],
         save_model: Callable[[Path, nn.Module], None],
         identity: dict[str, Any],
+        announce: Callable[[str], None] = lambda message: None,
     ) -> None:
+        self.announce = announce
         self.accelerator = accelerator
         self.loss_terms = loss_terms
         self.loader = loader
@@ -100,6 +104,7 @@ class Trainer:
         self.best: float | None = None
         self.evaluated_step = -1
         self.metrics: dict[str, dict[str, float]] = {}
+        self._signals = StopSignals(enabled=False)
 
     def summary(self) -> str:
         """One line: how long and how fast."""
@@ -113,16 +118,23 @@ class Trainer:
     def run(self) -> TrainingResult:
         """Train to the end, from the saved state with `settings.resume`.
 
+        A single process finishes its step on SIGINT or SIGTERM, saves its state and raises KeyboardInterrupt.
+
         Raises:
             NonFiniteLossError: the loss or the gradient is not finite; the batch is in non_finite.json.
             UserError: the folder's state belongs to a run with other settings.
         """
-        if self.settings.resume and self.folder.state.exists():
-            self._restore(load_state(self.folder.state, self.identity))
+        main = self.accelerator.is_main_process
+        if self.settings.resume:
+            if self.folder.state.exists():
+                self._restore(load_state(self.folder.state, self.identity))
+            if main:
+                saved = self.folder.state.exists()
+                where = f"the state in {self.folder.state}" if saved else "no state was saved yet"
+                self.announce(f"continues at step {self.step} ({where})")
         steps = gather_object([self.step])
         if len(set(steps)) > 1:
             raise UserError(f"{self.folder.root}: not every process sees its state; put --out on a shared disk")
-        main = self.accelerator.is_main_process
         log = RunLog(self.folder.log, self.folder.tensorboard, first_step=self.step, enabled=main)
         bar = tqdm(
             total=self.total_steps,
@@ -132,7 +144,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=not (main and self.settings.progress),
         )
-        with log, bar:
+        with log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
             while self.step < self.total_steps:
                 self._run_epoch(log, bar)
             if self.evaluated_step < self.step:  # killed after the last step, before its evaluation
@@ -161,6 +173,10 @@ class Trainer:
                 self._save_state()
             if self.step == self.total_steps:
                 break
+            if self._signals.received:
+                self._save_state()
+                self.announce(f"stopped after step {self.step}; its state is saved, --resume goes on from there")
+                raise KeyboardInterrupt
         every = self.settings.evaluate_every
         ended = self.batch == self.steps_per_epoch
         if ended:

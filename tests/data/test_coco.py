@@ -115,6 +115,13 @@ def _remove(where: str, index: int, field: str) -> Callable[[Any], None]:
     return change
 
 
+def _replace(where: str, index: int) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        getattr(data, where)[index] = None
+
+    return change
+
+
 BROKEN: list[tuple[Task, Callable[[Any], None], str]] = [
     ("box", _break(0, image_id=99), "annotation id 1: points to image id 99"),
     ("box", _break(1, category_id=99), "annotation id 2: points to category id 99"),
@@ -131,6 +138,15 @@ BROKEN: list[tuple[Task, Callable[[Any], None], str]] = [
     ("mask", _break(3, segmentation=[[1, 2, 3]]), "annotation id 4: 'segmentation'"),
     ("mask", _break(1, segmentation={"counts": [2400], "size": [60, 40]}), "annotation id 2: its RLE"),
     ("mask", _break(1, segmentation={"counts": [2399], "size": [40, 60]}), "annotation id 2: its RLE"),
+    ("mask", _break(3, segmentation=[[1, 2, "x", 4, 5, 6]]), "annotation id 4: 'segmentation'"),
+    ("mask", _break(3, segmentation=[[None] * 6]), "annotation id 4: 'segmentation'"),
+    ("mask", _break(1, segmentation={"counts": None, "size": [40, 60]}), "annotation id 2: its RLE's 'counts'"),
+    ("box", _break(3, iscrowd="no"), "annotation id 4: 'iscrowd' must be 0 or 1"),
+    ("box", _break(3, image_id=[1]), "annotation id 4: 'image_id' must be an integer, got [1]"),
+    ("box", _replace("annotations", 3), "annotation id (entry 3): expected an object"),
+    ("box", _replace("images", 0), "image id (entry 0): expected an object"),
+    ("box", lambda data: data.images[0].update(id="abc"), "image id abc: 'id' must be an integer"),
+    ("box", lambda data: data.images[0].update(file_name=5), "image id 7: 'file_name' must be a string"),
     ("keypoint", _break(3, keypoints=[0] * 48), "annotation id 4: 'keypoints' must be 51 numbers"),
 ]
 
@@ -198,6 +214,20 @@ def test_missing_layout_says_what_is_expected(hand_made: Any, tmp_path: Path) ->
     (root / "annotations/instances_train2017.json").write_text("[]")
     with pytest.raises(UserError, match="no COCO annotation file"):
         CocoDetection(root, "train", "box")
+
+
+def test_a_broken_category_is_named(hand_made: Any) -> None:
+    hand_made.categories[0] = None
+    with pytest.raises(UserError, match="a category needs an integer 'id' and a 'name', got None"):
+        CocoDetection(hand_made.write(), "train", "box")
+
+
+def test_another_name_for_a_known_category_is_remarked_upon(hand_made: Any) -> None:
+    root = hand_made.write()
+    own = CocoDetection(root, "train", "box").categories
+    theirs = Categories(own.labels, own.ids, ("cup", *own.names[1:]))
+    with pytest.warns(UserWarning, match=f"category {own.ids[0]} is '{own.names[0]}' here and 'cup' to the model"):
+        CocoDetection(root, "train", "box", categories=theirs)
 
 
 def test_given_categories_decide_the_labels(hand_made: Any) -> None:

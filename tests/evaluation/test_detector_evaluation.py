@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.evaluation.coco_metrics import IOU_TYPES
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector, write_results
-from norton_deploy.structures import TASKS, Detections
+from norton_deploy.structures import TASKS, Categories, Detections
 
 ORACLE_SCRIPT = Path(__file__).with_name("oracle.py")
 
@@ -51,6 +52,21 @@ def test_only_the_first_images(tiny_coco):
     evaluation = evaluate_detector(Oracle(dataset), dataset, limit=2, progress=False)
     assert {entry["image_id"] for entry in evaluation.results} <= set(dataset.image_ids[:2])
     assert evaluation.metrics["bbox"]["AP50"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_categories_that_the_ground_truth_has_not_are_left_out(tiny_coco):
+    dataset = CocoDetection(tiny_coco, "train", "box")
+    own, oracle = dataset.categories, Oracle(dataset)
+    more = Categories((*own.labels, 90), (*own.ids, 999), (*own.names, "unicorn"))
+
+    def sees_unicorns(images):
+        found = oracle(images)
+        return [replace(one, labels=np.where(np.arange(len(one)) == 0, 90, one.labels)) for one in found]
+
+    with pytest.warns(UserWarning, match="detections are of categories that the ground truth has not"):
+        evaluation = evaluate_detector(sees_unicorns, dataset, categories=more, progress=False)
+    assert {entry["category_id"] for entry in evaluation.results} <= set(own.ids)
+    assert 0 < evaluation.metrics["bbox"]["AP"] < 1
 
 
 def test_a_detector_that_finds_nothing_scores_zero(tiny_coco):

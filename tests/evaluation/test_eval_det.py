@@ -62,3 +62,14 @@ def test_another_task_is_named(tiny_coco, mask_detector):
     arguments = ["--task", "box", "--data", str(tiny_coco), "--model", str(mask_detector), "--device", "cpu"]
     with pytest.raises(UserError, match="a detector for task 'mask', --task is 'box'"):
         main(arguments)
+
+
+def test_impossible_numbers_and_outputs_are_named(tiny_coco, tmp_path, mask_detector):
+    arguments = ["--task", "mask", "--data", str(tiny_coco), "--model", str(mask_detector), "--device", "cpu"]
+    for more, message in [
+        (["--limit", "-1"], "--limit: expected at least 1, got -1"),
+        (["--workers", "-1"], "--workers: expected at least 0"),
+        (["--json", str(tmp_path)], "--json .*: is a folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main([*arguments, *more])

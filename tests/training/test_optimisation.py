@@ -86,6 +86,9 @@ def test_weight_average_follows_its_rising_decay():
         ({"batch_size": 0}, "batch_size"),
         ({"lr": -0.1}, "lr"),
         ({"ema_decay": 1.0}, "ema_decay"),
+        ({"momentum": -1.0}, "momentum"),
+        ({"warmup_factor": -2.0}, "warmup_factor"),
+        ({"seed": -1}, "seed"),
         ({"resume": True, "overwrite": True}, "resume, overwrite"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from tiny_run import cross_entropy, tiny_settings, tiny_trainer
 
 from norton_deploy.errors import UserError
 from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.resume import check_identity
 
 
 class KilledError(Exception):
@@ -74,6 +76,43 @@ def test_another_setting_is_named(tmp_path):
     tiny_trainer(tiny_settings(tmp_path / "run")).run()
     with pytest.raises(UserError, match=r"'lr' was 0\.05 and is now 0\.1"):
         tiny_trainer(tiny_settings(tmp_path / "run", resume=True, lr=0.1)).run()
+
+
+def test_another_setting_is_named_before_there_is_a_state(tmp_path):
+    tiny_trainer(tiny_settings(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"settings\.json: .*'lr' was 0\.05 and is now 0\.1"):
+        tiny_trainer(tiny_settings(tmp_path / "run", resume=True, lr=0.1))
+
+
+def test_only_the_setting_that_differs_is_named(tmp_path):
+    before = {"detector": {"min_size": 192, "channels": (1, 2)}}
+    check_identity(tmp_path, before, {"detector": {"min_size": 192, "channels": [1, 2]}})
+    with pytest.raises(UserError, match=r"'detector\.min_size' was 192 and is now 200; "):
+        check_identity(tmp_path, before, {"detector": {"min_size": 200, "channels": [1, 2]}})
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_its_step(tmp_path, uninterrupted, stop):
+    def interrupted(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        interrupted.calls += 1
+        if interrupted.calls == 2:
+            signal.raise_signal(stop)
+        return cross_entropy(model, batch)
+
+    interrupted.calls = 0
+    before = signal.getsignal(stop)
+    trainer = tiny_trainer(tiny_settings(tmp_path / "run"), loss_terms=interrupted)
+    said: list[str] = []
+    trainer.announce = said.append
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert signal.getsignal(stop) == before
+    assert said == ["stopped after step 2; its state is saved, --resume goes on from there"]
+    resumed = tiny_trainer(tiny_settings(tmp_path / "run", resume=True))
+    resumed.announce = said.append
+    assert resumed.run() == uninterrupted[1]
+    assert said[1].startswith("continues at step 2 (")
+    assert_identical(all_tensors(resumed), uninterrupted[0])
 
 
 def test_a_run_is_never_mixed_with_another(tmp_path):

@@ -19,7 +19,9 @@ from norton_deploy.errors import UserError
 from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.modeling.compress import compress
 from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.training import run
+from norton_deploy.structures import Categories
+from norton_deploy.training import run, trainer
+from norton_deploy.training.initial_weights import training_categories
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -134,9 +136,33 @@ def test_init_from_a_detector(tiny_coco, tmp_path, capsys):
     assert "the file's own settings where none but a default is given: max_size 128\n" in capsys.readouterr().err
 
 
+def test_other_objects_under_known_ids_keep_their_own_names(tiny_coco, tmp_path):
+    main(tiny_arguments(tiny_coco, tmp_path / "run", "box", "--steps", "1"))
+    file = tmp_path / "run" / "last.safetensors"
+    own = load_checkpoint(file).header.categories
+    assert training_categories("box", own, file) == own
+    data = Categories(own.labels, own.ids, ("cup", *own.names[1:]))
+    assert training_categories("box", data, file) == data
+
+
+def test_a_run_is_kept_when_the_one_to_replace_it_cannot_start(tiny_coco, tmp_path, monkeypatch):
+    def refuses(*_):
+        raise UserError("no optimizer today")
+
+    arguments = tiny_arguments(tiny_coco, tmp_path / "run", "box", "--steps", "1")
+    main(arguments)
+    before = (tmp_path / "run" / "last.safetensors").read_bytes()
+    monkeypatch.setattr(trainer, "build_optimizer", refuses)
+    with pytest.raises(UserError, match="no optimizer today"):
+        main([*arguments, "--overwrite"])
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["--detector.min-size", "-5"], "min_size: expected at least 1"),
+        (["--evaluation-images", "0"], "evaluation_images: expected at least 1"),
         (["--detector.norm", "frozen"], "goes with a pretrained backbone"),
         (["--detector.norm", "sync"], "sync needs GPUs"),
         (["--detector.num-classes", "5"], r"num_classes is 5, but the data has 7"),
