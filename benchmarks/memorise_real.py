@@ -29,9 +29,10 @@ from norton_deploy import commands
 from norton_deploy.checkpoint import load_checkpoint
 from norton_deploy.commands import Steps
 from norton_deploy.config import parse_settings
+from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import count_complexity
-from norton_deploy.files import atomic_write
+from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.modeling.narrow_plan import narrow_plan
 from norton_deploy.planning.plan import CompressionPlan
@@ -46,7 +47,8 @@ CONFIG = Path("configs/train/demo_mask.yaml")
 GOAL_AP50 = 0.5
 GREY = 70
 NOTES = """\
-All scores are on the training images themselves: learning by heart is the point, they say nothing about other images. \
+{images} photographs with {objects} annotated objects, crowds not counted. All scores are on these training images \
+themselves: learning by heart is the point, they say nothing about other images. \
 The goal was an AP50 of {goal} for both. Outlines of {shown} images, from left to right: annotated objects, dense, \
 compressed (score at least {score}).
 
@@ -99,11 +101,25 @@ def main() -> int:
     steps.train("train_det", (*shape, "--init", str(start / "last.safetensors"), *length, *teacher), small)
     cells = {name: read_cell(folder) for name, folder in (("dense", dense), (settings.plan.stem, small))}
     given = {name: value for name, value in asdict(settings).items() if not isinstance(value, Path)}
-    result = {"settings": {**given, "plan": settings.plan.name}, "cells": cells, "provenance": provenance()}
+    annotations = annotation_file(data, "train", "mask")
+    listed = COCO(str(annotations))
+    contents = {
+        "images": len(listed.getImgIds()),
+        "objects": len(listed.getAnnIds(iscrowd=False)),
+        "annotations_sha256": sha256_of(annotations),
+    }
+    result = {
+        "settings": {**given, "plan": settings.plan.name},
+        "data": contents,
+        "cells": cells,
+        "provenance": provenance(),
+    }
     picture = settings.out.with_suffix(".png")
     draw(settings, data, {"dense": dense, settings.plan.stem: small}, picture)
     commands.write_json(result, settings.out)
-    notes = NOTES.format(goal=GOAL_AP50, shown=settings.shown, score=settings.draw_score, picture=picture.name)
+    notes = NOTES.format(
+        **contents, goal=GOAL_AP50, shown=settings.shown, score=settings.draw_score, picture=picture.name
+    )
     with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
         stream.write(f"{table(cells).to_markdown()}\n\n{notes}\n")
     return 0
@@ -112,15 +128,21 @@ def main() -> int:
 def same_images_twice(settings: Settings) -> Path:
     """A folder whose val2017 is the train2017 of the data."""
     data = settings.work / "data"
+    given = annotation_file(settings.data, "train", "mask")
     if not data.is_dir():
         unfinished = settings.work / "data.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "annotations").mkdir(parents=True)
         for split in ("train", "val"):
             (unfinished / f"{split}2017").symlink_to((settings.data / "train2017").resolve())
-            source = settings.data / "annotations" / "instances_train2017.json"
-            shutil.copy(source, unfinished / "annotations" / f"instances_{split}2017.json")
+            shutil.copy(
+                annotation_file(settings.data, "train", "mask"),
+                unfinished / "annotations" / f"instances_{split}2017.json",
+            )
         unfinished.rename(data)
+    own = annotation_file(data, "train", "mask")
+    if sha256_of(own) != sha256_of(given):
+        raise UserError(f"{given}: is not what {own} was copied from; choose another --work")
     return data
 
 
@@ -169,7 +191,7 @@ def table(cells: dict[str, dict[str, Any]]) -> Table:
 
 def draw(settings: Settings, data: Path, folders: dict[str, Path], picture: Path) -> None:
     """The outlines of some images as one picture, and the photographs with detections in the work folder."""
-    coco = COCO(str(data / "annotations" / "instances_train2017.json"))
+    coco = COCO(str(annotation_file(data, "train", "mask")))
     models = {name: load_predictor(folder / "last.safetensors") for name, folder in folders.items()}
     categories = next(iter(models.values())).categories
     rows = []

@@ -54,15 +54,19 @@ def main() -> int:
         )
     out = packaged_path(header.task)  # type: ignore[arg-type]  # mask or keypoint, checked above
     command = shlex.join(["benchmarks/package_weights.py", *sys.argv[1:]])
-    save_checkpoint(out, loaded.model, header.made_by(command, settings.model), half=True)
     results = json.loads(settings.out.read_text()) if settings.out.is_file() else {}
-    results[header.task] = {
-        "file": out.name,
-        "bytes": out.stat().st_size,
-        "float32": evaluate(settings.model, header.task, settings.data),
-        "float16": evaluate(out, header.task, settings.data),
-        "provenance": provenance(),
-    }
+    with tempfile.TemporaryDirectory() as folder:  # what is packaged stays until its successor is evaluated
+        new = Path(folder) / out.name
+        save_checkpoint(new, loaded.model, header.made_by(command, settings.model), half=True)
+        results[header.task] = {
+            "file": out.name,
+            "bytes": new.stat().st_size,
+            "float32": evaluate(settings.model, header.task, settings.data),
+            "float16": evaluate(new, header.task, settings.data),
+            "provenance": provenance(),
+        }
+        with atomic_write(out) as stream:
+            stream.write(new.read_bytes())
     commands.write_json(results, settings.out)
     with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
         stream.write(packaged_table(results).to_markdown() + "\n")

@@ -179,13 +179,12 @@ class Experiment:
 
     def compress(self, trained: Path, plan: str, out: Path) -> None:
         """Compress a trained detector by a plan in its widths, with the recovery of the settings."""
-        if not (out.parent / "plan.yaml").is_file():
-            dense = load_checkpoint(trained)
-            assert dense.header.task != "cls" and isinstance(dense.header.settings, DetectorSettings)
-            classes = dense.header.settings.num_classes
-            full = build_dense_detector(dense.header.task, DetectorSettings(num_classes=classes))
-            loaded = CompressionPlan.load(CONFIGS / "plans" / f"{plan}.yaml")
-            narrow_plan(loaded, dense.model, full).save(out.parent / "plan.yaml")
+        dense = load_checkpoint(trained)
+        assert dense.header.task != "cls" and isinstance(dense.header.settings, DetectorSettings)
+        classes = dense.header.settings.num_classes
+        full = build_dense_detector(dense.header.task, DetectorSettings(num_classes=classes))
+        loaded = CompressionPlan.load(CONFIGS / "plans" / f"{plan}.yaml")
+        narrow_plan(loaded, dense.model, full).save(out.parent / "plan.yaml")  # anew: the step compares its contents
         argv = ["--model", str(trained), "--plan", str(out.parent / "plan.yaml"), "--out", str(out)]
         images = str(self.settings.work / "data" / "train2017")
         argv += ["--refit", images] if self.settings.recovery in ("refit", "both") else []

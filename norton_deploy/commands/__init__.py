@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from norton_deploy.files import atomic_write, sha256_of
 
 INTERRUPTED = 130
 
@@ -58,7 +59,8 @@ class Steps:
     def run(
         self, name: str, argv: Sequence[str], product: Path, *, title: str | None = None, once: Sequence[str] = ()
     ) -> str:
-        """Run a command, unless it has been run with these arguments and its product is there.
+        """Run a command, unless it has been run with these arguments (and contents of YAML files among them) and its
+        product is there.
 
         Args:
             name: of the command.
@@ -71,16 +73,22 @@ class Steps:
             The command as a user would type it.
 
         Raises:
-            UserError: it has been run with other arguments, or fails.
+            UserError: it has been run with other arguments or contents, or fails.
             KeyboardInterrupt: it was interrupted.
         """
         command = f"tools/{name}.py {shlex.join(argv)}"
         record = self.root / "steps" / f"{product.relative_to(self.root).as_posix()}.json"
+        contents = {
+            argument: sha256_of(argument)
+            for option, argument in pairwise(["", *argv])
+            if argument.endswith(".yaml") and option != "--out" and Path(argument).is_file()
+        }
         if record.is_file() and product.exists():
-            if json.loads(record.read_text())["command"] != command:
+            before = json.loads(record.read_text())
+            if before["command"] != command or before.get("contents", contents) != contents:
                 raise UserError(
-                    f"{product}: was made by another command (see {record}); choose another folder, or delete "
-                    f"{self.root}"
+                    f"{product}: was made by another command or other YAML files (see {record}); choose another "
+                    f"folder, or delete {self.root}"
                 )
             if title is not None:
                 print(f"\n{title}: done already", flush=True)
@@ -92,7 +100,8 @@ class Steps:
             raise KeyboardInterrupt
         if status:
             raise UserError(f"failed: {command}")
-        write_json({"command": command, "seconds": round(time.perf_counter() - started, 1)}, record)
+        seconds = round(time.perf_counter() - started, 1)
+        write_json({"command": command, "contents": contents, "seconds": seconds}, record)
         return command
 
     def train(self, name: str, argv: Sequence[str], folder: Path, *, title: str | None = None) -> str:

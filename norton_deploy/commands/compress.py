@@ -115,9 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     save_checkpoint(settings.out, small, header)
     size = _input_size(dense.header)
-    before, after = count_complexity(dense.model, size), count_complexity(small, size)
+    proposals = found.rpn_post_nms[1] if isinstance(found, DetectorSettings) else 0
+    before, after = (count_complexity(model, size, proposals=proposals) for model in (dense.model, small))
     figures = {
         "image_size": size,
+        "proposals": proposals,
         "macs": after.macs,
         "params": after.params,
         "dense_macs": before.macs,

@@ -86,8 +86,8 @@ def ranks_within(kind: Rival, weight: Tensor, budget: int, input_size: Size, out
     """The ranks whose MACs come closest to `budget` from below.
 
     Tucker-2 has many such pairs: for each input rank Q the largest output rank P that fits. Of these the one
-    with the smallest HOSVD bound of the error is taken: the squares of all singular values that are cut off the
-    two channel unfoldings (De Lathauwer et al., 2000).
+    with the smallest error of the truncated HOSVD (De Lathauwer et al., 2000) is taken. Its often used bound, the
+    sum of both modes' cut-off energies, counts twice what both cut off, and prefers one mode that is nearly whole.
 
     Args:
         kind: which factorisation.
@@ -113,21 +113,24 @@ def ranks_within(kind: Rival, weight: Tensor, budget: int, input_size: Size, out
         modes = [out_channels, in_channels, *((kernel[0], kernel[1]) if kind == "layer" else (kernel[0] * kernel[1],))]
         exact = weight.numel() // max(modes)
         return (min(budget // macs(1), exact),)
-    tail_output, tail_input = (_tail_energies(weight.detach().double(), mode) for mode in (0, 1))
+    kept = _kept_energies(weight.detach().double())
     best: tuple[float, tuple[int, int]] | None = None
     for input_rank in range(1, in_channels + 1):
         slope, offset = macs(2, input_rank) - macs(1, input_rank), 2 * macs(1, input_rank) - macs(2, input_rank)
         output_rank = min(out_channels, (budget - offset) // slope)
         if output_rank >= 1:
-            bound = float(tail_output[output_rank] + tail_input[input_rank])
-            if best is None or bound < best[0]:
-                best = bound, (output_rank, input_rank)
+            energy = float(kept[output_rank - 1, input_rank - 1])
+            if best is None or energy > best[0]:
+                best = energy, (output_rank, input_rank)
     assert best is not None  # (1, 1) fits
     return best[1]
 
 
-def _tail_energies(weight: Tensor, mode: int) -> Tensor:
-    """Entry r: the squared singular values of one mode's unfolding beyond the r largest, r = 0..n."""
-    unfolded = weight.movedim(mode, 0).flatten(1)
-    energies = torch.linalg.eigvalsh(unfolded @ unfolded.mT).clamp_min(0)  # ascending
-    return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
+def _kept_energies(weight: Tensor) -> Tensor:
+    """[O, I]: entry (P - 1, Q - 1) is the squared norm of what the HOSVD truncated to ranks P, Q keeps."""
+    core = weight
+    for mode in (0, 1):
+        unfolded = weight.movedim(mode, 0).flatten(1)
+        vectors = torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(1)  # descending
+        core = torch.tensordot(vectors, core, dims=([0], [mode])).movedim(0, mode)
+    return core.square().sum((2, 3)).cumsum(0).cumsum(1)

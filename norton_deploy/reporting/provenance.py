@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,9 +16,11 @@ PACKAGES = ("norton-deploy", "torch", "torchvision", "onnx", "onnxruntime-gpu", 
 
 
 def provenance() -> dict[str, Any]:
-    """Command line, date (UTC), machine (CPU model, cores, threads, GPU) and package versions, for a result file."""
+    """Command line, commit, date (UTC), machine (CPU model, cores, threads, GPU) and package versions, for a result
+    file."""
     return {
         "command": shlex.join([_script(), *sys.argv[1:]]),
+        "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": _cpu_model(),
@@ -28,6 +31,17 @@ def provenance() -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _commit() -> str | None:
+    """Of the source tree that this package runs from, "-dirty" if it was changed since; None for an installed one."""
+    source = Path(__file__).resolve().parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _script() -> str:

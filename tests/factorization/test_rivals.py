@@ -97,7 +97,20 @@ def test_ranks_come_closest_to_the_budget_from_below(kind: str, shape: tuple[int
         ranks_within(kind, weight, 10, size, size)  # type: ignore[arg-type]
 
 
-def test_tucker_pairs_are_chosen_by_the_smallest_bound() -> None:
+def test_tucker_pairs_have_the_smallest_error_of_the_truncated_hosvd() -> None:
+    weight, size, kernel = weight_of(12, 10, 3, 3), (4, 4), (3, 3)
+    budget = chain_macs(chain("filter", 12, 10, (2,)), kernel, size, size)
+    output, source = (torch.linalg.svd(weight.movedim(mode, 0).flatten(1)).U for mode in (0, 1))
+    errors = {}
+    for p in range(1, 13):
+        for q in range(1, 11):
+            if chain_macs(chain("tucker2", 12, 10, (p, q)), kernel, size, size) <= budget:
+                near = output[:, :p] @ output[:, :p].T, source[:, :q] @ source[:, :q].T
+                errors[p, q] = float((weight - torch.einsum("oihw,op,ij->pjhw", weight, *near)).square().sum())
+    assert ranks_within("tucker2", weight, budget, size, size) == min(errors, key=lambda pair: errors[pair])
+
+
+def test_tucker_ranks_that_buy_nothing_are_not_chosen() -> None:
     # Only two input channels are independent: more input ranks than two buy nothing.
     weight = torch.einsum("oqhw,iq->oihw", weight_of(16, 2, 3, 3), weight_of(16, 2, seed=1))
     budget = chain_macs(chain("tucker2", 16, 16, (9, 2)), (3, 3), (4, 4), (4, 4))
