@@ -4,6 +4,7 @@ All models explain the same score: a classifier's logit of the class that the de
 class logit of one given box, which every model pools from its own features.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +28,7 @@ from norton_deploy.modeling.compress import BODY, is_detector
 
 STAGES = ("layer2", "layer3", "layer4")
 SHARED_IOU = 0.5
+PANEL_LETTERS = 20
 PANEL_INCHES = 1.7
 INSTALL = (
     "Grad-CAM needs two more steps: pip install 'norton-deploy[explain]', then pip install --no-deps grad-cam "
@@ -214,7 +216,8 @@ def draw_gradcam(
             if question.box is not None:
                 x1, y1, x2, y2 = question.box[0].tolist()
                 axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="white", linewidth=1)
-    headings = ["image", *(f"{layer.removeprefix(BODY)}\n{model}" for layer in layers for model in models)]
+    wrapped = {model: textwrap.fill(model, PANEL_LETTERS) for model in models}
+    headings = ["image", *(f"{layer.removeprefix(BODY)}\n{wrapped[model]}" for layer in layers for model in models)]
     for axis, heading in zip(axes[0], headings, strict=True):
         axis.set_title(heading, fontsize=8)
     with atomic_write(path) as stream:
