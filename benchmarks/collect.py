@@ -61,12 +61,13 @@ NOTES = {
     "table3_accuracy": "So far: one seed; Mask R-CNN with two plans, Keypoint and Faster R-CNN with `fast`. The goals "
     "for the dense detector (box AP 0.45, AP50 0.75) are reached by Mask R-CNN and missed by Faster R-CNN by 0.008 "
     "and 0.009. The goals for compressed ones were to keep 0.97 with the Table III plan, which distillation reaches "
-    "for masks, and 0.93 with `fast`, which is missed by 0.16 for masks and by 0.74 for keypoints; for boxes it keeps "
-    "0.87 without a teacher. What was tried for `fast` and masks: three times the learning rate helps (the dense "
-    "detector does not gain from it); distillation is worth at most 0.009 AP, and with weight 6 (tried at the lower "
-    "rate only) it harms. For keypoints distillation harms. Keypoint heads learn slowly: the dense one took 3000 "
-    "steps to an AP of 0.17, and 600 are too few after the compression. `balanced`, longer fine-tuning and a second "
-    "seed have not been tried. Rows at a rate of 0.0005 come from the same commands with `--finetune-lr 0.0005`.",
+    "for masks, and 0.93 with `fast`, which is missed by 0.02 for boxes (0.91), by 0.16 for masks and by 0.74 for "
+    "keypoints. What was tried for `fast` and masks: three times the learning rate helps (the dense detector does not "
+    "gain from it); distillation is worth at most 0.009 AP, and with weight 6 (tried at the lower rate only) it "
+    "harms. For boxes distillation is worth 0.017, for keypoints it harms. Keypoint heads learn slowly: the dense one "
+    "took 3000 steps to an AP of 0.17, and 600 are too few after the compression. `balanced`, longer fine-tuning and "
+    "a second seed have not been tried. Rows at a rate of 0.0005 come from the same commands with `--finetune-lr "
+    "0.0005`.",
     "table4_rank": "The goal for the dense model was 91 %. Ten epochs were too few for it (learning rate 0.1, one "
     "cosine), so all accuracies lie lower than the paper's, and the decomposition's errors higher: weights that were "
     "trained briefly may have less structure. All fine-tunings have the same 100 steps, a quarter of an epoch.",
