@@ -72,14 +72,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="table4_rank", description=__doc__ or "")
     recovery = Recovery(settings)
     results = ResultCells(settings.out, recovery.identity())
-    dense = results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
-    control = results.measure(CONTROL, lambda: measure_control(recovery))
+    results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
+    results.measure(CONTROL, lambda: measure_control(recovery))
     for rank in settings.ranks:
         results.measure(f"rank {rank}", partial(measure_rank, recovery, rank))
-        cells = {rank: results.cells[f"rank {rank}"] for rank in PAPER if f"rank {rank}" in results.cells}
-        results.write_markdown([rank_table(dense, control, cells, results.settings)], NOTES)
-        plot(dense, cells, settings.out.with_suffix(".png"))
+        write(results)
     return 0
+
+
+def write(results: ResultCells) -> None:
+    """The table and the plot of the cells so far."""
+    dense, control = results.cells["dense"], results.cells[CONTROL]
+    cells = {rank: results.cells[f"rank {rank}"] for rank in PAPER if f"rank {rank}" in results.cells}
+    results.write_markdown([rank_table(dense, control, cells, results.settings)], NOTES)
+    plot(dense, cells, results.path.with_suffix(".png"))
 
 
 def measure_control(recovery: Recovery) -> dict[str, float | None]:

@@ -1,22 +1,40 @@
 """docs/results.md is what benchmarks/collect.py writes, and says nothing of the machine that its files were made on."""
 
-import importlib.util
+import json
+import shutil
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import collect, rivals, table1_cifar, table4_rank
+from norton_deploy.reporting.result_cells import ResultCells
+from norton_deploy.reporting.table3_accuracy import accuracy_report
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_the_document_is_made_from_the_result_files() -> None:
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "benchmarks" / "collect.py")
-    assert spec is not None and spec.loader is not None
-    collect = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(collect)
     text = collect.document()
     assert (ROOT / "docs" / "results.md").read_text() == text, "run benchmarks/collect.py"
     assert text.count("\n## ") >= 5
 
 
+@pytest.mark.parametrize("benchmark", [table1_cifar, table4_rank, rivals], ids=lambda module: module.__name__)
+def test_tables_of_cells_are_made_from_their_json(benchmark: ModuleType, tmp_path: Path) -> None:
+    name = benchmark.__name__.rpartition(".")[2]
+    again = Path(shutil.copy(RESULTS / f"{name}.json", tmp_path))
+    benchmark.write(ResultCells(again, json.loads(again.read_text())["settings"]))
+    assert again.with_suffix(".md").read_text() == (RESULTS / f"{name}.md").read_text(), f"run benchmarks/{name}.py"
+
+
+def test_table_3_s_accuracy_is_made_from_its_json() -> None:
+    report = accuracy_report(json.loads((RESULTS / "table3_accuracy.json").read_text()))
+    assert report.to_markdown(RESULTS) == (RESULTS / "table3_accuracy.md").read_text()
+
+
 def test_result_files_hold_no_absolute_paths() -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+    for path in RESULTS.glob("*.json"):
         text = path.read_text()
         assert not any(f'"{folder}/' in text or f" {folder}/" in text for folder in ("/home", "/root", "/tmp", "/work"))

@@ -1,26 +1,14 @@
 """The export parity benchmark: which cells, resuming, failures that stay on record."""
 
-import importlib.util
 import itertools
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from benchmarks import export_parity
 from norton_deploy.errors import UserError
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "export_parity.py"
-
-
-@pytest.fixture
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_export_parity", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class InventedExport:
@@ -48,20 +36,20 @@ class InventedExport:
         return 0
 
 
-def run(benchmark: ModuleType, out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    status = benchmark.main(["--out", str(out), "--embedded", "1", "--image-size", "64", "64", *arguments])
+def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    status = export_parity.main(["--out", str(out), "--embedded", "1", "--image-size", "64", "64", *arguments])
     return status, json.loads(out.read_text()), out.with_suffix(".md").read_text()
 
 
 def test_twelve_cells_resumed_and_retried(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = InventedExport()
     export.broken = {("mask", "tensorrt")}
-    monkeypatch.setattr(benchmark.export_onnx, "main", export)
-    status, results, table = run(benchmark, tmp_path / "r.json")
+    monkeypatch.setattr(export_parity.export_onnx, "main", export)
+    status, results, table = run(tmp_path / "r.json")
     assert status == 1 and len(export.calls) == 12 and len(results["cells"]) == 12
-    assert list(results["cells"]) == list(benchmark.CELLS)
+    assert list(results["cells"]) == list(export_parity.CELLS)
     failed = {name for name, cell in results["cells"].items() if "failure" in cell}
     assert failed == {"mask, dense, tensorrt", "mask, NORTON, tensorrt"}
     for cell in results["cells"].values():
@@ -73,44 +61,42 @@ def test_twelve_cells_resumed_and_retried(
     assert table.count("graph.onnx: differs from eager mode, first in stage 'boxes'") == 2
     assert "12 of 12 cells in r.json, 2 failed" in capsys.readouterr().out
 
-    run(benchmark, tmp_path / "r.json")
+    run(tmp_path / "r.json")
     assert len(export.calls) == 12
     export.broken = set()
-    status, results, table = run(benchmark, tmp_path / "r.json", "--retry")
+    status, results, table = run(tmp_path / "r.json", "--retry")
     assert status == 0 and len(export.calls) == 14
     [earlier] = results["cells"]["mask, dense, tensorrt"]["earlier_failures"]
     assert "first in stage 'boxes'" in earlier["failure"] and "date" in earlier["provenance"]
     assert table.count("equal (failed before: graph.onnx: differs") == 2
     with pytest.raises(UserError, match="give another --out"):
-        run(benchmark, tmp_path / "r.json", "--image-size", "96", "96")
+        run(tmp_path / "r.json", "--image-size", "96", "96")
 
 
-def test_an_unexpected_error_costs_one_cell_only(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_unexpected_error_costs_one_cell_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(argv: list[str]) -> int:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(benchmark.export_onnx, "main", broken)
-    status, results, _ = run(benchmark, tmp_path / "r.json")
+    monkeypatch.setattr(export_parity.export_onnx, "main", broken)
+    status, results, _ = run(tmp_path / "r.json")
     assert status == 1 and {cell["failure"] for cell in results["cells"].values()} == {
         "ZeroDivisionError: division by zero"
     }
     del results["cells"]["box, dense, onnxruntime"]
-    assert benchmark.table_of(results).rows[0][:2] == ("box, dense, onnxruntime", "not run")
+    assert export_parity.table_of(results).rows[0][:2] == ("box, dense, onnxruntime", "not run")
 
 
-def test_models_find_their_cells(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_models_find_their_cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Header:
         def __init__(self, path: Path) -> None:
             self.task, _, kind = path.parent.name.partition("-")
             self.plan = None if kind.startswith("dense") else object()
 
-    monkeypatch.setattr(benchmark, "read_header", Header)
+    monkeypatch.setattr(export_parity, "read_header", Header)
     for name in ("box-dense", "box-norton", "keypoint-norton"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.safetensors").touch()
-    planned = benchmark.plan_cells(benchmark.Settings(models=(tmp_path,)))
+    planned = export_parity.plan_cells(export_parity.Settings(models=(tmp_path,)))
     assert list(planned) == [
         f"{kind}, {target}"
         for kind in ("box, dense", "box, NORTON", "keypoint, NORTON")
@@ -121,7 +107,7 @@ def test_models_find_their_cells(benchmark: ModuleType, monkeypatch: pytest.Monk
     (tmp_path / "box-dense-2").mkdir()
     (tmp_path / "box-dense-2" / "last.safetensors").touch()
     with pytest.raises(UserError, match="both are box, dense"):
-        benchmark.plan_cells(benchmark.Settings(models=(tmp_path,)))
+        export_parity.plan_cells(export_parity.Settings(models=(tmp_path,)))
     (tmp_path / "cls").mkdir()
     with pytest.raises(UserError, match=r"no last\.safetensors"):
-        benchmark.plan_cells(benchmark.Settings(models=(tmp_path / "cls",)))
+        export_parity.plan_cells(export_parity.Settings(models=(tmp_path / "cls",)))

@@ -1,8 +1,6 @@
 """The benchmarks of Tables I and IV and of the rivals: equal MACs, tables, and a run that is interrupted."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks import rivals, table1_cifar, table4_rank
 from norton_deploy.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.factorization.rival_chains import chain, chain_macs
@@ -23,15 +22,6 @@ from norton_deploy.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 VGG = ClassifierSettings("vgg16_bn", 10, image_size=(32, 32))
-
-
-def benchmark(name: str):  # type: ignore[no-untyped-def]
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +44,7 @@ def stand_in(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("level", [77, 88, 96, 99])
 def test_plans_of_table_1_meet_its_macs_and_parameters(level: int) -> None:
-    paper_macs, _, paper_params, _ = benchmark("table1_cifar").PAPER[f"vgg16_{level}"]
+    paper_macs, _, paper_params, _ = table1_cifar.PAPER[f"vgg16_{level}"]
     dense = build_dense_classifier(VGG)
     before = count_complexity(dense, (32, 32)).macs
     plan = CompressionPlan.load(ROOT / "configs" / "plans" / f"vgg16_{level}.yaml")
@@ -70,7 +60,7 @@ def test_rivals_get_the_macs_of_the_filters_cpd(stand_in, kind: str) -> None:
     recovery = Recovery(RecoverySettings(model=model, data=data, runs=data / "runs"))
     convolutions = {n: m for n, m in recovery.dense.named_modules() if isinstance(m, nn.Conv2d)}
     sizes = map_sizes(recovery.dense, convolutions, (32, 32))
-    ranks = benchmark("rivals").rival_ranks(recovery, kind, 1)
+    ranks = rivals.rival_ranks(recovery, kind, 1)
 
     def total(kind: str, ranks: dict[str, tuple[int, ...]]) -> int:
         return sum(
@@ -86,7 +76,6 @@ def test_both_orders_and_all_choices_give_the_plan_s_structure() -> None:
     torch.manual_seed(0)
     dense = build_dense_classifier(VGG).eval()
     plan = CompressionPlan("vgg16_bn", {"features.0": 1, "features.3": 1}, {"features.0": 20, "features.3": 30})
-    rivals = benchmark("rivals")
     expected = {name: t.shape for name, t in apply_structure(build_dense_classifier(VGG), plan).state_dict().items()}
     weights = {}
     for order in ("decompose, prune", "prune, decompose"):
@@ -124,7 +113,6 @@ def test_table_4_goes_on_where_it_was_interrupted(stand_in, tmp_path, monkeypatc
         "--warmup-steps",
         "1",
     ]
-    table4 = benchmark("table4_rank")
     step = Trainer._train_step
     with monkeypatch.context() as patch:
 
@@ -135,21 +123,20 @@ def test_table_4_goes_on_where_it_was_interrupted(stand_in, tmp_path, monkeypatc
 
         patch.setattr(Trainer, "_train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            table4.main(argv)
+            table4_rank.main(argv)
     assert list(json.loads(out.read_text())["cells"]) == ["dense"]
-    assert table4.main(argv) == 0
+    assert table4_rank.main(argv) == 0
     cells = json.loads(out.read_text())["cells"]
     assert cells["rank 1"]["macs_reduction_percent"] == pytest.approx(88.03, abs=0.3)
     assert {"nmse_mean", "top1_compressed", "top1_reestimated", "top1_fine_tuned"} <= set(cells["rank 1"])
     assert "(0.6265)" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(Recovery, "measure", None)  # nothing is measured again
-    assert table4.main(argv) == 0
+    assert table4_rank.main(argv) == 0
 
 
 def test_rivals_are_fine_tuned_at_two_learning_rates(stand_in, tmp_path, monkeypatch) -> None:
     model, data = stand_in
-    rivals = benchmark("rivals")
     monkeypatch.setattr(rivals, "METHODS", {"filter": "filter CPD"})
     out = tmp_path / "rivals.json"
     argv = f"--model {model} --data {data} --runs {tmp_path / 'runs'} --out {out} --ranks 1 --seeds 0 --choices L1"
@@ -166,7 +153,6 @@ def test_rivals_are_fine_tuned_at_two_learning_rates(stand_in, tmp_path, monkeyp
 
 
 def test_level_table_sets_the_drop_beside_the_papers() -> None:
-    table1 = benchmark("table1_cifar")
     size = {"macs": 4.6e6, "params": 1.4e5, "macs_reduction_percent": 98.5, "params_reduction_percent": 99.1}
     before = {"top1_before_refit": 0.05, "top1_compressed": 0.1, "top1_reestimated": 0.2}
     cells = {
@@ -174,7 +160,7 @@ def test_level_table_sets_the_drop_beside_the_papers() -> None:
         "vgg16_99": {**size, **before, "top1_fine_tuned": 0.88},
         "vgg16_99, distilled": {**size, **before, "top1_fine_tuned": 0.89},
     }
-    table = table1.level_table(
+    table = table1_cifar.level_table(
         cells, {"architecture": "vgg16_bn", "test_images": 10000, "steps": 2000, "refit_images": 9}
     )
     expected = ("4.60M (98.5)", "0.14M (99.1)", "5.00", "10.00", "20.00", "88.00", "3.00", "89.00", "2.00", "3.64")
@@ -182,7 +168,6 @@ def test_level_table_sets_the_drop_beside_the_papers() -> None:
 
 
 def test_choice_table_shows_mean_and_spread() -> None:
-    rivals = benchmark("rivals")
     cells = {
         f"L1, prune, decompose, seed {seed}": {
             "macs": 13.4e6,

@@ -1,28 +1,17 @@
 """The Table III benchmark: resuming, equal work, calibrated random weights."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import table3
 from norton_deploy.errors import UserError
 from norton_deploy.reporting.stage_split import STAGES
 from norton_deploy.reporting.table3 import AUTHORS_ORT, DENSE_EAGER, DENSE_ORT, NORTON_EAGER, NORTON_ORT
 from norton_deploy.runtime.torch_backend import TorchPredictor
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks"
 MODELS = (DENSE_EAGER, NORTON_EAGER, DENSE_ORT, NORTON_ORT, AUTHORS_ORT)
-
-
-@pytest.fixture
-def table3(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT))
-    import table3
-
-    yield table3
-    sys.modules.pop("table3")
 
 
 def invented(task, settings, images):
@@ -48,7 +37,7 @@ def invented(task, settings, images):
     }
 
 
-def test_finished_tasks_are_kept_and_other_settings_refused(table3, monkeypatch, tmp_path):
+def test_finished_tasks_are_kept_and_other_settings_refused(monkeypatch, tmp_path):
     measured = []
 
     def measure(task, settings, images):
@@ -79,7 +68,7 @@ def test_finished_tasks_are_kept_and_other_settings_refused(table3, monkeypatch,
         table3.main([*arguments, "--model", "x.safetensors"])
 
 
-def test_random_models_do_equal_work(table3, tmp_path):
+def test_random_models_do_equal_work(tmp_path):
     settings = table3.Settings(image_size=(96, 96), small=True, proposals=60, detections=7, work=tmp_path)
     images, _ = table3.prepare_images(settings.images, settings.image_size, settings.work)
     dense, norton, categories = table3.random_pair("box", settings, images)

@@ -1,10 +1,10 @@
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import package_weights
 from norton_deploy import weights
 from norton_deploy.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from norton_deploy.commands import make_synthetic
@@ -37,9 +37,6 @@ def test_the_packaged_detector_is_the_default_for_drawn_scenes(folder, tmp_path)
 
 
 def test_a_checkpoint_is_packaged_in_float16(folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import package_weights
-
     names = [category["name"] for category in CATEGORIES]
     shape = DetectorSettings(
         num_classes=len(names) + 1, backbone="resnet18", norm="batch", fpn_channels=16, box_features=32,
