@@ -19,6 +19,7 @@ least squares on 64 training images; re-estimation: BatchNorm on 256; the paper 
 dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
 many images as the others with its number of steps. With distillation (the column is its weight), "dense" is the \
 teacher. Retention is a row's AP over that of the best "dense" with as many steps, seed by seed. \
+With more than one seed a figure is the mean, the seeds' own in brackets. \
 Plans are brought to the detectors' widths: equal shares of filters. FPS: ONNX Runtime, one image at a time, all \
 models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median of \
 the paired ratios with its 95 % interval. MACs without detections, as in Table III."""

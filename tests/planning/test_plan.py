@@ -8,7 +8,9 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.modeling.compress import apply_structure, fit_plan
+from norton_deploy.modeling.detectors import build_dense_detector
 from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.structures import Task
 
 PLANS = Path(__file__).parents[2] / "configs" / "plans"
 RESNET50 = build_dense_classifier(ClassifierSettings("resnet50"))
@@ -73,3 +75,17 @@ def test_plans_meet_the_published_levels(name: str, gigamacs: float, million_par
     dense = count_complexity(RESNET50, (224, 224))
     assert abs(count.macs - gigamacs * 1e9) / dense.macs < 0.01
     assert abs(count.params - million_parameters * 1e6) / dense.params < 0.03
+
+
+@pytest.mark.parametrize("task", ["box", "mask", "keypoint"])
+def test_plans_over_whole_detectors_fit_every_task(task: Task) -> None:
+    plans = {path.stem: CompressionPlan.load(path) for path in PLANS.glob("*.yaml")}
+    whole = {name: plan for name, plan in plans.items() if plan.architecture == "rcnn"}
+    assert {"balanced", "fast"} <= whole.keys()
+    counts = {"dense": count_complexity(build_dense_detector(task), (256, 256), detections=100).macs}
+    for name, plan in whole.items():
+        small = apply_structure(build_dense_detector(task), plan)
+        counts[name] = count_complexity(small, (256, 256), detections=100).macs
+        head = getattr(small.roi_heads, f"{task}_head")
+        assert any(type(module).__name__ == "CPDBlock" for module in head.modules()) == (task != "box")
+    assert counts["fast"] < counts["balanced"] < counts["dense"]
