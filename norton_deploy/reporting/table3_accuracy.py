@@ -45,14 +45,16 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
 def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:
     """One row per way of training: means over the seeds, the seeds' own values in brackets; then the paper's rows."""
     training = ("Model", "Fine-tuning", "Peak lr", "Distillation")
-    figures = ("AP", "AP50", "AR", "Box AP / AP50", "Retention", "MACs (CR)", "Params (CR)", "FPS", "Speed-up")
+    boxes = () if task == "box" else ("Box AP / AP50",)
+    figures = ("AP", "AP50", "AR", *boxes, "Retention", "MACs (CR)", "Params (CR)", "FPS", "Speed-up")
     cells = [cell for cell in results["cells"].values() if cell["task"] == task]
     latency = results["latency"].get(task, {}).get("models", {})
     ways = sorted({_way(cell) for cell in cells}, key=lambda way: _place(way, cells))
     rows = [_row([cell for cell in cells if _way(cell) == way], cells, latency, task) for way in ways]
     dense, norton = PAPER_ROWS[task]
     for line, kept in ((dense, "1.00"), (norton, f"{float(norton[2]) / float(dense[2]):.2f}")):
-        rows.append((f"{line[0]} ({line[1]})", "-", "-", "-", line[2], "-", line[3], "-", kept, *line[4:7], "-"))
+        ap, ar, counts = line[2], line[3], line[4:7]
+        rows.append((f"{line[0]} ({line[1]})", "-", "-", "-", ap, "-", ar, *["-"] * len(boxes), kept, *counts, "-"))
     images = ", ".join(map(str, sorted({cell["images"] for cell in cells})))
     caption = f"AP and AR of {primary_iou_type(task)} on {images} held-out images"
     return Table((*training, *figures), tuple(rows), caption)
@@ -77,6 +79,7 @@ def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any],
         if (cell["model"], cell["finetune_steps"]) == (DENSE, steps):
             best[cell["seed"]] = max(best.get(cell["seed"], 0.0), table3_scores(task, cell["metrics"])[0])
     kept = [ap / best[seed] for seed, (ap, _) in scores.items() if best.get(seed, 0.0) > 0]
+    boxes = [_mean([cell["metrics"]["bbox"][measure] for cell in own]) for measure in ("AP", "AP50")]
     large = max(cells, key=lambda cell: cell["macs"])
     speed = latency.get(model)
     speedup = None if speed is None else speed.get("speedup")
@@ -88,7 +91,7 @@ def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any],
         _mean([ap for ap, _ in scores.values()]),
         _mean([cell["metrics"][primary_iou_type(task)]["AP50"] for cell in own]),
         _mean([ar for _, ar in scores.values()]),
-        " / ".join(_mean([cell["metrics"]["bbox"][measure] for cell in own]) for measure in ("AP", "AP50")),
+        *(() if task == "box" else (" / ".join(boxes),)),
         _mean(kept, digits=2) if kept else "-",
         f"{own[0]['macs'] / 1e9:.2f}G ({reduction_percent(own[0]['macs'], large['macs'])})",
         f"{own[0]['params'] / 1e6:.2f}M ({reduction_percent(own[0]['params'], large['params'])})",
