@@ -65,10 +65,11 @@ def _way(cell: Cell) -> Way:
     return cell["model"], cell["finetune_steps"], cell["finetune_lr"], cell["distillation_weight"]
 
 
-def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float]:
+def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, float]:
     """Order of the rows: by steps of fine-tuning, larger models first, by learning rate, without distillation first."""
     model, steps, lr, weight = way
-    return steps, -next(cell["macs"] for cell in cells if cell["model"] == model), lr or 0.0, weight or 0.0
+    first = next(cell for cell in cells if cell["model"] == model)
+    return steps, -first["macs"], -first["params"], lr or 0.0, weight or 0.0
 
 
 def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> tuple[str, ...]:
