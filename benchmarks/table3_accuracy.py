@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path("configs")
 FINETUNE_SEED = 1000
 """Added to the seed after the first phase, so that the second sees the images in another order."""
-SHARED = ("train_images", "val_images", "pretrain_steps", "recovery")
+SHARED = ("train_images", "val_images", "pretrain_steps", "recovery", "precision")
 """Settings that all cells of a results file have in common."""
 GRAPH_SIZE = (192, 192)
 
@@ -69,6 +69,8 @@ class Settings:
     """Recovery without labels right after compression."""
     distillation_weights: tuple[float, ...] = (0.5,)
     """Weights of the imitation, one run with distillation for each."""
+    precision: Literal["no", "bf16"] = "no"
+    """Precision of all training: no (float32), or bf16 on a CPU with AMX. Evaluation is in float32."""
     latency_rounds: int = 60
     """Measured calls of each exported detector; 0 leaves latency out."""
     out: Path = RESULTS / "table3_accuracy.json"
@@ -193,7 +195,7 @@ class Experiment:
 
     def train(self, name: str, argv: Sequence[str], out: Path) -> str:
         """A training run in its folder, from its last state if there is one; returns its command."""
-        command = self.steps.train(name, argv, out)
+        command = self.steps.train(name, [*argv, "--precision", self.settings.precision], out)
         for file in ("state.pt", "best.safetensors"):  # some 400 MB a run that nobody needs once it has ended
             (out / file).unlink(missing_ok=True)
         return command

@@ -11,6 +11,7 @@ from norton_deploy.structures import Task
 Cell = Mapping[str, Any]
 Way = tuple[str, int, float | None, float | None]
 DENSE, TRAINED = "dense", "dense before"
+PRECISIONS = {"no": "float32", "bf16": "mixed with bfloat16"}
 METHOD = """\
 Embedded data, drawn by a program; not COCO: outline, inner drawing and, nine times in ten, a favourite hue carry the \
 class. One ResNet-50 per seed is pretrained on object crops and starts every detector of that seed. The dense detector \
@@ -33,7 +34,8 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
     report.blocks.append(
         Paragraph(
             f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops; "
-            f"training and fine-tuning in steps of 4 images; recovery: {settings['recovery']}."
+            f"training and fine-tuning in steps of 4 images; recovery: {settings['recovery']}; "
+            f"precision of the training: {PRECISIONS[settings['precision']]}."
         )
     )
     for task in MODEL_NAMES:

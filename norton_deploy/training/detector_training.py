@@ -18,6 +18,7 @@ from norton_deploy.files import sha256_of
 from norton_deploy.modeling.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.box_precision import keep_boxes_in_float32
 from norton_deploy.training.distillation import FeatureImitation, open_teacher
 from norton_deploy.training.initial_weights import initial_detector, training_categories
 from norton_deploy.training.loaders import collate_detections
@@ -119,6 +120,7 @@ def train_detector(
     # Quicker steps on a CPU in informal trials (no result file). Not the heads: torchvision's keypoint loss views maps
     # as contiguous.
     start.model.get_submodule("backbone").to(memory_format=torch.channels_last)
+    keep_boxes_in_float32(start.model)
     teacher, channels = None, None
     if settings.teacher is not None:
         teacher, channels = open_teacher(

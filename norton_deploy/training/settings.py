@@ -64,7 +64,7 @@ class TrainingSettings:
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is then what is evaluated and saved."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision: no (float32), bf16 or fp16. For a GPU."""
+    """Mixed precision: no (float32), bf16 (a GPU, or a CPU with AMX) or fp16 (a GPU). Evaluation is in float32."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU when there is one."""
     evaluate_every: int = 1

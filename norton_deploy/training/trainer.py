@@ -100,6 +100,8 @@ class Trainer:
         decay = settings.ema_decay
         self.average = None if decay is None else build_weight_average(self.bare_model, decay)
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, settings))
+        # Steps are under autocast; what is evaluated is what is saved, in float32: without Accelerate's own autocast.
+        accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.step = self.epoch = self.batch = 0
         self.best: float | None = None
         self.evaluated_step = -1
@@ -315,7 +317,7 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or stand alone.
 
     Raises:
-        UserError: mixed precision was asked for and there is no GPU that has it.
+        UserError: fp16 was asked for and there is no GPU.
     """
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.precision == "fp16" and use_cpu:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny_run import cross_entropy, tiny_model, tiny_settings, tiny_trainer
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -104,3 +105,26 @@ def test_non_finite_numbers_stop_the_run_and_name_the_images(tmp_path, where):
     names = {name for name, value in report["processes"][0]["losses"].items() if value in ("nan", "inf")}
     assert names == ({"box", "total"} if where == "loss" else {"gradient_norm"})
     assert torch.isfinite(trainer.bare_model[0].weight).all()
+
+
+@pytest.fixture
+def own_accelerator():
+    """Accelerate keeps one precision for a whole process: forget it before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_accelerator")
+def test_mixed_precision_trains_in_half_and_evaluates_in_float32(tmp_path):
+    model = tiny_model()
+    seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    model[0].register_forward_hook(lambda layer, _inputs, output: seen[layer.training].add(output.dtype))
+
+    def evaluate(trained: nn.Module) -> Evaluation:
+        trained(torch.zeros(1, 3, 8, 8))
+        return Evaluation({"quality": {"score": 0.0}}, 0.0)
+
+    settings = tiny_settings(tmp_path, steps=2, precision="bf16", ema_decay=None)
+    tiny_trainer(settings, model=model, evaluate=evaluate).run()
+    assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
