@@ -30,6 +30,7 @@ SECTIONS = {
     "demo": "The demo: dense and compressed detector on drawn images",
     "table3": "Table III: latency",
     "table3_accuracy": "Table III: accuracy on the embedded data",
+    "table3_accuracy_long": "Table III: accuracy after longer fine-tuning",
     "packaged": "Detectors in the package",
     "memorise_real": "Real photographs learnt by heart",
     "whole_detector": "Plans over the whole detector",
