@@ -67,7 +67,7 @@ class Settings:
     """Plans, brought to the detector's widths."""
     dense_steps: int = 1600
     """Steps of 4 images of the dense detector."""
-    finetune_steps: int = 1600
+    finetune_steps: int = 1200
     """Steps of 4 images of each compressed one."""
     finetune_lr: float = 0.0015
     """Peak learning rate of the compressed ones."""

@@ -23,15 +23,11 @@ def keep_boxes_in_float32(detector: nn.Module) -> None:
     """
     for name, module in detector.named_modules():
         if name in HEADS:
-            module.register_forward_hook(_to_float32)
+            module.register_forward_hook(lambda _module, _inputs, outputs: _in_float32(outputs))
 
 
-def _to_float32(_module: nn.Module, _inputs: tuple[Any, ...], outputs: Any) -> Any:
-    return _converted(outputs)
-
-
-def _converted(outputs: Any) -> Any:
+def _in_float32(outputs: Any) -> Any:
     """Tensors in float32, also within lists and tuples."""
     if isinstance(outputs, Tensor):
         return outputs.float()
-    return type(outputs)(_converted(entry) for entry in outputs)
+    return type(outputs)(_in_float32(entry) for entry in outputs)

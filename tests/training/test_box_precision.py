@@ -3,12 +3,13 @@ import torch
 from torch import nn
 
 from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.structures import Task
 from norton_deploy.training.box_precision import keep_boxes_in_float32
 
 BOX = [20.3, 10.7, 121.9, 140.2]  # no coordinate is a bfloat16
 
 
-def tiny_detector(task: str) -> nn.Module:
+def tiny_detector(task: Task) -> nn.Module:
     settings = DetectorSettings(
         num_classes=2,
         backbone="resnet18",
@@ -22,7 +23,7 @@ def tiny_detector(task: str) -> nn.Module:
         keypoint_channels=(16,),
     )
     torch.manual_seed(0)
-    return build_dense_detector(task, settings).train()  # type: ignore[arg-type]
+    return build_dense_detector(task, settings).train()
 
 
 def seen_boxes(detector: nn.Module) -> list[torch.Tensor]:
@@ -52,7 +53,7 @@ def test_without_it_torchvision_rounds_them() -> None:
 
 
 @pytest.mark.parametrize("task", ["box", "mask", "keypoint"])
-def test_every_head_of_the_task_is_found(task: str) -> None:
+def test_every_head_of_the_task_is_found(task: Task) -> None:
     detector = tiny_detector(task)
     keep_boxes_in_float32(detector)
     hooked = {name for name, module in detector.named_modules() if module._forward_hooks}
