@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +25,7 @@ from norton_deploy.training.logit_distillation import DistilledClassification, l
 from norton_deploy.training.resume import seed_step
 from norton_deploy.training.run import LossTerms, run_training
 from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.small_maps import use_products_on_small_maps
 from norton_deploy.training.trainer import TrainingResult, build_accelerator
 
 
@@ -77,6 +79,12 @@ def classification_loss(smoothing: float, model: nn.Module, batch: Batch) -> Map
     return {"classification": functional.cross_entropy(logits, batch.targets, label_smoothing=smoothing)}
 
 
+def prepare_convolutions(model: nn.Module) -> None:
+    """Have a model's convolutions run in their quick forms; weights stay what they are."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  the stubs lack it for modules
+    use_products_on_small_maps(model)
+
+
 def save_plain_weights(path: Path, model: nn.Module) -> None:
     """Write a model's tensors without a header, whole or not at all."""
     with atomic_write(path) as stream:
@@ -123,10 +131,13 @@ def train_classifier(
         start = initial_classifier(model_settings, init=settings.init, plan=settings.plan)
         header = CheckpointHeader("cls", start.settings, start.plan, class_categories(train.classes))
         save = partial(_save_checkpoint, header.made_by(command, settings.init))
+    prepare_convolutions(start.model)
     loss_terms: LossTerms = partial(classification_loss, settings.label_smoothing)
     if settings.teacher is not None:
+        teacher = load_teacher(settings.teacher, train.classes).to(accelerator.device)
+        prepare_convolutions(teacher)
         loss_terms = DistilledClassification(
-            load_teacher(settings.teacher, train.classes).to(accelerator.device),
+            teacher,
             weight=settings.distillation_weight,
             temperature=settings.temperature,
             smoothing=settings.label_smoothing,

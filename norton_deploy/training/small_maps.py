@@ -1,0 +1,86 @@
+"""Convolutions over small maps as matrix products, for mixed precision on a CPU.
+
+oneDNN's bfloat16 convolutions reach a tenth of the processor's rate where a map has 4 x 4 or 2 x 2 positions, as in the
+last six convolutions of VGG-16 at 32 x 32, because they find too little work in one image. The same sums, written
+as one product over all positions of all images, do not have that limit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LARGEST_MAP = 16  # positions; from 8 x 8 on oneDNN's own convolutions are the faster ones
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A 3 x 3 convolution (stride 1, padding 1) that is a matrix product over small maps under bfloat16 autocast.
+
+    Weights, state and results are those of `nn.Conv2d`, up to bfloat16's rounding; anywhere else it is one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name is nn.Conv2d's
+        """[N, C, H, W] -> [N, O, H, W]."""
+        small = input.shape[2] * input.shape[3] <= LARGEST_MAP
+        if not (small and input.device.type == "cpu" and _bfloat16_autocast()):
+            return super().forward(input)
+        output: Tensor = _ProductConvolution.apply(input, self.weight)
+        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
+
+
+class _ProductConvolution(torch.autograd.Function):
+    """Y = P(X) W and its two gradients P(X)^T dY and P(dY) W', P gathering the 3 x 3 neighbourhood of each position."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+        patches = _neighbourhoods(images)
+        kernel = weight.detach().to(torch.bfloat16)
+        ctx.save_for_backward(patches, kernel)
+        ctx.types = images.dtype, weight.dtype
+        return _as_maps(patches @ kernel.permute(2, 3, 1, 0).reshape(-1, kernel.shape[0]), images)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        patches, kernel = ctx.saved_tensors
+        outputs, inputs = kernel.shape[:2]
+        by_position = gradient.to(torch.bfloat16).permute(0, 2, 3, 1).reshape(-1, outputs)
+        of_weight = (by_position.t() @ patches).view(outputs, 3, 3, inputs).permute(0, 3, 1, 2)
+        turned = kernel.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, inputs)
+        of_images = _as_maps(_neighbourhoods(gradient) @ turned, gradient)
+        return of_images.to(ctx.types[0]), of_weight.to(ctx.types[1])
+
+
+def _neighbourhoods(maps: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N H W, 9 C] in bfloat16: row by row of each neighbourhood, zeros beyond the edge."""
+    images, channels, height, width = maps.shape
+    padded = functional.pad(maps.to(torch.bfloat16).permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    shifted = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return torch.cat(shifted, dim=-1).view(images * height * width, 9 * channels)
+
+
+def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
+    """[N H W, C] -> [N, C, H, W], channels last in memory."""
+    images, _, height, width = like.shape
+    return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _bfloat16_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+
+
+def use_products_on_small_maps(model: nn.Module) -> None:
+    """Give all plain 3 x 3 convolutions of a model the form of `SmallMapConv2d`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _is_plain(module):
+            module.__class__ = SmallMapConv2d
+
+
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    return (
+        convolution.kernel_size == (3, 3)
+        and convolution.stride == convolution.padding == convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.padding_mode == "zeros"
+    )
