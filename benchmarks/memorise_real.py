@@ -101,6 +101,7 @@ def main() -> int:
     length = ("--steps", str(settings.dense_steps))
     steps.train("train_det", (*shape, "--init", str(settings.init), *length), dense)
     folders = {"dense": dense}
+    write(settings, data, folders)
     for plan in settings.plans:
         start, small = settings.work / f"{plan.stem}-start", settings.work / plan.stem
         compress(steps, settings, plan, dense / "last.safetensors", start)
@@ -132,16 +133,21 @@ def write(settings: Settings, data: Path, folders: dict[str, Path]) -> None:
     picture = settings.out.with_suffix(".png")
     draw(settings, data, folders, picture)
     commands.write_json(result, settings.out)
-    notes = NOTES.format(
-        **contents,
-        goal=GOAL_AP50,
-        models=", ".join(folders),
-        shown=settings.shown,
-        score=settings.draw_score,
-        picture=picture.name,
-    )
     with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
-        stream.write(f"{table(cells).to_markdown()}\n\n{notes}\n")
+        stream.write(markdown(result, picture.name))
+
+
+def markdown(result: dict[str, Any], picture: str) -> str:
+    """Table and notes of a results file and the name of its picture."""
+    notes = NOTES.format(
+        **result["data"],
+        goal=GOAL_AP50,
+        models=", ".join(result["cells"]),
+        shown=result["settings"]["shown"],
+        score=result["settings"]["draw_score"],
+        picture=picture,
+    )
+    return f"{table(result['cells']).to_markdown()}\n\n{notes}\n"
 
 
 def same_images_twice(settings: Settings) -> Path:

@@ -46,7 +46,7 @@ from norton_deploy.pruning.filter_choices import (
 )
 from norton_deploy.reporting.recovery import Recovery, RecoverySettings, network_nmse, percent
 from norton_deploy.reporting.result_cells import ResultCells
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.tables import PRECISION_NAMES, Table
 
 ROOT = Path(__file__).parent
 Choice = Literal["PABS", "L1", "FPGM", "random"]
@@ -201,7 +201,8 @@ def method_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> 
     return Table(
         (*header, *before, *tuned),
         tuple(rows),
-        f"Decompositions at equal MACs; dense {100 * cells['dense']['top1']:.2f} %",
+        f"Decompositions at equal MACs; dense {100 * cells['dense']['top1']:.2f} %; "
+        f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}",
     )
 
 

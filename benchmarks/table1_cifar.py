@@ -31,7 +31,7 @@ from norton_deploy.modeling.refit import refit
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.recovery import Recovery, RecoverySettings, Teacher, percent
 from norton_deploy.reporting.result_cells import ResultCells
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.tables import PRECISION_NAMES, Table
 
 ROOT = Path(__file__).parent
 PLANS = ROOT.parent / "configs" / "plans"
@@ -170,7 +170,8 @@ def level_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> T
     tuned = ("Fine-tuned %", "Drop", "Distilled %", "Drop, distilled", "Drop, paper")
     caption = (
         f"{settings['architecture']} on {settings['test_images']} images, fine-tuned for {settings['steps']} steps, "
-        f"refitted on {settings['refit_images']} unlabelled images"
+        f"refitted on {settings['refit_images']} unlabelled images; "
+        f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}"
     )
     return Table((*header, *tuned), tuple(rows), caption)
 

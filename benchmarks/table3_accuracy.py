@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path("configs")
 FINETUNE_SEED = 1000
 """Added to the seed after the first phase, so that the second sees the images in another order."""
-SHARED = ("train_images", "val_images", "pretrain_steps", "recovery", "precision")
+SHARED = ("train_images", "val_images", "pretrain_steps", "recovery")
 """Settings that all cells of a results file have in common."""
 GRAPH_SIZE = (192, 192)
 
@@ -70,7 +70,8 @@ class Settings:
     distillation_weights: tuple[float, ...] = (0.5,)
     """Weights of the imitation, one run with distillation for each."""
     precision: Literal["no", "bf16"] = "no"
-    """Precision of all training: no (float32), or bf16 on a CPU with AMX. Evaluation is in float32."""
+    """Precision of the training: no (float32), or bf16 on a CPU with AMX; a seed of a task has one. Evaluation is in
+    float32."""
     latency_rounds: int = 60
     """Measured calls of each exported detector; 0 leaves latency out."""
     out: Path = RESULTS / "table3_accuracy.json"
@@ -130,6 +131,13 @@ class Experiment:
     def run_task(self, task: Task, seed: int, body: Path) -> None:
         """The dense detector of a task, then all its compressed forms."""
         s, folder = self.settings, self.settings.work / f"seed{seed}"
+        cells = self.results["cells"].items()
+        if other := [name for name, cell in cells if (cell["task"], cell["seed"]) == (task, seed)
+                     and cell["precision"] != s.precision]:  # fmt: skip
+            raise UserError(
+                f"{s.out}: its cell '{other[0]}' was trained with another precision than {s.precision}; "
+                "give that one with --precision, or choose another seed"
+            )
         trained = folder / f"{task}-trained"
         self.detector(Cell(task, seed, TRAINED), trained, body, s.detector_steps, seed)
         recipe, again = (s.finetune_steps, s.finetune_lr), seed + FINETUNE_SEED
@@ -170,6 +178,7 @@ class Experiment:
         self.results["cells"][name] = {
             **asdict(cell),
             "steps": steps,
+            "precision": self.settings.precision,
             "command": command,
             "images": self.settings.val_images,
             "metrics": figures["metrics"],

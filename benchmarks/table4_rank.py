@@ -29,7 +29,7 @@ from norton_deploy.modeling.cpd_block import CPDBlock
 from norton_deploy.planning.plan import CompressionPlan
 from norton_deploy.reporting.recovery import Recovery, RecoverySettings, network_nmse, percent
 from norton_deploy.reporting.result_cells import ResultCells
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.tables import PRECISION_NAMES, Table
 
 RESULTS = Path(__file__).parent / "results"
 # Table IV: rank -> reduction of MACs and parameters (%), NMSE, top-1 without and with fine-tuning (%).
@@ -127,7 +127,10 @@ def rank_table(
         )
     header = ("Rank", "MACs CR %", "Params CR %", "NMSE mean / total", "As decomposed %", "BatchNorm re-estimated %")
     steps = f"Fine-tuned, {settings['steps']} steps %"
-    caption = f"{settings['architecture']}, dense {100 * dense['top1']:.2f} % on {settings['test_images']} images"
+    caption = (
+        f"{settings['architecture']}, dense {100 * dense['top1']:.2f} % on {settings['test_images']} images; "
+        f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}"
+    )
     return Table((*header, steps), tuple(rows), caption)
 
 

@@ -7,6 +7,7 @@ one closed form; a CPDBlock has one for each factor given the other two.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -114,13 +115,11 @@ def _is_refittable(layer: nn.Module) -> bool:
 def _layers_in_order(model: nn.Module, probe: Probe) -> list[str]:
     """The refittable layers in the order in which they are first called."""
     order: dict[str, None] = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _m, _i, name=name: order.setdefault(name))
-        for name in refittable_layers(model)
-    ]
-    run_stages(model, probe)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for name in refittable_layers(model):
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _m, _i, name=name: order.setdefault(name)))
+        run_stages(model, probe)
     return list(order)
 
 
@@ -156,16 +155,14 @@ def _dense_outputs(
         wanted = rows[positions]
         found[name][-1].append(_Call(positions, wanted[:, channels[name]] if name in channels else wanted))
 
-    handles = [
-        dense.get_submodule(name).register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
-        for name in order
-    ]
-    for probe in probes:
-        for calls in found.values():
-            calls.append([])
-        run_stages(dense, probe)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for name in order:
+            layer = dense.get_submodule(name)
+            hooks.enter_context(layer.register_forward_hook(lambda _m, _i, output, name=name: record(name, output)))
+        for probe in probes:
+            for calls in found.values():
+                calls.append([])
+            run_stages(dense, probe)
     return found
 
 
@@ -189,14 +186,13 @@ def _collect(
         if not pending:
             raise _Reached
 
-    handle = layer.register_forward_pre_hook(take)
-    for index, (probe, calls) in enumerate(zip(probes, targets, strict=True)):  # noqa: B007 (read by `take`)
-        pending[:] = calls
-        try:
-            run_stages(small, probe)
-        except _Reached:
-            continue
-    handle.remove()
+    with layer.register_forward_pre_hook(take):
+        for index, (probe, calls) in enumerate(zip(probes, targets, strict=True)):  # noqa: B007 (read by `take`)
+            pending[:] = calls
+            try:
+                run_stages(small, probe)
+            except _Reached:
+                continue
     return halves
 
 

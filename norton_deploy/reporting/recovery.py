@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class RecoverySettings:
     """Weight decay of kernels and matrices."""
     clip_norm: float = 5.0
     """Largest norm of the gradient."""
+    precision: Literal["no", "bf16"] = "no"
+    """Precision of the fine-tuning: no (float32), or bf16 on a CPU with AMX. Evaluation is in float32."""
     reestimate_images: int = 1024
     """Training images, without labels, for the new BatchNorm statistics."""
     workers: int = 2
@@ -102,7 +104,7 @@ class Recovery:
     def identity(self) -> dict[str, Any]:
         """What all figures depend on, for the results file: no paths, the model by its digest."""
         recovery = self.recovery
-        names = ("steps", "batch_size", "lr", "warmup_steps", "weight_decay", "clip_norm", "reestimate_images", "seed")
+        names = ("steps", "batch_size", "lr", "warmup_steps", "weight_decay", "clip_norm", "precision")
         return {
             "model": f"{recovery.model.parent.name}/{recovery.model.name}",
             "model_sha256": sha256_of(recovery.model),
@@ -111,7 +113,7 @@ class Recovery:
             "test_images": len(self.val),
             "dense_macs": self.before.macs,
             "dense_params": self.before.params,
-            **{name: getattr(recovery, name) for name in names},
+            **{name: getattr(recovery, name) for name in (*names, "reestimate_images", "seed")},
         }
 
     def top1(self, model: nn.Module) -> float:
@@ -210,6 +212,7 @@ class Recovery:
             warmup_steps=min(recovery.warmup_steps, recovery.steps // 4),
             weight_decay=recovery.weight_decay,
             clip_norm=recovery.clip_norm,
+            precision=recovery.precision,
             evaluate_every=0,
             state_every=100,
             workers=recovery.workers,

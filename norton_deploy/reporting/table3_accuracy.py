@@ -1,17 +1,17 @@
 """The tables of benchmarks/table3_accuracy.py: what compressed detectors keep of the dense one's accuracy."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.reporting.html import Heading, Paragraph, Report
-from norton_deploy.reporting.tables import MODEL_NAMES, PAPER_ROWS, Table, reduction_percent
+from norton_deploy.reporting.tables import MODEL_NAMES, PAPER_ROWS, PRECISION_NAMES, Table, reduction_percent
 from norton_deploy.structures import Task
 
 Cell = Mapping[str, Any]
 Way = tuple[str, int, float | None, float | None]
 DENSE, TRAINED = "dense", "dense before"
-PRECISIONS = {"no": "float32", "bf16": "mixed with bfloat16"}
 METHOD = """\
 Embedded data, drawn by a program; not COCO: outline, inner drawing and, nine times in ten, a favourite hue carry the \
 class. One ResNet-50 per seed is pretrained on object crops and starts every detector of that seed. The dense detector \
@@ -35,13 +35,23 @@ def accuracy_report(results: Mapping[str, Any]) -> Report:
         Paragraph(
             f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops; "
             f"training and fine-tuning in steps of 4 images; recovery: {settings['recovery']}; "
-            f"precision of the training: {PRECISIONS[settings['precision']]}."
+            f"precision of the training: {_precisions(list(results['cells'].values()))}."
         )
     )
     for task in MODEL_NAMES:
         if any(cell["task"] == task for cell in results["cells"].values()):
             report.blocks += [Heading(MODEL_NAMES[task]), accuracy_table(results, task)]
     return report
+
+
+def _precisions(cells: Sequence[Cell]) -> str:
+    """The precision of most cells, then the tasks and seeds that had another."""
+    usual = Counter(cell["precision"] for cell in cells).most_common(1)[0][0]
+    others = {(MODEL_NAMES[cell["task"]], cell["seed"], cell["precision"]) for cell in cells} - {
+        (MODEL_NAMES[cell["task"]], cell["seed"], usual) for cell in cells
+    }
+    exceptions = [f"{model} with seed {seed} {PRECISION_NAMES[precision]}" for model, seed, precision in sorted(others)]
+    return "; ".join([PRECISION_NAMES[usual], *exceptions])
 
 
 def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from norton_deploy.structures import Task
 
+PRECISION_NAMES = {"no": "float32", "bf16": "mixed with bfloat16"}
+"""A training's `precision` -> what tables call it."""
 MODEL_NAMES: dict[Task, str] = {"box": "FasterRCNN", "mask": "MaskRCNN", "keypoint": "KeypointRCNN"}
 
 

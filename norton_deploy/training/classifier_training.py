@@ -81,14 +81,15 @@ def classification_loss(smoothing: float, model: nn.Module, batch: Batch) -> Map
 
 def prepare_convolutions(model: nn.Module) -> None:
     """Have a model's convolutions run in their quick forms; weights stay what they are."""
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  the stubs lack it for modules
+    model.to(memory_format=torch.channels_last)
     use_products_on_small_maps(model)
 
 
 def save_plain_weights(path: Path, model: nn.Module) -> None:
     """Write a model's tensors without a header, whole or not at all."""
     with atomic_write(path) as stream:
-        stream.write(safetensors.torch.save(model.state_dict()))
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        stream.write(safetensors.torch.save(tensors))
 
 
 def _save_checkpoint(header: CheckpointHeader, path: Path, model: nn.Module) -> None:

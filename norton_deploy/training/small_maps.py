@@ -20,7 +20,7 @@ class SmallMapConv2d(nn.Conv2d):
     Weights, state and results are those of `nn.Conv2d`, up to bfloat16's rounding; anywhere else it is one.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name is nn.Conv2d's
+    def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, H, W]."""
         small = input.shape[2] * input.shape[3] <= LARGEST_MAP
         if not (small and input.device.type == "cpu" and _bfloat16_autocast()):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.factorization.cp import CPFactors
+from norton_deploy.modeling import refit as refit_module
 from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.modeling.compress import compress
 from norton_deploy.modeling.cpd_block import CPDBlock
@@ -148,3 +149,18 @@ def test_no_layer_gets_worse_and_the_detector_gets_better() -> None:
     assert {"backbone.body.conv1", "roi_heads.box_head.fc6", "rpn.head.cls_logits"} <= {r.name for r in results}
     assert all(result.error_after <= result.error_before for result in results)
     assert all(new < 0.7 * old for old, new in zip(before, after, strict=True)), (before, after)
+
+
+def test_an_interrupted_refit_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = classifier()
+    small = compress(dense, CompressionPlan("resnet18", {"layer1.0.conv1": 1}), starts=1)
+    probes = list(make_probes(dense, pictures(2, 32), CLASSIFIER, batch=2))
+
+    def interrupted(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refit_module, "input_patches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refit(small, dense, {}, probes)
+    for module in (*small.modules(), *dense.modules()):
+        assert not module._forward_hooks and not module._forward_pre_hooks

@@ -1,3 +1,10 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.table3_accuracy import SHARED, Experiment, Settings
+from norton_deploy.errors import UserError
 from norton_deploy.reporting.table3_accuracy import accuracy_report, accuracy_table
 
 
@@ -5,7 +12,7 @@ def cell(seed: int, model: str, steps: int, ap: float, weight: float | None = No
     macs = 1e9 if model == "fast" else 4e9
     return {
         "task": "box", "seed": seed, "model": model, "finetune_steps": steps, "steps": steps or 12,
-        "finetune_lr": lr if steps else None, "distillation_weight": weight,
+        "finetune_lr": lr if steps else None, "distillation_weight": weight, "precision": "no",
         "images": 500, "metrics": {"bbox": {"AP": ap, "AP50": 2 * ap, "AR100": ap + 0.1}},
         "macs": macs, "params": macs / 100,
     }  # fmt: skip
@@ -22,7 +29,7 @@ CELLS = (
     cell(0, "fast", 12, 0.36),
 )
 RESULTS = {
-    "settings": {"train_images": 40, "pretrain_steps": 9, "recovery": "both", "precision": "no"},
+    "settings": {"train_images": 40, "pretrain_steps": 9, "recovery": "both"},
     "cells": {str(index): entry for index, entry in enumerate(CELLS)},
     "latency": {
         "box": {
@@ -60,3 +67,18 @@ def test_the_report_holds_the_tasks_that_were_measured(tmp_path) -> None:
     text = accuracy_report(RESULTS).to_markdown(tmp_path)
     assert "## FasterRCNN" in text and "MaskRCNN" not in text
     assert "40 training images; 9 steps of 32 crops; training" in text
+    assert "precision of the training: float32." in text
+
+
+def test_a_seed_of_another_precision_is_named(tmp_path) -> None:
+    cells = {name: {**one, "precision": "bf16" if one["seed"] else "no"} for name, one in RESULTS["cells"].items()}
+    text = accuracy_report({**RESULTS, "cells": cells}).to_markdown(tmp_path)
+    assert "precision of the training: float32; FasterRCNN with seed 1 mixed with bfloat16." in text
+
+
+def test_a_seed_of_a_task_has_one_precision(tmp_path: Path) -> None:
+    settings = Settings(precision="bf16", out=tmp_path / "results.json", work=tmp_path)
+    shared = {name: getattr(settings, name) for name in SHARED}
+    settings.out.write_text(json.dumps({**RESULTS, "settings": shared}))
+    with pytest.raises(UserError, match=r"results\.json: its cell '0' was trained with another precision than bf16"):
+        Experiment(settings).run_task("box", 0, tmp_path / "pretrain")
