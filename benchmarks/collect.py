@@ -47,6 +47,7 @@ SECTIONS = {
     "size_buckets": "Fixed image sizes",
     "compression_time": "Time to compress a layer",
     "training_forms": "CPDBlocks in training",
+    "small_maps": "Training over small maps on a CPU",
     "gradcam": "Feature preservation: Grad-CAM",
 }
 """Result file -> heading, in the order of the document."""

@@ -1,8 +1,8 @@
 """Convolutions over small maps as matrix products, for mixed precision on a CPU.
 
-oneDNN's bfloat16 convolutions reach a tenth of the processor's rate where a map has 4 x 4 or 2 x 2 positions, as in the
-last six convolutions of VGG-16 at 32 x 32, because they find too little work in one image. The same sums, written
-as one product over all positions of all images, do not have that limit.
+oneDNN's bfloat16 convolutions are slow where a map has 4 x 4 or 2 x 2 positions, as in the last six convolutions of
+VGG-16 at 32 x 32. The same sums written as one product over all positions of all images are not; see
+benchmarks/results/small_maps.md.
 """
 
 from typing import Any
