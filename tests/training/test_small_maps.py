@@ -33,7 +33,8 @@ def test_product_is_the_convolution_with_its_gradients(
     use_products_on_small_maps(product)
     assert type(product) is SmallMapConv2d
     images = torch.randn(3, 6, *size)
-    exact = gradients(plain.double(), images.double())  # under autocast in bfloat16 all the same
+    exact = gradients(plain.double(), images.double())
+    assert {tensor.dtype for tensor in exact} == {torch.float64}  # which autocast leaves alone
     ours = gradients(product, images)
     for mine, reference in zip(ours, exact, strict=True):
         assert (mine.double() - reference.double()).norm() < 0.01 * reference.double().norm()
