@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from norton_deploy.errors import UserError
 from norton_deploy.factorization.cp import CPFactors, decompose_filters, max_rank
+from norton_deploy.modeling.small_maps import convolve, is_bfloat16_on_cpu
 
 Pair = tuple[int, int]
 Padding = Pair | Literal["same"]
@@ -15,6 +15,10 @@ MOVED_CHANNEL_COST = 300
 """What a channel costs on its way through a block's two depthwise convolutions and the sum, which move memory rather
 than compute: as much as so many input channels of the pointwise convolution. Chosen on a CPU; how well it chooses is in
 benchmarks/results/training_forms.md."""
+MOVED_CHANNEL_COST_BFLOAT16 = 900
+"""The same in bfloat16 on a CPU with AMX, where products are cheaper and memory is not."""
+RECOMPOSED_WEIGHT_COST_BFLOAT16 = 540
+"""What recomposing a weight and its gradient costs there: as much as a convolution with it at so many positions."""
 
 
 class CPDBlock(nn.Module):
@@ -136,6 +140,16 @@ class CPDBlock(nn.Module):
         kernel_h, kernel_w = self.kernel_size
         return self.rank * (self.in_channels + MOVED_CHANNEL_COST) > self.in_channels * kernel_h * kernel_w
 
+    def trains_as_one(self, x: Tensor) -> bool:
+        """Whether training runs one convolution for the input [N, I, H, W]: where that should take less time."""
+        if not is_bfloat16_on_cpu(x):
+            return self.is_quicker_dense
+        kernel_h, kernel_w = self.kernel_size
+        positions = x.shape[0] * x.shape[2] * x.shape[3]
+        three = self.rank * (self.in_channels + MOVED_CHANNEL_COST_BFLOAT16) * positions
+        one = self.in_channels * kernel_h * kernel_w * (positions + RECOMPOSED_WEIGHT_COST_BFLOAT16)
+        return three > one
+
     def select_filters(self, index: Tensor) -> "CPDBlock":
         """A new block with the output filters `index` [O'] only."""
         bias = None if self.bias is None else self.bias[index]
@@ -151,11 +165,11 @@ class CPDBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I, H, W] -> [N, O, H', W'] (eq. 4-7), in training as one convolution where that is quicker."""
-        if self.training and self.is_quicker_dense:
-            return functional.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
+        if self.training and self.trains_as_one(x):
+            return convolve(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
         x = self.vertical(self.horizontal(self.pointwise(x)))
         if self.rank > 1:
-            x = x.unflatten(1, (self.out_channels, self.rank)).sum(dim=2)
+            x = _sum_over_terms(x, self.rank)
         return x if self.bias is None else x + self.bias[:, None, None]
 
     def extra_repr(self) -> str:
@@ -198,6 +212,13 @@ class CPDBlock(nn.Module):
             with torch.no_grad():
                 block.bias.copy_(bias)
         return block.train(like.training)
+
+
+def _sum_over_terms(x: Tensor, rank: int) -> Tensor:
+    """[N, O*R, H, W] -> [N, O, H, W], the sum over r (eq. 7), in the memory layout of x."""
+    if x.is_contiguous(memory_format=torch.channels_last):  # a sum over an inner dimension would lose it
+        return x.movedim(1, -1).unflatten(-1, (-1, rank)).sum(-1).movedim(-1, 1)
+    return x.unflatten(1, (-1, rank)).sum(2)
 
 
 def _pair(value: int | tuple[int, ...]) -> Pair:

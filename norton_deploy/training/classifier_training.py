@@ -18,6 +18,7 @@ from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import atomic_write
 from norton_deploy.modeling.classifiers import Architecture, ClassifierSettings
 from norton_deploy.modeling.normalisation import Norm
+from norton_deploy.modeling.small_maps import use_products_on_small_maps
 from norton_deploy.training.batch import Batch, Evaluation
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
 from norton_deploy.training.loaders import collate_classes
@@ -25,7 +26,6 @@ from norton_deploy.training.logit_distillation import DistilledClassification, l
 from norton_deploy.training.resume import seed_step
 from norton_deploy.training.run import LossTerms, run_training
 from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.small_maps import use_products_on_small_maps
 from norton_deploy.training.trainer import TrainingResult, build_accelerator
 
 

@@ -119,6 +119,35 @@ def test_training_runs_one_convolution_where_the_rank_is_high(rank: int, convolu
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rank", "side", "convolutions"), [(1, 6, 3), (8, 6, 1), (8, 4, 1)])
+def test_training_in_bfloat16_on_a_cpu_has_its_own_choice(rank: int, side: int, convolutions: int) -> None:
+    torch.manual_seed(5)
+    block = CPDBlock(64, 8, 3, rank, padding=1)
+    calls: list[nn.Module] = []
+    block.pointwise.register_forward_hook(lambda module, *_: calls.append(module))
+    x, goal = torch.randn(12, 64, side, side), torch.randn(12, 8, side, side)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.trains_as_one(x) == (convolutions == 1)
+        trained = block(x)
+    assert len(calls) == (1 if convolutions == 3 else 0)
+    parameters = list(block.parameters())
+    gradients = torch.autograd.grad((trained.float() * goal).sum(), parameters)
+    exact = block.eval()(x)
+    for one, other in zip(
+        (trained, *gradients), (exact, *torch.autograd.grad((exact * goal).sum(), parameters)), strict=True
+    ):
+        assert (one.float() - other).norm() < 0.02 * other.norm()
+
+
+def test_the_sum_over_terms_keeps_the_memory_layout() -> None:
+    torch.manual_seed(6)
+    block = CPDBlock(8, 6, 3, 2, padding=1).eval()
+    x = torch.randn(2, 8, 5, 7)
+    last = block.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, F.conv2d(x, block.dense_weight(), block.bias, padding=1))
+
+
 def test_dtype_and_mode_are_those_of_the_convolution() -> None:
     conv = nn.Conv2d(8, 4, 3).double().eval()
     block = CPDBlock.from_conv(conv, 9)

@@ -22,11 +22,40 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, H, W]."""
-        small = input.shape[2] * input.shape[3] <= LARGEST_MAP
-        if not (small and input.device.type == "cpu" and _bfloat16_autocast()):
-            return super().forward(input)
-        output: Tensor = _ProductConvolution.apply(input, self.weight)
-        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
+        return convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def convolve(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """`functional.conv2d` without groups, as a matrix product where that is quicker.
+
+    Args:
+        images: [N, C, H, W].
+        weight: [O, C, Kh, Kw].
+        bias: [O], or None.
+        stride, padding, dilation: as `nn.Conv2d` keeps them.
+
+    Returns:
+        [N, O, H', W'].
+    """
+    plain = weight.shape[2:] == (3, 3) and stride == padding == dilation == (1, 1)
+    small = images.shape[2] * images.shape[3] <= LARGEST_MAP
+    if not (plain and small and is_bfloat16_on_cpu(images)):
+        return functional.conv2d(images, weight, bias, stride, padding, dilation)
+    output: Tensor = _ProductConvolution.apply(images, weight)
+    return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+
+
+def is_bfloat16_on_cpu(images: Tensor) -> bool:
+    """Whether a convolution of these images computes in bfloat16 on a CPU, by autocast."""
+    on_cpu = images.device.type == "cpu"
+    return on_cpu and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
 class _ProductConvolution(torch.autograd.Function):
@@ -64,10 +93,6 @@ def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
     """[N H W, C] -> [N, C, H, W], channels last in memory."""
     images, _, height, width = like.shape
     return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _bfloat16_autocast() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
 def use_products_on_small_maps(model: nn.Module) -> None:

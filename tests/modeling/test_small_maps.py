@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from norton_deploy.training import small_maps
-from norton_deploy.training.small_maps import SmallMapConv2d, use_products_on_small_maps
+from norton_deploy.modeling import small_maps
+from norton_deploy.modeling.small_maps import SmallMapConv2d, use_products_on_small_maps
 
 
 def gradients(convolution: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
