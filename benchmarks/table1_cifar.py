@@ -1,12 +1,11 @@
 """The paper's Table I with this code: VGG-16-BN on CIFAR-10 with about 77, 88, 96 and 99 % fewer MACs.
 
 Each plan is compressed, refitted layer by layer on unlabelled images (the paper does not do that; --refit-images 0
-leaves it out), gets new BatchNorm statistics and is fine-tuned for the same number of steps, once on the labels and
-once with distillation from the dense model. Because a dense model that has not been trained to the end gains
-from any further training, the dense model is fine-tuned alike as a control (--no-control leaves it out). A dense epoch
-(391 steps of 128) takes about 8 minutes on 2 cores, distillation adds the teacher's forward pass to a step: plan with
-30 to 90 minutes a cell of 2000 steps (an estimate; each cell records its seconds). Each cell is written when it is done
-and a fine-tuning that was interrupted goes on where its state was saved: run the same command again.
+leaves it out), gets new BatchNorm statistics and is fine-tuned for the same number of steps, once with distillation
+from the dense model and once on the labels alone (--no-labels-alone leaves that out). Because a dense model that has
+not been trained to the end gains from any further training, the dense model is fine-tuned alike as a control
+(--no-control leaves it out). Each cell records its seconds and is written when it is done; a fine-tuning that was
+interrupted goes on where its state was saved: run the same command again.
 
     python benchmarks/table1_cifar.py --model runs/vgg16/last.safetensors --data runs/cifar
 """
@@ -36,6 +35,7 @@ from norton_deploy.reporting.tables import PRECISION_NAMES, Table
 ROOT = Path(__file__).parent
 PLANS = ROOT.parent / "configs" / "plans"
 CONTROL = "dense, fine-tuned alike"
+DISTILLED = ", distilled"
 BEFORE_TUNING = ("top1_before_refit", "top1_compressed", "top1_reestimated")
 NOT_COMPRESSED = ("-",) * len(BEFORE_TUNING)
 PROBE_BATCH = 200
@@ -73,6 +73,8 @@ class Settings(RecoverySettings):
     """Temperature of the distillation."""
     refit_images: int = 2000
     """Refit the layers by least squares on so many unlabelled training images before fine-tuning; 0: do not."""
+    labels_alone: bool = True
+    """Fine-tune on the labels alone too."""
     control: bool = True
     """Fine-tune the dense model alike."""
     out: Path = ROOT / "results" / "table1_cifar.json"
@@ -107,9 +109,9 @@ def write(results: ResultCells) -> None:
 
 
 def cells_of(stem: str, settings: Settings) -> dict[str, Teacher | None]:
-    """The two cells of a plan: on the labels, and with the dense model as teacher."""
-    teacher = Teacher(settings.model, settings.distillation_weight, settings.temperature)
-    return {stem: None, f"{stem}, distilled": teacher}
+    """The cells of a plan: on the labels if asked, and with the dense model as teacher."""
+    alone: dict[str, Teacher | None] = {stem: None} if settings.labels_alone else {}
+    return alone | {f"{stem}{DISTILLED}": Teacher(settings.model, settings.distillation_weight, settings.temperature)}
 
 
 def compressed(recovery: Recovery, settings: Settings, plan: CompressionPlan) -> tuple[nn.Module, dict[str, Any]]:
@@ -159,21 +161,27 @@ def level_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> T
     ]
     if CONTROL in cells:
         rows.append((CONTROL, *size_columns(cells[CONTROL]), *NOT_COMPRESSED, *drop(cells[CONTROL]), "-", "-", "-"))
-    for name, cell in sorted(cells.items(), key=lambda item: -item[1]["macs"]):
-        if name in ("dense", CONTROL) or name.endswith(", distilled"):
-            continue
+    plans = {name.removesuffix(DISTILLED): cell for name, cell in cells.items() if name not in ("dense", CONTROL)}
+    for name, cell in sorted(plans.items(), key=lambda item: -item[1]["macs"]):
         paper = f"{PAPER_DENSE - PAPER[name][3]:.2f}" if name in PAPER else "-"
         before = [percent(cell[key]) if key in cell else "-" for key in BEFORE_TUNING]
-        distilled = drop(cells.get(f"{name}, distilled"))
-        rows.append((name, *size_columns(cell), *before, *drop(cell), *distilled, paper))
-    header = ("Plan", "MACs (CR %)", "Params (CR %)", "Before refit %", "Compressed %", "BatchNorm re-estimated %")
-    tuned = ("Fine-tuned %", "Drop", "Distilled %", "Drop, distilled", "Drop, paper")
+        tuned = *drop(cells.get(name)), *drop(cells.get(name + DISTILLED))
+        rows.append((name, *size_columns(cell), *before, *tuned, paper))
+    header: tuple[str, ...] = (
+        "Plan",
+        "MACs (CR %)",
+        "Params (CR %)",
+        "Before refit %",
+        "Compressed %",
+        "BatchNorm re-estimated %",
+    )
+    header += ("Fine-tuned %", "Drop", "Distilled %", "Drop, distilled", "Drop, paper")
     caption = (
-        f"{settings['architecture']} on {settings['test_images']} images, fine-tuned for {settings['steps']} steps, "
-        f"refitted on {settings['refit_images']} unlabelled images; "
+        f"{settings['architecture']} on {settings['test_images']} images, fine-tuned for {settings['steps']} steps "
+        f"at {settings['lr']:g}, refitted on {settings['refit_images']} unlabelled images; "
         f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}"
     )
-    return Table((*header, *tuned), tuple(rows), caption)
+    return Table(header, tuple(rows), caption)
 
 
 def size_columns(cell: dict[str, Any]) -> tuple[str, str]:

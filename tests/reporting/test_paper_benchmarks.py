@@ -160,11 +160,14 @@ def test_level_table_sets_the_drop_beside_the_papers() -> None:
         "vgg16_99": {**size, **before, "top1_fine_tuned": 0.88},
         "vgg16_99, distilled": {**size, **before, "top1_fine_tuned": 0.89},
     }
-    table = table1_cifar.level_table(
-        cells, {"architecture": "vgg16_bn", "test_images": 10000, "steps": 2000, "refit_images": 9, "precision": "no"}
-    )
+    settings = {"architecture": "vgg16_bn", "test_images": 10000, "steps": 2000, "lr": 0.02, "refit_images": 9}
+    settings |= {"precision": "no"}
+    table = table1_cifar.level_table(cells, settings)
     expected = ("4.60M (98.5)", "0.14M (99.1)", "5.00", "10.00", "20.00", "88.00", "3.00", "89.00", "2.00", "3.64")
     assert table.rows[1] == ("vgg16_99", *expected)
+    del cells["vgg16_99"]
+    table = table1_cifar.level_table(cells, settings)
+    assert table.rows[1:] == (("vgg16_99", *expected[:5], "-", "-", *expected[7:]),)
 
 
 def test_choice_table_shows_mean_and_spread() -> None:
