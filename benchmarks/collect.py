@@ -40,6 +40,7 @@ SECTIONS = {
     "operator_profile": "Where a compressed detector's time goes",
     "table4_rank": "Table IV: rank",
     "table1_cifar": "Table I: VGG-16 on CIFAR-10",
+    "table1_cifar_long": "Table I: longer fine-tuning",
     "rivals": "Figure 1: other decompositions and filter choices",
     "keypoint_decoding": "Keypoint decoding in graphs",
     "export_parity": "Exported graphs against eager mode",

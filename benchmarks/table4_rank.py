@@ -1,10 +1,8 @@
 """The paper's Table IV with this code: what the rank of every convolution of VGG-16-BN costs and saves.
 
 For each rank 1 to 8, nothing pruned: reduction of MACs and parameters, NMSE, top-1 as decomposed, with new BatchNorm
-statistics, and after the same short fine-tuning of every rank. A dense epoch of VGG-16-BN on CIFAR-10 (391 steps of
-128) takes about 8 minutes on 2 cores, and a step with CPDBlocks one to three times as long as a dense one: plan with
-10 to 30 minutes a cell of 400 steps (an estimate; each cell records its seconds). Each cell is written when it is
-done and a fine-tuning that was interrupted goes on where its state was saved: run the same command again.
+statistics, and after the same short fine-tuning of every rank. Each cell records its seconds and is written when it is
+done; a fine-tuning that was interrupted goes on where its state was saved: run the same command again.
 
     python benchmarks/table4_rank.py --model runs/vgg16/last.safetensors --data runs/cifar
 """
@@ -126,7 +124,7 @@ def rank_table(
             )
         )
     header = ("Rank", "MACs CR %", "Params CR %", "NMSE mean / total", "As decomposed %", "BatchNorm re-estimated %")
-    steps = f"Fine-tuned, {settings['steps']} steps %"
+    steps = f"Fine-tuned, {settings['steps']} steps at {settings['lr']:g} %"
     caption = (
         f"{settings['architecture']}, dense {100 * dense['top1']:.2f} % on {settings['test_images']} images; "
         f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}"
