@@ -74,7 +74,8 @@ test images (in mixed precision), which is how the paper's code chooses and flat
 dense model of the same column; a negative one is a gain. Paper: its Tables I and IV, dense {PAPER_DENSE} %, \
 400 epochs a stage. Epochs are those of the stages one after another. CIFAR-10 here is not the original but coded as \
 JPEG of quality 75 with colours at half the resolution, in training and test images alike. That costs accuracy, how \
-much was not measured: compare drops, not accuracies. Compressed layers ran as the one convolution that they equal."""
+much was not measured: compare drops, not accuracies. Compressed layers ran as the one \
+convolution that they equal. A second seed is one of order and augmentation in the last stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
