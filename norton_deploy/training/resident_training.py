@@ -127,13 +127,15 @@ class TrainingStep:
         torch.cuda.current_stream().wait_stream(stream)
 
     def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 self._run()
             self._graph = graph
         except RuntimeError as error:
             print(f"this step cannot be recorded, it runs as it is: {error}", file=sys.stderr, flush=True)
+            torch.cuda.set_stream(stream)  # a recording that breaks off leaves its own behind
+            torch.cuda.synchronize()
             self._eager_steps = sys.maxsize
 
     def _run(self) -> None:
@@ -203,6 +205,7 @@ def train_resident(
         if epoch == 2 and math.isfinite(seconds):
             fitting = 2 + int((seconds - (now - started)) / epoch_s)
             epochs = max(min(epochs, fitting), min(epochs, settings.warmup_epochs + 1))
+            print(f"an epoch takes {epoch_s:.3f} s: {epochs} epochs", file=sys.stderr, flush=True)
     return {
         "epochs": epochs,
         "images_seen": epochs * steps_per_epoch * batch_size,
