@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from norton_deploy.data.synthetic_coco import write_dataset
+from norton_deploy.data.synthetic.dataset import write_dataset
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from reduced_detectors import IMAGE_SIZE, compressed_detector, reduced_detector
 
+from norton_deploy.compression.lower_model import lower_model
 from norton_deploy.export.onnx_export import Precision, export_onnx, weights_digest
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN, Target
-from norton_deploy.modeling.fuse import lower_model
 from norton_deploy.structures import Categories, Task
 
 CATEGORIES = Categories((1, 2, 3, 4, 5), (1, 3, 5, 7, 9), ("a", "b", "c", "d", "e"))

@@ -14,15 +14,15 @@ from conftest import CATEGORIES
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
 
+from norton_deploy.compression.lower_model import lower_model
 from norton_deploy.errors import UserError
 from norton_deploy.export import tensorrt_build
 from norton_deploy.export.frame_resize import FrameResize
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import export_onnx, read_contract
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN, Target
-from norton_deploy.modeling.fuse import lower_model
-from norton_deploy.runtime.parity import check_parity
-from norton_deploy.runtime.predictor import load_predictor
+from norton_deploy.inference.predictor import load_predictor
+from norton_deploy.parity.gate import check_parity
 from norton_deploy.structures import TASKS, Task
 
 FRAME_SIZE = (135, 240)
