@@ -74,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for kind, weight in layers(settings).items():
         for rank in settings.ranks:
-            results["decomposition"].append(
-                row := time_decomposition(weight, rank, settings) | {"weights": kind}
-            )
+            results["decomposition"].append(row := time_decomposition(weight, rank, settings) | {"weights": kind})
             ratio, error = row["speedup"]["ratio"], row["nmse_sample"] / row["tensorly_nmse_sample"]
             print(f"{kind} rank {rank}: {ratio:.0f} times tensorly, NMSE {error:.4f} of its", file=sys.stderr)
             if kind == "he":

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression import cpu_forms as small_maps
 from norton_deploy.config import parse_settings
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.training import cpu_forms as small_maps
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS = ((256, 8), (512, 4), (512, 2))  # channels, height and width of the map

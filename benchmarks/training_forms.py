@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.cpu_forms import convolve
 from norton_deploy.config import parse_settings
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.training.cpu_forms import convolve
 
 RESULTS = Path(__file__).parent / "results"
 # Channels, height and width of the maps, images in a batch.

@@ -5,9 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression.cpu_forms import convolve, is_bfloat16_on_cpu
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import CPFactors, decompose_filters, max_rank
-from norton_deploy.training.cpu_forms import convolve, is_bfloat16_on_cpu
 
 Pair = tuple[int, int]
 Padding = Pair | Literal["same"]

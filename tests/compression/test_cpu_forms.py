@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from norton_deploy.training import cpu_forms as small_maps
-from norton_deploy.training.cpu_forms import SmallMapConv2d, use_products_on_small_maps
+from norton_deploy.compression import cpu_forms as small_maps
+from norton_deploy.compression.cpu_forms import SmallMapConv2d, use_products_on_small_maps
 
 
 def gradients(convolution: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
