@@ -24,23 +24,23 @@ from table3 import ROOT, calibrate, equalise, prepare_images, read_results
 from torch import Tensor, nn
 
 from norton_deploy import commands
+from norton_deploy.compression.compress import channel_groups, compress, fit_plan
+from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.surgery import output_width
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.form_tuning import CPU, TimingTable, tune_blocks
+from norton_deploy.cost.layer_calls import layer_calls
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.export.fixed_sampling import fix_sampling
-from norton_deploy.export.layer_calls import layer_calls
 from norton_deploy.export.onnx_export import OPSET
-from norton_deploy.export.tuning import CPU, TimingTable, tune_blocks
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.compress import channel_groups, compress, fit_plan
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.fuse import lower_model
-from norton_deploy.modeling.surgery import output_width
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.inference.predictor import Image, Predictor, read_image
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.latency import balanced_orders
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.runtime.predictor import Image, Predictor, read_image
 from norton_deploy.search.end_to_end import Workload, tuned_predictor
 from norton_deploy.structures import Categories
 

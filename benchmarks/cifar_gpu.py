@@ -6,7 +6,7 @@ after decomposing and after pruning; the first stage is the plan of 88 %. Every 
 are left and trains for as many epochs as fit into it, at most --epochs; a cell is written when it is done, an error is
 written in its place and tried again by the next run, and cells for which no time is left are left to it too.
 
-    python benchmarks/cifar_gpu.py --data cifar10.tar.xz --state runs/cifar_gpu --budget 330
+    python -m benchmarks.cifar_gpu --data cifar10.tar.xz --state runs/cifar_gpu --budget 330
 """
 
 import copy
@@ -26,20 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from norton_deploy.config import parse_settings
-from norton_deploy.data.resident_images import read_resident_images
-from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import count_complexity
-from norton_deploy.factorization.cp import layer_nmse
-from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.modeling.compress import apply_structure, compress, prune
-from norton_deploy.modeling.cpd_block import CPDBlock
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.reporting.result_cells import Cell, ResultCells
-from norton_deploy.reporting.tables import Table
-from norton_deploy.training.gpu_forms import use_gpu_forms
-from norton_deploy.training.logit_distillation import distillation_loss
-from norton_deploy.training.resident_training import (
+from benchmarks.lib.resident_training import (
     Colours,
     Loss,
     ResidentSettings,
@@ -47,6 +34,19 @@ from norton_deploy.training.resident_training import (
     top1_of,
     train_resident,
 )
+from benchmarks.lib.result_cells import Cell, ResultCells
+from norton_deploy.compression.compress import apply_structure, compress, prune
+from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.gpu_forms import use_gpu_forms
+from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.data.resident_images import read_resident_images
+from norton_deploy.errors import UserError
+from norton_deploy.method.cp import layer_nmse
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.reporting.tables import Table
+from norton_deploy.training.logit_distillation import distillation_loss
 
 ROOT = Path(__file__).parent
 PLANS = ROOT.parent / "configs" / "plans"

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from norton_deploy import commands
 from norton_deploy.config import parse_settings
-from norton_deploy.factorization.cp import CPFactors, decompose_filters, layer_nmse, nmse
 from norton_deploy.files import atomic_write
-from norton_deploy.pruning.filter_selection import select_filters
-from norton_deploy.pruning.subspace_angles import pabs_distance
+from norton_deploy.method.cp import CPFactors, decompose_filters, layer_nmse, nmse
+from norton_deploy.method.filter_selection import select_filters
+from norton_deploy.method.subspace_angles import pabs_distance
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table

@@ -22,15 +22,15 @@ from typing import Any
 
 import cv2
 
-from norton_deploy.checkpoint import read_header
+from norton_deploy.checkpoints.checkpoint import read_header
+from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import export_onnx
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic_coco import draw_scene
+from norton_deploy.data.synthetic.dataset import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.static_rcnn import TARGETS
 from norton_deploy.files import atomic_write
-from norton_deploy.model_source import open_model
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
 from norton_deploy.structures import TASKS

@@ -25,21 +25,21 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools.coco import COCO
 
+from benchmarks.lib.narrow_plan import narrow_plan
 from norton_deploy import commands
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands import Steps
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.files import atomic_write, sha256_of
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.narrow_plan import narrow_plan
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.inference.drawing import draw_detections
+from norton_deploy.inference.predictor import load_predictor, read_image
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.runtime.drawing import draw_detections
-from norton_deploy.runtime.predictor import load_predictor, read_image
 from norton_deploy.structures import Categories, Detections
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,9 +20,9 @@ from norton_deploy import commands
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.search.end_to_end import export_tuned
 from norton_deploy.structures import TASKS, Task
 

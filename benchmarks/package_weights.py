@@ -1,4 +1,4 @@
-"""Put a trained, compressed mask or keypoint detector into the package, in float16 (norton_deploy/weights/).
+"""Put a trained, compressed mask or keypoint detector into the package, in float16 (norton_deploy/checkpoints/).
 
 The packaged file and the checkpoint it is made from are both evaluated: float16 rounds the weights.
 
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from norton_deploy import commands
-from norton_deploy.checkpoint import load_checkpoint, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from norton_deploy.checkpoints.packaged import LARGEST_MB, packaged_path
 from norton_deploy.config import parse_settings
-from norton_deploy.data.synthetic_coco import CATEGORIES
+from norton_deploy.data.synthetic.dataset import CATEGORIES
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
 from norton_deploy.structures import Task
-from norton_deploy.weights import LARGEST_MB, packaged_path
 
 
 @dataclass(frozen=True)

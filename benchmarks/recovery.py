@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.checkpoint import load_checkpoint
+from benchmarks.lib.narrow_plan import narrow_plan
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands import compress, eval_det, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.narrow_plan import narrow_plan
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
 

@@ -28,24 +28,24 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from benchmarks.lib.recovery import Recovery, RecoverySettings, network_nmse, percent
+from benchmarks.lib.result_cells import ResultCells
+from benchmarks.lib.rival_chains import chain, chain_macs, ranks_within
+from benchmarks.lib.rival_layers import map_sizes, replace_by_rivals
+from benchmarks.lib.rivals import RIVALS, Rival, RivalFactors, decompose_layer, rival_nmse
+from norton_deploy.compression.compress import compress
+from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
-from norton_deploy.factorization.cp import layer_nmse
-from norton_deploy.factorization.rival_chains import chain, chain_macs, ranks_within
-from norton_deploy.factorization.rivals import RIVALS, Rival, RivalFactors, decompose_layer, rival_nmse
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.cpd_block import CPDBlock
-from norton_deploy.modeling.rival_layers import map_sizes, replace_by_rivals
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.pruning.filter_choices import (
+from norton_deploy.method.cp import layer_nmse
+from norton_deploy.method.filter_choices import (
     FilterChoice,
     choose_at_random,
     choose_by_angles,
     choose_by_geometric_median,
     choose_by_l1_norm,
 )
-from norton_deploy.reporting.recovery import Recovery, RecoverySettings, network_nmse, percent
-from norton_deploy.reporting.result_cells import ResultCells
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.tables import PRECISION_NAMES, Table
 
 ROOT = Path(__file__).parent

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands import export_onnx, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
@@ -20,10 +20,10 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import primary_iou_type
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.files import atomic_write
+from norton_deploy.inference.predictor import Predictor, load_predictor
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.runtime.predictor import Predictor, load_predictor
 from norton_deploy.structures import TASKS
 
 RESULTS = Path(__file__).parent / "results"

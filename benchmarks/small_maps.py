@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression import cpu_forms as small_maps
 from norton_deploy.config import parse_settings
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling import small_maps
-from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table

@@ -21,15 +21,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks.lib.recovery import Recovery, RecoverySettings, Teacher, percent
+from benchmarks.lib.result_cells import ResultCells
+from norton_deploy.compression.compress import compress
+from norton_deploy.compression.probe import make_probes
+from norton_deploy.compression.refit import refit
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.probe import make_probes
-from norton_deploy.modeling.refit import refit
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.reporting.recovery import Recovery, RecoverySettings, Teacher, percent
-from norton_deploy.reporting.result_cells import ResultCells
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.tables import PRECISION_NAMES, Table
 
 ROOT = Path(__file__).parent

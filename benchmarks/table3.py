@@ -27,25 +27,28 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from benchmarks.lib.stage_split import split_stages, stage_macs
 from norton_deploy import commands
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
+from norton_deploy.compression.compress import compress
+from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import Form
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic_scene import draw_scene
+from norton_deploy.data.synthetic.scene import draw_scene
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import Complexity, count_complexity
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.fuse import lower_model
-from norton_deploy.modeling.lowering import Form
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.predictor import read_image
+from norton_deploy.inference.torch_backend import TorchPredictor
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.latency import macs_ceiling, measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.stage_split import split_stages, stage_macs
 from norton_deploy.reporting.table3 import (
     AUTHORS_EAGER,
     AUTHORS_ORT,
@@ -55,9 +58,6 @@ from norton_deploy.reporting.table3 import (
     NORTON_ORT,
     table3_report,
 )
-from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.runtime.predictor import read_image
-from norton_deploy.runtime.torch_backend import TorchPredictor
 from norton_deploy.structures import TASKS, Categories, Task
 
 ROOT = Path(__file__).parent

@@ -17,21 +17,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.lib.narrow_plan import narrow_plan
+from benchmarks.lib.table3_accuracy import DENSE, TRAINED, accuracy_report
 from norton_deploy import commands
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands import Steps
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.narrow_plan import narrow_plan
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.inference.predictor import Predictor, load_predictor
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.table3_accuracy import DENSE, TRAINED, accuracy_report
-from norton_deploy.runtime.predictor import Predictor, load_predictor
 from norton_deploy.structures import TASKS, Task
 
 RESULTS = Path(__file__).parent / "results"

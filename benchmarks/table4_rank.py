@@ -18,15 +18,15 @@ from typing import Any
 import matplotlib
 from torch import nn
 
+from benchmarks.lib.recovery import Recovery, RecoverySettings, network_nmse, percent
+from benchmarks.lib.result_cells import ResultCells
+from norton_deploy.compression.compress import compress
+from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
-from norton_deploy.factorization.cp import layer_nmse
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.cpd_block import CPDBlock
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.reporting.recovery import Recovery, RecoverySettings, network_nmse, percent
-from norton_deploy.reporting.result_cells import ResultCells
+from norton_deploy.method.cp import layer_nmse
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.tables import PRECISION_NAMES, Table
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.cpu_forms import convolve
 from norton_deploy.config import parse_settings
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.cpd_block import CPDBlock
-from norton_deploy.modeling.small_maps import convolve
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table

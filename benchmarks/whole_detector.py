@@ -24,21 +24,21 @@ import torch
 from table3 import ROOT, calibrate, equalise, prepare_images, read_results
 from torch import nn
 
+from benchmarks.lib.whole_detector_report import draw_plots, whole_detector_report
 from norton_deploy import commands
+from norton_deploy.compression.compress import compress
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import count_complexity
-from norton_deploy.export.tuning import TimingTable
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.predictor import read_image
+from norton_deploy.inference.torch_backend import TorchPredictor
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.whole_detector import draw_plots, whole_detector_report
-from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.runtime.predictor import read_image
-from norton_deploy.runtime.torch_backend import TorchPredictor
 from norton_deploy.search.end_to_end import Workload, export_tuned
 from norton_deploy.structures import TASKS, Categories, Task
 

@@ -12,39 +12,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from norton_deploy.checkpoint import CheckpointHeader, load_checkpoint, save_checkpoint
+    from norton_deploy.checkpoints.checkpoint import CheckpointHeader, load_checkpoint, save_checkpoint
+    from norton_deploy.compression.builders import build_classifier, build_detector
+    from norton_deploy.compression.compress import compress
+    from norton_deploy.compression.cpd_block import CPDBlock
+    from norton_deploy.cost.complexity import count_complexity
     from norton_deploy.errors import UserError
-    from norton_deploy.evaluation.complexity import count_complexity
-    from norton_deploy.factorization.cp import CPFactors, decompose_filters
-    from norton_deploy.modeling.builders import build_classifier, build_detector
-    from norton_deploy.modeling.compress import compress
-    from norton_deploy.modeling.cpd_block import CPDBlock
-    from norton_deploy.modeling.detectors import DetectorSettings
-    from norton_deploy.planning.plan import CompressionPlan
-    from norton_deploy.pruning.filter_selection import select_filters
-    from norton_deploy.pruning.subspace_angles import pabs_distance
-    from norton_deploy.runtime.predictor import load_predictor
+    from norton_deploy.inference.predictor import load_predictor
+    from norton_deploy.method.cp import CPFactors, decompose_filters
+    from norton_deploy.method.filter_selection import select_filters
+    from norton_deploy.method.plan import CompressionPlan
+    from norton_deploy.method.subspace_angles import pabs_distance
+    from norton_deploy.models.detectors import DetectorSettings
     from norton_deploy.structures import Categories, Detections
 
 _HOME = {
-    "CPDBlock": "modeling.cpd_block",
-    "CPFactors": "factorization.cp",
+    "CPDBlock": "compression.cpd_block",
+    "CPFactors": "method.cp",
     "Categories": "structures",
-    "CheckpointHeader": "checkpoint",
-    "CompressionPlan": "planning.plan",
+    "CheckpointHeader": "checkpoints.checkpoint",
+    "CompressionPlan": "method.plan",
     "Detections": "structures",
-    "DetectorSettings": "modeling.detectors",
+    "DetectorSettings": "models.detectors",
     "UserError": "errors",
-    "build_classifier": "modeling.builders",
-    "build_detector": "modeling.builders",
-    "compress": "modeling.compress",
-    "count_complexity": "evaluation.complexity",
-    "decompose_filters": "factorization.cp",
-    "load_checkpoint": "checkpoint",
-    "load_predictor": "runtime.predictor",
-    "pabs_distance": "pruning.subspace_angles",
-    "save_checkpoint": "checkpoint",
-    "select_filters": "pruning.filter_selection",
+    "build_classifier": "compression.builders",
+    "build_detector": "compression.builders",
+    "compress": "compression.compress",
+    "count_complexity": "cost.complexity",
+    "decompose_filters": "method.cp",
+    "load_checkpoint": "checkpoints.checkpoint",
+    "load_predictor": "inference.predictor",
+    "pabs_distance": "method.subspace_angles",
+    "save_checkpoint": "checkpoints.checkpoint",
+    "select_filters": "method.filter_selection",
 }
 
 __all__ = [

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.commands import run
-from norton_deploy.data.synthetic_coco import CATEGORIES
-from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.data.synthetic.dataset import CATEGORIES
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.structures import Categories
 
 PLANS = Path(__file__).parent.parent / "configs" / "plans"

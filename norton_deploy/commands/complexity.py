@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from norton_deploy.commands import write_json
+from norton_deploy.compression.builders import build_classifier, build_detector
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import Complexity, count_complexity
 from norton_deploy.files import check_output_file
-from norton_deploy.modeling.builders import build_classifier, build_detector
-from norton_deploy.modeling.classifiers import Architecture, ClassifierSettings
-from norton_deploy.modeling.detectors import DetectorSettings
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import Architecture, ClassifierSettings
+from norton_deploy.models.detectors import DetectorSettings
 
 
 @dataclass(frozen=True)

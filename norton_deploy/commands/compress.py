@@ -10,22 +10,22 @@ from typing import NoReturn
 from torch import Tensor
 from tqdm import tqdm
 
-from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import command_line, write_json
+from norton_deploy.compression.compress import compress, fit_plan
+from norton_deploy.compression.probe import make_probes
+from norton_deploy.compression.reestimate import reestimate_batch_norm
+from norton_deploy.compression.refit import refit
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import count_complexity
 from norton_deploy.files import check_output_file, refuse_same_file
-from norton_deploy.model_source import open_model
-from norton_deploy.modeling.compress import compress, fit_plan
-from norton_deploy.modeling.detectors import DetectorSettings
-from norton_deploy.modeling.probe import make_probes
-from norton_deploy.modeling.reestimate import reestimate_batch_norm
-from norton_deploy.modeling.refit import refit
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.pruning.filter_choices import choose_by_angles
-from norton_deploy.pruning.subspace_angles import Measure
+from norton_deploy.method.filter_choices import choose_by_angles
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.subspace_angles import Measure
+from norton_deploy.models.detectors import DetectorSettings
 
 WHOLE_DETECTOR = "rcnn"
 """Architecture of plans that name a detector's pyramid and heads too."""

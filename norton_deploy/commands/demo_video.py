@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from norton_deploy.checkpoints.packaged import PackagedTask, packaged_detector
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file, refuse_same_file
-from norton_deploy.runtime.predictor import load_predictor
-from norton_deploy.runtime.video import VideoPipeline
-from norton_deploy.runtime.video_sinks import VideoFile, Window
-from norton_deploy.runtime.video_sources import open_source
-from norton_deploy.weights import PackagedTask, packaged_detector
+from norton_deploy.inference.predictor import load_predictor
+from norton_deploy.video.pipeline import VideoPipeline
+from norton_deploy.video.sinks import VideoFile, Window
+from norton_deploy.video.sources import open_source
 
 SYNTHETIC_FRAMES = 250
 SMALLEST_SIDE = 32

@@ -19,7 +19,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import metrics_table, table3_scores
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector, write_results
 from norton_deploy.files import check_output_file
-from norton_deploy.runtime.predictor import load_predictor
+from norton_deploy.inference.predictor import load_predictor
 from norton_deploy.structures import Task
 
 

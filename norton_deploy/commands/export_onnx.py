@@ -11,11 +11,16 @@ from typing import Any, Literal, cast
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.checkpoints.published_weights import published_categories
 from norton_deploy.commands import write_json
+from norton_deploy.compression.builders import build_detector
+from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import Form
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic_coco import draw_scene
+from norton_deploy.data.synthetic.dataset import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.export.fixed_sampling import fix_sampling, is_adaptive
@@ -24,18 +29,13 @@ from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.random_weights import calibrate_random_detector
 from norton_deploy.export.static_rcnn import GraphSettings, InputDtype, StaticRCNN, Target
 from norton_deploy.files import check_output_file, refuse_same_file
-from norton_deploy.model_source import open_model
-from norton_deploy.modeling.builders import build_detector
-from norton_deploy.modeling.detectors import DetectorSettings
-from norton_deploy.modeling.fuse import lower_model
-from norton_deploy.modeling.lowering import Form
-from norton_deploy.modeling.published_weights import published_categories
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.runtime.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.runtime.parity import Image, check_parity
-from norton_deploy.runtime.predictor import read_image
-from norton_deploy.runtime.sampling_effect import measure_sampling_effect
-from norton_deploy.runtime.torch_backend import TorchPredictor
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.predictor import read_image
+from norton_deploy.inference.torch_backend import TorchPredictor
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.parity.gate import Image, check_parity
+from norton_deploy.parity.sampling_effect import measure_sampling_effect
 from norton_deploy.structures import Categories, Task
 
 RANDOM_SIZE = (800, 800)

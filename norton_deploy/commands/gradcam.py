@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from norton_deploy.checkpoint import Checkpoint
+from norton_deploy.checkpoints.checkpoint import Checkpoint
+from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file
-from norton_deploy.model_source import open_model
-from norton_deploy.modeling.classifiers import ClassifierSettings
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.reporting.gradcam import (
     Question,
     ask_classifier,

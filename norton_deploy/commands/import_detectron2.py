@@ -7,9 +7,9 @@ from pathlib import Path
 
 import tyro
 
-from norton_deploy.checkpoint import save_checkpoint
+from norton_deploy.checkpoints.checkpoint import save_checkpoint
 from norton_deploy.commands import command_line
-from norton_deploy.integrations.detectron2_checkpoint import import_detectron2
+from norton_deploy.detectron2.checkpoint import import_detectron2
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.form_tuning import CPU, TimingTable
 from norton_deploy.errors import UserError
-from norton_deploy.export.tuning import CPU, TimingTable
 from norton_deploy.files import atomic_write, check_output_file
-from norton_deploy.model_source import open_model
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.plan_report import plan_report, verdict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.search.budget import Budget

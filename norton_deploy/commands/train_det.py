@@ -16,7 +16,7 @@ from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.evaluation.coco_metrics import metrics_table
 from norton_deploy.evaluation.detector_evaluation import Detector
-from norton_deploy.runtime.torch_backend import TorchPredictor
+from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.detector_training import DetectorTrainingSettings, train_detector
 from norton_deploy.training.run_folder import RunFolder

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from norton_deploy.compression.lower_model import lower_model, quickest_forms
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.loading import iterate
-from norton_deploy.modeling.fuse import lower_model, quickest_forms
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 With a sampling ratio of 0 (Detectron2's default) a cell is sampled once for each pixel that it spans on its
 feature map, so that a large RoI needs more samples than a small one. A graph of fixed shapes cannot do that; it
-takes 2 samples per axis. `norton_deploy.runtime.sampling_effect` measures what that changes.
+takes 2 samples per axis. `norton_deploy.parity.sampling_effect` measures what that changes.
 """
 
 import copy

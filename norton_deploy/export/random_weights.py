@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from norton_deploy.modeling.detectors import DetectorSettings
-from norton_deploy.modeling.reestimate import reestimate_batch_norm
+from norton_deploy.compression.reestimate import reestimate_batch_norm
+from norton_deploy.models.detectors import DetectorSettings
 
 LOGIT_SPREAD = 2.0
 """Standard deviation that objectness, class and mask logits are scaled to."""

@@ -22,7 +22,7 @@ from norton_deploy.export.static_masks import StaticMaskHead
 from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, StaticNMS
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 from norton_deploy.export.static_rpn import StaticRPN
-from norton_deploy.modeling.image_transform import DetectorTransform
+from norton_deploy.models.image_transform import DetectorTransform
 from norton_deploy.structures import MaskPaste, Task
 
 Target = Literal["onnxruntime", "tensorrt"]
@@ -73,7 +73,7 @@ class StaticRCNN(nn.Module):
     """The whole detector, from pixels to padded detections.
 
     It shares the layers of the model it is made from, so give it a copy that may be changed
-    (`norton_deploy.modeling.fuse.lower_model` returns one).
+    (`norton_deploy.compression.lower_model.lower_model` returns one).
 
     Attributes:
         task: box, mask or keypoint.

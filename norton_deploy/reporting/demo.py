@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from norton_deploy.checkpoints.packaged import PACKAGED_TASKS, packaged_path
+from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
-from norton_deploy.evaluation.complexity import Complexity, count_complexity
 from norton_deploy.files import atomic_write
-from norton_deploy.reporting.html import Block, Heading, Paragraph, Picture, Report
+from norton_deploy.inference.drawing import draw_detections
+from norton_deploy.inference.predictor import Predictor, load_predictor, read_image
 from norton_deploy.reporting.latency import AlternatingRun, measure_alternating, summary_to_dict
+from norton_deploy.reporting.page import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, detector_table
-from norton_deploy.runtime.drawing import draw_detections
-from norton_deploy.runtime.predictor import Predictor, load_predictor, read_image
 from norton_deploy.structures import Task
-from norton_deploy.weights import PACKAGED_TASKS, packaged_path
 
 LATENCY_ROUNDS = 40
 PICTURES = 6
@@ -102,8 +102,8 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
 
 
 def _complexity(checkpoint: Path) -> Complexity:
-    from norton_deploy.checkpoint import load_checkpoint
-    from norton_deploy.modeling.detectors import DetectorSettings
+    from norton_deploy.checkpoints.checkpoint import load_checkpoint
+    from norton_deploy.models.detectors import DetectorSettings
 
     loaded = load_checkpoint(checkpoint)
     settings = loaded.header.settings

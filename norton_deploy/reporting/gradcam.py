@@ -21,10 +21,10 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import normalize, resize
 
+from norton_deploy.compression.compress import BODY, is_detector
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.classifiers import ClassifierSettings
-from norton_deploy.modeling.compress import BODY, is_detector
+from norton_deploy.models.classifiers import ClassifierSettings
 
 STAGES = ("layer2", "layer3", "layer4")
 SHARED_IOU = 0.5

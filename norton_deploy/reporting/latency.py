@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.errors import UserError
-from norton_deploy.runtime.predictor import Predictor
+from norton_deploy.inference.predictor import Predictor
 
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 0.95

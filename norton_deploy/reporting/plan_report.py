@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.reporting.html import Heading, Paragraph, Picture, Report
+from norton_deploy.reporting.page import Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.table3 import provenance_table
 from norton_deploy.reporting.tables import Table
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from norton_deploy.reporting.html import Heading, Paragraph, Report
-from norton_deploy.reporting.stage_split import STAGES
+from benchmarks.lib.stage_split import STAGES
+from norton_deploy.reporting.page import Heading, Paragraph, Report
 from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, detector_table
 
 DENSE_EAGER, DENSE_ORT = "dense, torch eager", "dense, ONNX Runtime"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from norton_deploy.factorization.cp import max_rank
-from norton_deploy.modeling.compress import channel_groups
-from norton_deploy.modeling.surgery import output_width
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.compression.compress import channel_groups
+from norton_deploy.compression.surgery import output_width
+from norton_deploy.method.cp import max_rank
+from norton_deploy.method.plan import CompressionPlan
 
 RANKS = (1, 2, 4)
 FRACTIONS = (0.75, 0.5, 0.375, 0.25)

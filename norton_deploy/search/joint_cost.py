@@ -12,11 +12,11 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import nn
 
-from norton_deploy.evaluation.complexity import layer_params
-from norton_deploy.export.layer_calls import LayerCall
-from norton_deploy.export.layer_graphs import LayerShape
-from norton_deploy.modeling.compress import channel_groups
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.compression.compress import channel_groups
+from norton_deploy.cost.complexity import layer_params
+from norton_deploy.cost.layer_calls import LayerCall
+from norton_deploy.cost.layer_graphs import LayerShape
+from norton_deploy.method.plan import CompressionPlan
 
 Measure = Literal["macs", "params", "latency_ms"]
 PYRAMID = "backbone.fpn.layer_blocks"

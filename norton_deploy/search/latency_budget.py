@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from norton_deploy.export.layer_calls import layer_calls
-from norton_deploy.export.tuning import TimingTable
-from norton_deploy.modeling.compress import compress
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.runtime.predictor import Image
+from norton_deploy.compression.compress import compress
+from norton_deploy.cost.form_tuning import TimingTable
+from norton_deploy.cost.layer_calls import layer_calls
+from norton_deploy.inference.predictor import Image
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.budget import Budget
 from norton_deploy.search.decisions import Decision, Option, to_plan
 from norton_deploy.search.end_to_end import Workload, time_in_turn, tuned_predictor

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from norton_deploy.export.tuning import BlockTuning
-from norton_deploy.modeling.lowering import Form
+from norton_deploy.compression.lowering import Form
+from norton_deploy.cost.form_tuning import BlockTuning
 from norton_deploy.search.decisions import STEMS, Choice, Decision
 from norton_deploy.search.joint_cost import JointCost
 from norton_deploy.search.planner import Harm

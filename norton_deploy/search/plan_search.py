@@ -10,17 +10,17 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch import nn
 
-from norton_deploy.checkpoint import Checkpoint, build_structure
+from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
+from norton_deploy.compression.compress import fit_plan
+from norton_deploy.compression.probe import Probe, make_probes
+from norton_deploy.cost.complexity import Complexity, count_complexity
+from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
+from norton_deploy.cost.layer_calls import LayerCall, layer_calls
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import Complexity, count_complexity
-from norton_deploy.export.layer_calls import LayerCall, layer_calls
-from norton_deploy.export.tuning import TimingTable, tune_blocks
-from norton_deploy.modeling.classifiers import ClassifierSettings
-from norton_deploy.modeling.compress import fit_plan
-from norton_deploy.modeling.probe import Probe, make_probes
-from norton_deploy.planning.plan import CompressionPlan
-from norton_deploy.runtime.predictor import read_image
+from norton_deploy.inference.predictor import read_image
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.search.budget import Budget, Kind
 from norton_deploy.search.decisions import Decision, list_decisions, to_plan
 from norton_deploy.search.end_to_end import Workload

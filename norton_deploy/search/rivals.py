@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.decisions import to_plan, untouched
 from norton_deploy.search.planner import Planner
 from norton_deploy.search.sensitivity import Sensitivity

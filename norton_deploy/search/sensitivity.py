@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression.compress import compress
+from norton_deploy.compression.probe import Probe, run_stages
 from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import weights_digest
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.probe import Probe, run_stages
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.decisions import Choice, Decision
 
 PYRAMID = "backbone.fpn.layer_blocks"

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from norton_deploy.checkpoint import CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.compression.cpu_forms import use_products_on_small_maps
 from norton_deploy.data.classification import ClassificationFolder, Style
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import atomic_write
-from norton_deploy.modeling.classifiers import Architecture, ClassifierSettings
-from norton_deploy.modeling.normalisation import Norm
-from norton_deploy.modeling.small_maps import use_products_on_small_maps
+from norton_deploy.models.classifiers import Architecture, ClassifierSettings
+from norton_deploy.models.normalisation import Norm
 from norton_deploy.training.batch import Batch, Evaluation
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
 from norton_deploy.training.loaders import collate_classes

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.transforms import training_transform
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import table3_scores
 from norton_deploy.evaluation.detector_evaluation import Detector, evaluate_detector
 from norton_deploy.files import sha256_of
-from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batch import Batch, Evaluation
 from norton_deploy.training.box_precision import keep_boxes_in_float32

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.errors import UserError
-from norton_deploy.model_source import open_model
-from norton_deploy.modeling.detectors import DetectorSettings
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batch import Batch
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import nn
 
-from norton_deploy.checkpoint import Checkpoint, load_weights, read_header
+from norton_deploy.checkpoints.checkpoint import Checkpoint, load_weights, read_header
+from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.compression.compress import apply_structure
 from norton_deploy.errors import UserError
-from norton_deploy.model_source import open_model
-from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.modeling.compress import apply_structure
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector, freeze_stages
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector, freeze_stages
 from norton_deploy.structures import Categories, Task
 
 CLASSIFICATION_LAYER = "fc."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.errors import UserError
 from norton_deploy.training.batch import Batch
 

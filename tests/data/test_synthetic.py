@@ -10,13 +10,13 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from norton_deploy.data.canvas import SUPERSAMPLING, Canvas
 from norton_deploy.data.coco import decode_segmentation
 from norton_deploy.data.coco_annotation import annotation_of_mask, mask_to_polygons
-from norton_deploy.data.synthetic_coco import CATEGORIES, draw_scene, write_dataset
-from norton_deploy.data.synthetic_people import KEYPOINTS, REACH, SKELETON, draw_person
-from norton_deploy.data.synthetic_scene import SyntheticVideo
-from norton_deploy.data.synthetic_shapes import SHAPES
+from norton_deploy.data.synthetic.canvas import SUPERSAMPLING, Canvas
+from norton_deploy.data.synthetic.dataset import CATEGORIES, draw_scene, write_dataset
+from norton_deploy.data.synthetic.people import KEYPOINTS, REACH, SKELETON, draw_person
+from norton_deploy.data.synthetic.scene import SyntheticVideo
+from norton_deploy.data.synthetic.shapes import SHAPES
 from norton_deploy.errors import UserError
 from norton_deploy.structures import COCO_CATEGORY_COUNT
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from norton_deploy.data.synthetic_people import KEYPOINTS
+from norton_deploy.data.synthetic.people import KEYPOINTS
 from norton_deploy.data.transforms import (
     MIRRORED_KEYPOINTS,
     Compose,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from pycocotools.cocoeval import COCOeval
 
-from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.commands.eval_det import main
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.errors import UserError
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 
 
 @pytest.fixture(scope="module")

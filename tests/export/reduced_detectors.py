@@ -14,7 +14,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from norton_deploy.modeling.cpd_block import CPDBlock
+from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.structures import Task
 
 IMAGE_SIZE = (120, 150)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from norton_deploy import commands
-from norton_deploy.checkpoint import CheckpointHeader, save_checkpoint
-from norton_deploy.data.synthetic_coco import CATEGORIES, draw_scene
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.data.synthetic.dataset import CATEGORIES, draw_scene
 from norton_deploy.export.random_weights import LOGIT_SPREAD, calibrate_random_detector
 from norton_deploy.export.tensorrt_build import is_installed, load_manifest
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Categories
 
 SETTINGS = DetectorSettings(
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_random_weights_spread_their_scores(checkpoint: Path) -> None:
-    from norton_deploy.checkpoint import load_checkpoint
+    from norton_deploy.checkpoints.checkpoint import load_checkpoint
 
     model = load_checkpoint(checkpoint).model
     scene = torch.from_numpy(draw_scene(1, (96, 128)).image).permute(2, 0, 1) / 255

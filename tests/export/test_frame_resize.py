@@ -3,7 +3,6 @@
 import copy
 import platform
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,15 @@ from conftest import CATEGORIES
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
 
+from norton_deploy.compression.lower_model import lower_model
 from norton_deploy.errors import UserError
 from norton_deploy.export import tensorrt_build
 from norton_deploy.export.frame_resize import FrameResize
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import export_onnx, read_contract
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN, Target
-from norton_deploy.modeling.fuse import lower_model
-from norton_deploy.runtime.parity import check_parity
-from norton_deploy.runtime.predictor import load_predictor
+from norton_deploy.inference.predictor import load_predictor
+from norton_deploy.parity.gate import check_parity
 from norton_deploy.structures import TASKS, Task
 
 FRAME_SIZE = (135, 240)
@@ -31,18 +30,17 @@ FRAME_SIZE = (135, 240)
 Export = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+@pytest.fixture(scope="session")
+def export(once: Callable[[str, Callable[[Path], None]], Path]) -> Export:
     """(task, input_size, target) -> a graph behind the host's letterbox (None), or one that takes frames."""
-    folder = tmp_path_factory.mktemp("frames")
 
-    @cache
     def make(task: Task, input_size: tuple[int, int] | None, target: Target = "onnxruntime") -> Path:
-        settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=input_size)
-        graph = StaticRCNN(lower_model(copy.deepcopy(reduced_detector(task))), settings)
-        path = folder / f"{task}-{target}-{input_size is None}.onnx"
-        export_onnx(graph, path, categories=CATEGORIES)
-        return path
+        def write(path: Path) -> None:
+            settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=input_size)
+            graph = StaticRCNN(lower_model(copy.deepcopy(reduced_detector(task))), settings)
+            export_onnx(graph, path, categories=CATEGORIES)
+
+        return once(f"frames-{task}-{target}-{input_size is None}.onnx", write)
 
     return make
 

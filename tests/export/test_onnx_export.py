@@ -13,7 +13,7 @@ from reduced_detectors import IMAGE_SIZE, blobs
 from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import read_contract, weights_digest
 from norton_deploy.export.static_rcnn import TARGETS, Target
-from norton_deploy.runtime.parity import check_parity
+from norton_deploy.parity.gate import check_parity
 from norton_deploy.structures import TASKS, Task
 
 DYNAMIC = {"NonZero", "NonMaxSuppression", "RoiAlign", "Loop", "If", "Scan", "Unique", "Compress", "SequenceAt"}

@@ -10,7 +10,7 @@ from reduced_detectors import blobs
 from torch import nn
 
 from norton_deploy.export.precision import Float32
-from norton_deploy.runtime.parity import check_parity
+from norton_deploy.parity.gate import check_parity
 from norton_deploy.structures import TASKS, Task
 
 HALF, FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT

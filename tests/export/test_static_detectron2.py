@@ -8,8 +8,8 @@ from norton_deploy.export.fixed_sampling import EXPORTED_SAMPLES, fix_sampling, 
 from norton_deploy.export.static_keypoints import StaticKeypointHead
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import StaticRoIAlign
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.pyramid_roi_align import PyramidRoIAlign
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.pyramid_roi_align import PyramidRoIAlign
 
 SETTINGS = DetectorSettings(
     num_classes=2,

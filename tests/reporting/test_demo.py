@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from norton_deploy import weights
+from norton_deploy.checkpoints import packaged as weights
 from norton_deploy.commands.demo import main
 
 SMALL = ("--train-images", "8", "--val-images", "4", "--pretrain-steps", "2", "--finetune-steps", "1",

@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from norton_deploy.checkpoint import CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.commands.gradcam import main
+from norton_deploy.compression.compress import compress
 from norton_deploy.errors import UserError
-from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.gradcam import (
     Question,
     explained_layers,

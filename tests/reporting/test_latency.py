@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
+from norton_deploy.inference.predictor import StageTiming
 from norton_deploy.reporting.latency import (
     AlternatingRun,
     Speedup,
@@ -17,7 +18,6 @@ from norton_deploy.reporting.latency import (
     paired_speedup,
     summary_to_dict,
 )
-from norton_deploy.runtime.predictor import StageTiming
 
 
 class ScriptedPredictor:
@@ -98,7 +98,7 @@ def test_amdahls_bound():
 
 
 def test_stage_macs_follow_layer_names():
-    from norton_deploy.reporting.stage_split import stage_macs
+    from benchmarks.lib.stage_split import stage_macs
 
     names = {"backbone.body.conv1": 5, "backbone.fpn.inner": 7, "rpn.head.conv": 11, "roi_heads.box_head.fc6": 13}
     layers = tuple(SimpleNamespace(name=name, macs=macs) for name, macs in names.items())

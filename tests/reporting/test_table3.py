@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks import table3
+from benchmarks.lib.stage_split import STAGES
 from norton_deploy.errors import UserError
-from norton_deploy.reporting.stage_split import STAGES
+from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.reporting.table3 import AUTHORS_ORT, DENSE_EAGER, DENSE_ORT, NORTON_EAGER, NORTON_ORT
-from norton_deploy.runtime.torch_backend import TorchPredictor
 
 MODELS = (DENSE_EAGER, NORTON_EAGER, DENSE_ORT, NORTON_ORT, AUTHORS_ORT)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.reporting.html import Heading, Paragraph, Picture, Report
+from norton_deploy.reporting.page import Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.tables import PAPER_ROWS, DetectorRow, Table, detector_table, reduction_percent
 
 

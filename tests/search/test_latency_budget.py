@@ -8,14 +8,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from norton_deploy.checkpoint import Checkpoint, CheckpointHeader, class_categories
-from norton_deploy.evaluation.complexity import count_complexity
-from norton_deploy.export import tuning
-from norton_deploy.export.layer_graphs import LayerShape
-from norton_deploy.export.tuning import TimingTable
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.lowering import Form
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories
+from norton_deploy.compression.lowering import Form
+from norton_deploy.cost import form_tuning as tuning
+from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.form_tuning import TimingTable
+from norton_deploy.cost.layer_graphs import LayerShape
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget
 from norton_deploy.search.budget import Budget

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from norton_deploy.checkpoint import CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.commands import run
 from norton_deploy.errors import UserError
-from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.search.budget import Budget
 
 

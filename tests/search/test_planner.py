@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression.compress import compress, fit_plan
+from norton_deploy.compression.probe import Probe, make_probes, run_stages
+from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.layer_calls import layer_calls
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.complexity import count_complexity
-from norton_deploy.export.layer_calls import layer_calls
-from norton_deploy.modeling.compress import compress, fit_plan
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.modeling.probe import Probe, make_probes, run_stages
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.search.decisions import Decision, list_decisions, to_plan, untouched
 from norton_deploy.search.joint_cost import PYRAMID, calibrate, joint_cost
 from norton_deploy.search.planner import Planner

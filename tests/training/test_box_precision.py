@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Task
 from norton_deploy.training.box_precision import keep_boxes_in_float32
 

@@ -6,14 +6,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_detector import tiny_arguments
 
-from norton_deploy.checkpoint import load_checkpoint, read_header
+from norton_deploy.checkpoints.checkpoint import load_checkpoint, read_header
 from norton_deploy.commands import compress as compress_command
 from norton_deploy.commands.train_det import main
-from norton_deploy.data.synthetic_coco import write_dataset
+from norton_deploy.compression.compress import compress
+from norton_deploy.data.synthetic.dataset import write_dataset
 from norton_deploy.errors import UserError
-from norton_deploy.modeling.compress import compress
-from norton_deploy.modeling.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.training import detector_training, run
 from norton_deploy.training.batch import Batch
 from norton_deploy.training.distillation import FeatureImitation, correlation_loss

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands.train_cls import main
 from norton_deploy.errors import UserError
-from norton_deploy.modeling.classifiers import ClassifierSettings
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training.batch import Batch
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
 from norton_deploy.training.initial_weights import InitialModel

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from norton_deploy.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands.train_cls import main
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.errors import UserError

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from tiny_detector import ChancelessTrainer, tiny_arguments, train_without_chance
 
 from norton_deploy import commands
-from norton_deploy.checkpoint import CheckpointHeader, class_categories, load_checkpoint, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, load_checkpoint, save_checkpoint
 from norton_deploy.commands.train_det import main
-from norton_deploy.data.synthetic_coco import write_dataset
+from norton_deploy.compression.compress import compress
+from norton_deploy.data.synthetic.dataset import write_dataset
 from norton_deploy.errors import UserError
-from norton_deploy.modeling.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.modeling.compress import compress
-from norton_deploy.planning.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.structures import Categories
 from norton_deploy.training import run, trainer
 from norton_deploy.training.initial_weights import training_categories

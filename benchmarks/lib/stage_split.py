@@ -1,0 +1,170 @@
+"""Where the time goes inside a detector: backbone, FPN + RPN, heads, post-processing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.lib.graph_stages import read_graph_stages, stages_of_events
+from norton_deploy.cost.complexity import Complexity
+from norton_deploy.errors import UserError
+from norton_deploy.inference.predictor import Predictor
+from norton_deploy.inference.torch_backend import TorchPredictor
+
+STAGES = ("decode", "preprocess", "copy", "backbone", "fpn_rpn", "heads", "postprocess", "other")
+HEADS = ("box_roi_pool", "box_head", "box_predictor", "mask_roi_pool", "mask_head", "mask_predictor",
+         "keypoint_roi_pool", "keypoint_head", "keypoint_predictor")  # fmt: skip
+OUTER_STAGES = {"decode_ms": "decode", "preprocess_ms": "preprocess", "copy_ms": "copy",
+                "postprocess_ms": "postprocess"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageSplit:
+    """Mean time of each stage over some calls.
+
+    Attributes:
+        stages_ms: for each of `STAGES`; "other" is what the engine spends between its nodes.
+        method: how it was measured, in words.
+        proposals: mean number of proposals per image that entered the box head (of a graph: its fixed number of
+            rows); None where that is not known.
+    """
+
+    stages_ms: dict[str, float]
+    method: str
+    proposals: float | None
+
+
+def split_stages(predictor: Predictor, images: Sequence[Path], *, calls: int) -> StageSplit:
+    """Measure the stages of a predictor in a run of its own, since looking inside costs time.
+
+    Torch: hooks on the modules, the device synchronised at each boundary. ONNX Runtime: its own profiler in
+    a second session, each node counted to the stage that the graph's "stage/..." tensors delimit.
+
+    Args:
+        predictor: a torch or ONNX Runtime predictor.
+        images: image files, used in turn.
+        calls: measured calls, after one for warm-up.
+
+    Raises:
+        UserError: a backend that cannot be split, or a graph without stage tensors.
+    """
+    if isinstance(predictor, TorchPredictor):
+        return _split_torch(predictor, images, calls)
+    if predictor.backend == "onnxruntime" and predictor.input_size is not None:
+        return _split_onnxruntime(predictor, images, calls)
+    raise UserError(f"{predictor.name}: stages of backend '{predictor.backend}' cannot be told apart")
+
+
+class _ModuleClock:
+    """Adds up the time between a module's pre-hook and hook under a stage's name."""
+
+    def __init__(self, synchronise: Callable[[], None]) -> None:
+        self.total_ms = dict.fromkeys(STAGES, 0.0)
+        self._synchronise = synchronise
+        self._handles: list[Any] = []
+        self._started = 0.0
+
+    def watch(self, module: nn.Module, stage: str) -> None:
+        def before(*_: Any) -> None:
+            self._synchronise()
+            self._started = time.perf_counter()
+
+        def after(*_: Any) -> None:
+            self._synchronise()
+            self.total_ms[stage] += (time.perf_counter() - self._started) * 1e3
+
+        self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _split_torch(predictor: TorchPredictor, images: Sequence[Path], calls: int) -> StageSplit:
+    model: Any = predictor.model
+    device = predictor.torch_device
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    predictor.predict_files([images[0]])
+    proposals: list[int] = []
+    counter = model.rpn.register_forward_hook(lambda _m, _i, output: proposals.append(len(output[0][0])))
+    clock = _ModuleClock(synchronise)
+    clock.watch(model.transform, "preprocess")
+    clock.watch(model.backbone.body, "backbone")
+    clock.watch(model.backbone.fpn, "fpn_rpn")
+    clock.watch(model.rpn, "fpn_rpn")
+    for name in HEADS:
+        module = getattr(model.roi_heads, name, None)
+        if module is not None:
+            clock.watch(module, "heads")
+    try:
+        for call in range(calls):
+            before_ms = sum(clock.total_ms.values())
+            predictor.predict_files([images[call % len(images)]])
+            timing = vars(predictor.timing)
+            inside_ms = sum(clock.total_ms.values()) - before_ms
+            for field, stage in OUTER_STAGES.items():
+                clock.total_ms[stage] += timing[field]
+            # What the model does outside these modules: box selection, heatmap decoding, mask pasting.
+            clock.total_ms["postprocess"] += timing["infer_ms"] - inside_ms
+    finally:
+        clock.close()
+        counter.remove()
+    stages_ms = {stage: total / calls for stage, total in clock.total_ms.items()}
+    return StageSplit(stages_ms, "torch module hooks, synchronised", float(np.mean(proposals)))
+
+
+def _split_onnxruntime(predictor: Predictor, images: Sequence[Path], calls: int) -> StageSplit:
+    from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+
+    assert isinstance(predictor, OnnxRuntimePredictor)
+    graph = read_graph_stages(Path(predictor.name))
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = OnnxRuntimePredictor(
+            Path(predictor.name), providers=predictor.providers, profile_prefix=Path(folder) / "profile"
+        )
+        total_ms = dict.fromkeys(STAGES, 0.0)
+        profiled.predict_files([images[0]])
+        for call in range(calls):
+            profiled.predict_files([images[call % len(images)]])
+            timing = vars(profiled.timing)
+            for field, stage in OUTER_STAGES.items():
+                total_ms[stage] += timing[field]
+            total_ms["other"] += timing["infer_ms"]
+        events = json.loads(profiled.end_profiling().read_text())
+    for stage, time_ms in stages_of_events(events, graph.stage_of_name, skip_runs=1).items():
+        total_ms[stage] += time_ms
+        total_ms["other"] -= time_ms
+    stages_ms = {stage: total / calls for stage, total in total_ms.items()}
+    return StageSplit(stages_ms, "ONNX Runtime's profiler, node times by stage", graph.proposals)
+
+
+def stage_macs(complexity: Complexity) -> dict[str, int]:
+    """MACs of the stages that have any (backbone, fpn_rpn, heads), from layer names.
+
+    Raises:
+        UserError: not a detector's layers.
+    """
+    totals = dict.fromkeys(("backbone", "fpn_rpn", "heads"), 0)
+    for layer in complexity.layers:
+        if layer.name.startswith("backbone.body."):
+            totals["backbone"] += layer.macs
+        elif layer.name.startswith(("backbone.fpn.", "rpn.")):
+            totals["fpn_rpn"] += layer.macs
+        elif layer.name.startswith("roi_heads."):
+            totals["heads"] += layer.macs
+        else:
+            raise UserError(f"layer '{layer.name}': not part of a two-stage detector")
+    return totals

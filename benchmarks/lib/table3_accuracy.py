@@ -1,0 +1,118 @@
+"""The tables of benchmarks/table3_accuracy.py: what compressed detectors keep of the dense one's accuracy."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
+from norton_deploy.reporting.page import Heading, Paragraph, Report
+from norton_deploy.reporting.tables import MODEL_NAMES, PAPER_ROWS, PRECISION_NAMES, Table, reduction_percent
+from norton_deploy.structures import Task
+
+Cell = Mapping[str, Any]
+Way = tuple[str, int, float | None, float | None]
+DENSE, TRAINED = "dense", "dense before"
+METHOD = """\
+Embedded data, drawn by a program; not COCO: outline, inner drawing and, nine times in ten, a favourite hue carry the \
+class. One ResNet-50 per seed is pretrained on object crops and starts every detector of that seed. The dense detector \
+of a task is trained ("dense before"); compressed detectors are compressed from it, recovered without labels (refit: \
+least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither) and fine-tuned, and the \
+dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
+many images as the others with its number of steps. With distillation (the column is its weight), "dense" is the \
+teacher. Retention is a row's AP over that of the best "dense" with as many steps, seed by seed. \
+With more than one seed a figure is the mean, the seeds' own in brackets. \
+Plans are brought to the detectors' widths: equal shares of filters. FPS: ONNX Runtime, one image at a time, all \
+models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median of \
+the paired ratios with its 95 % interval. MACs without detections, as in Table III."""
+
+
+def accuracy_report(results: Mapping[str, Any]) -> Report:
+    """All tables of a results file, as far as it is filled."""
+    report = Report("Table III's accuracy on the embedded data")
+    report.blocks.append(Paragraph(METHOD))
+    settings = results["settings"]
+    report.blocks.append(
+        Paragraph(
+            f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops; "
+            f"training and fine-tuning in steps of 4 images; recovery: {settings['recovery']}; "
+            f"precision of the training: {_precisions(list(results['cells'].values()))}."
+        )
+    )
+    for task in MODEL_NAMES:
+        if any(cell["task"] == task for cell in results["cells"].values()):
+            report.blocks += [Heading(MODEL_NAMES[task]), accuracy_table(results, task)]
+    return report
+
+
+def _precisions(cells: Sequence[Cell]) -> str:
+    """The precision of most cells, then the tasks and seeds that had another."""
+    usual = Counter(cell["precision"] for cell in cells).most_common(1)[0][0]
+    others = {(MODEL_NAMES[cell["task"]], cell["seed"], cell["precision"]) for cell in cells} - {
+        (MODEL_NAMES[cell["task"]], cell["seed"], usual) for cell in cells
+    }
+    exceptions = [f"{model} with seed {seed} {PRECISION_NAMES[precision]}" for model, seed, precision in sorted(others)]
+    return "; ".join([PRECISION_NAMES[usual], *exceptions])
+
+
+def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:
+    """One row per way of training: means over the seeds, the seeds' own values in brackets; then the paper's rows."""
+    training = ("Model", "Fine-tuning", "Peak lr", "Distillation")
+    boxes = () if task == "box" else ("Box AP / AP50",)
+    figures = ("AP", "AP50", "AR", *boxes, "Retention", "MACs (CR)", "Params (CR)", "FPS", "Speed-up")
+    cells = [cell for cell in results["cells"].values() if cell["task"] == task]
+    latency = results["latency"].get(task, {}).get("models", {})
+    ways = sorted({_way(cell) for cell in cells}, key=lambda way: _place(way, cells))
+    rows = [_row([cell for cell in cells if _way(cell) == way], cells, latency, task) for way in ways]
+    dense, norton = PAPER_ROWS[task]
+    for line, kept in ((dense, "1.00"), (norton, f"{float(norton[2]) / float(dense[2]):.2f}")):
+        ap, ar, counts = line[2], line[3], line[4:7]
+        rows.append((f"{line[0]} ({line[1]})", "-", "-", "-", ap, "-", ar, *["-"] * len(boxes), kept, *counts, "-"))
+    images = ", ".join(map(str, sorted({cell["images"] for cell in cells})))
+    caption = f"AP and AR of {primary_iou_type(task)} on {images} held-out images"
+    return Table((*training, *figures), tuple(rows), caption)
+
+
+def _way(cell: Cell) -> Way:
+    """How a detector came about, whatever its seed: model, fine-tuning steps and rate, weight of the distillation."""
+    return cell["model"], cell["finetune_steps"], cell["finetune_lr"], cell["distillation_weight"]
+
+
+def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, float]:
+    """Order of the rows: by steps of fine-tuning, larger models first, by learning rate, without distillation first."""
+    model, steps, lr, weight = way
+    first = next(cell for cell in cells if cell["model"] == model)
+    return steps, -first["macs"], -first["params"], lr or 0.0, weight or 0.0
+
+
+def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> tuple[str, ...]:
+    model, steps, lr, weight = _way(own[0])
+    scores = {cell["seed"]: table3_scores(task, cell["metrics"]) for cell in own}
+    best: dict[int, float] = {}
+    for cell in cells:
+        if (cell["model"], cell["finetune_steps"]) == (DENSE, steps):
+            best[cell["seed"]] = max(best.get(cell["seed"], 0.0), table3_scores(task, cell["metrics"])[0])
+    kept = [ap / best[seed] for seed, (ap, _) in scores.items() if best.get(seed, 0.0) > 0]
+    boxes = [_mean([cell["metrics"]["bbox"][measure] for cell in own]) for measure in ("AP", "AP50")]
+    large = max(cells, key=lambda cell: cell["macs"])
+    speed = latency.get(model)
+    speedup = None if speed is None else speed.get("speedup")
+    return (
+        model,
+        f"{steps} steps" if steps else f"- (trained for {own[0]['steps']})",
+        "-" if lr is None else f"{lr:g}",
+        "-" if weight is None else f"{weight:g}",
+        _mean([ap for ap, _ in scores.values()]),
+        _mean([cell["metrics"][primary_iou_type(task)]["AP50"] for cell in own]),
+        _mean([ar for _, ar in scores.values()]),
+        *(() if task == "box" else (" / ".join(boxes),)),
+        _mean(kept, digits=2) if kept else "-",
+        f"{own[0]['macs'] / 1e9:.2f}G ({reduction_percent(own[0]['macs'], large['macs'])})",
+        f"{own[0]['params'] / 1e6:.2f}M ({reduction_percent(own[0]['params'], large['params'])})",
+        "-" if speed is None else f"{speed['latency']['fps']:.1f}",
+        "-" if speedup is None else f"{speedup['ratio']:.2f} ({speedup['low']:.2f} to {speedup['high']:.2f})",
+    )
+
+
+def _mean(values: Sequence[float], digits: int = 3) -> str:
+    own = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{own}"

@@ -1,0 +1,255 @@
+"""One file per model: safetensors with a JSON header that says how to rebuild it and where it comes from."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.compression.compress import apply_structure
+from norton_deploy.config import from_mapping
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write, sha256_of
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.structures import METADATA_KEY, TASKS, Categories
+
+FORMAT_VERSION = 1
+CheckpointTask = Literal["cls", "box", "mask", "keypoint"]
+
+
+@dataclass(frozen=True)
+class CheckpointHeader:
+    """What a checkpoint says about its weights.
+
+    Attributes:
+        task: cls, box, mask or keypoint.
+        settings: what the dense model was built from (normalisation, input size, anchors, ...).
+        plan: the plan it was compressed by, None when it is dense.
+        categories: the detector's labels; a classifier's classes are labels 1..K here, in order.
+        lineage: one entry per command that made it, oldest first: command, source file and its SHA-256,
+            date (UTC) and version.
+        pyramid_channels: of a detector whose pyramid the plan narrowed, the dense pyramid's channels that are
+            left, ascending; None when all are, or nobody knows.
+    """
+
+    task: CheckpointTask
+    settings: DetectorSettings | ClassifierSettings
+    plan: CompressionPlan | None
+    categories: Categories
+    lineage: tuple[dict[str, str], ...] = ()
+    pyramid_channels: tuple[int, ...] | None = None
+
+    def made_by(self, command: str, source: str | Path | None = None, **changes: Any) -> "CheckpointHeader":
+        """This header with one more lineage entry, and with `changes` to its fields."""
+        return replace(self, **changes, lineage=(*self.lineage, lineage_entry(command, source)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        values: dict[str, Any] = {
+            "format": FORMAT_VERSION,
+            "task": self.task,
+            "settings": asdict(self.settings),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "categories": self.categories.to_list(),
+            "lineage": list(self.lineage),
+        }
+        if self.pyramid_channels is not None:
+            values["pyramid_channels"] = list(self.pyramid_channels)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> "CheckpointHeader":
+        """Inverse of `to_dict`.
+
+        Raises:
+            UserError: a newer format or a broken field, named with `source`.
+        """
+        if values.get("format") != FORMAT_VERSION:
+            raise UserError(
+                f"{source}: checkpoint format {values.get('format')!r}, this version reads "
+                f"{FORMAT_VERSION}; use the norton_deploy version that wrote it"
+            )
+        task = values.get("task")
+        if task not in ("cls", *TASKS):
+            raise UserError(f"{source}: header: unknown task {task!r}")
+        try:
+            settings_class: Any = ClassifierSettings if task == "cls" else DetectorSettings
+            plan, channels = values["plan"], values.get("pyramid_channels")
+            return cls(
+                task,
+                from_mapping(settings_class, values["settings"], f"{source}: header: settings"),
+                None if plan is None else CompressionPlan.from_dict(plan, f"{source}: header: plan"),
+                Categories.from_list(values["categories"]),
+                tuple(values["lineage"]),
+                None if channels is None else tuple(channels),
+            )
+        except KeyError as error:
+            raise UserError(f"{source}: header: the field {error} is missing") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model (evaluation mode, float32, CPU) and its header."""
+
+    model: nn.Module
+    header: CheckpointHeader
+
+
+def lineage_entry(command: str, source: str | Path | None = None) -> dict[str, str]:
+    """Who made a checkpoint: the command line, the file it started from, the date and the version."""
+    entry = {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("norton-deploy"),
+    }
+    if source is not None:
+        entry |= {"source": str(source), "source_sha256": sha256_of(source)}
+    return entry
+
+
+def class_categories(names: Sequence[str]) -> Categories:
+    """A classifier's class names as categories: class index k has label and id k + 1."""
+    numbers = tuple(range(1, len(names) + 1))
+    return Categories(numbers, numbers, tuple(names))
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, header: CheckpointHeader, *, half: bool = False) -> None:
+    """Write weights and header, whole or not at all.
+
+    Args:
+        path: where to; usually *.safetensors.
+        model: its state_dict is stored.
+        header: what it is.
+        half: store floating-point tensors as float16 (they load as float32 again).
+    """
+    tensors = {
+        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    content = header.to_dict()
+    content["digest"] = _digest(content, tensors)
+    with atomic_write(path) as stream:
+        stream.write(safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(content)}))
+
+
+def read_header(path: str | Path) -> CheckpointHeader:
+    """Read only the header of a checkpoint.
+
+    Raises:
+        UserError: the file is missing, truncated, or not a checkpoint of norton_deploy.
+    """
+    return CheckpointHeader.from_dict(_open(path)[0], str(path))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Rebuild the model that a checkpoint holds; nothing but the file is needed.
+
+    Returns:
+        The model in evaluation mode on the CPU with float32 weights, and the header.
+
+    Raises:
+        UserError: the file is missing, truncated, foreign, or was changed since it was written.
+    """
+    content, tensors = _open(path)
+    recorded = content.pop("digest", None)
+    if recorded != _digest(content, tensors):
+        raise UserError(f"{path}: the contents do not match their recorded digest; get the file again")
+    header = CheckpointHeader.from_dict(content, str(path))
+    model = build_structure(header)
+    floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    load_weights(model, floats, str(path))
+    return Checkpoint(model.eval(), header)
+
+
+def build_structure(header: CheckpointHeader) -> nn.Module:
+    """The model of a header with meaningless weights; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(header.settings, ClassifierSettings):
+            model = build_dense_classifier(header.settings)
+        else:
+            assert header.task != "cls"
+            model = build_dense_detector(header.task, header.settings)
+        return model if header.plan is None else apply_structure(model, header.plan)
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load a complete set of weights, strictly.
+
+    Raises:
+        UserError: names or shapes differ; the message names the first that does not fit.
+    """
+    own = model.state_dict()
+    # FrozenBatchNorm2d has no such counter and BatchNorm does not use it in evaluation.
+    optional = "num_batches_tracked"
+    for name in sorted(own.keys() | tensors.keys()):
+        if name.endswith(optional) and (name not in own or name not in tensors):
+            continue
+        if name not in tensors:
+            raise UserError(f"{source}: the tensor '{name}' is missing; it is of another model")
+        if name not in own:
+            raise UserError(f"{source}: unexpected tensor '{name}'; it is of another model")
+        if own[name].shape != tensors[name].shape:
+            expected, found = tuple(own[name].shape), tuple(tensors[name].shape)
+            raise UserError(f"{source}: tensor '{name}' has shape {found}, expected {expected}")
+    known = {name: tensor for name, tensor in tensors.items() if name in own}
+    model.load_state_dict(known, strict=False)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth file (loaded without running any code) or of a .safetensors file.
+
+    A .pth file may hold the state_dict itself or a mapping with it under "model" or "state_dict".
+
+    Raises:
+        UserError: the file is missing, broken, or would need code to load.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    if Path(path).suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a file of plain tensors ({reason})") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path}: expected a mapping of tensors (a state_dict)")
+    return dict(content)
+
+
+def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The raw header and the tensors of a checkpoint."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if METADATA_KEY not in metadata:
+                raise UserError(f"{path}: a safetensors file, but not a checkpoint of norton_deploy")
+            content = json.loads(metadata[METADATA_KEY])
+            return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def _digest(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the header (without the digest) and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,232 @@
+"""Dense model + plan -> compressed model: decompose first, then prune (paper, section II).
+
+Every tensor of the small model comes from the large one. Names of a plan for a backbone also fit the
+backbone inside a detector, and a detector's plan gives its backbone part to a classifier.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+from norton_deploy.compression.channel_groups import ChannelGroup, classifier_groups, detector_groups
+from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.surgery import (
+    cut_inputs,
+    cut_outputs,
+    filter_rows,
+    output_width,
+    replace_submodule,
+)
+from norton_deploy.errors import UserError
+from norton_deploy.method.cp import decompose_filters, max_rank
+from norton_deploy.method.filter_choices import FilterChoice, choose_by_angles
+from norton_deploy.method.plan import CompressionPlan
+
+BODY = "backbone.body."
+OPTIONAL_HEADS = ("mask", "keypoint")
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether `model` is a two-stage detector rather than a classifier."""
+    return hasattr(model, "roi_heads")
+
+
+def channel_groups(model: nn.Module) -> dict[str, ChannelGroup]:
+    """All prunable channel groups of a detector or classifier, by name."""
+    groups = detector_groups(model) if is_detector(model) else classifier_groups(model)
+    return {group.name: group for group in groups}
+
+
+def fit_plan(model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
+    """The plan in the names of `model`, checked against it.
+
+    A backbone's plan gets the backbone's prefix in a detector; a detector's plan loses it in a classifier;
+    entries of a mask or keypoint head that this detector does not have are left out.
+
+    Raises:
+        UserError: an unknown layer or group, an impossible rank or count; the message names the layer.
+    """
+    if is_detector(model) and plan.architecture != "rcnn":
+        plan = plan.with_prefix("rcnn", BODY)
+    elif not is_detector(model) and plan.architecture == "rcnn":
+        plan = plan.within_prefix(plan.architecture, BODY)
+    absent = tuple(
+        f"roi_heads.{head}_"
+        for head in OPTIONAL_HEADS
+        if is_detector(model) and getattr(model.roi_heads, f"{head}_head", None) is None
+    )
+    ranks = {name: rank for name, rank in plan.ranks.items() if not (absent and name.startswith(absent))}
+    keep = {name: count for name, count in plan.keep.items() if not (absent and name.startswith(absent))}
+    layers = dict(model.named_modules())
+    for name, rank in ranks.items():
+        _check_rank(name, layers, rank)
+    groups = channel_groups(model)
+    for name, count in keep.items():
+        if name not in groups:
+            raise UserError(f"plan: keep: unknown group '{name}'{_hint(name, groups)}")
+        width = output_width(layers[groups[name].producers[0]])
+        if count > width:
+            raise UserError(f"plan: keep: '{name}' has {width} filters, cannot keep {count}")
+    return CompressionPlan(plan.architecture, ranks, keep, plan.note)
+
+
+def compress(
+    model: nn.Module,
+    plan: CompressionPlan,
+    *,
+    seed: int = 0,
+    starts: int = 4,
+    choose: FilterChoice = choose_by_angles,
+    progress: Callable[[str], None] | None = None,
+    kept: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Compress a copy of a dense model.
+
+    Phase 1 replaces every planned convolution by a CPDBlock of its filters' CP factors (eq. 2, eq. 4-7);
+    phase 2 chooses every planned group's filters by the principal angles between those factors (eq. 11,
+    Algorithm 1) and cuts all others out of the producers, their normalisation and all readers. Distances
+    of coupled producers are summed, so that they keep the same channels. Filters of layers that are not
+    decomposed are compared as vectors.
+
+    Args:
+        model: a classifier or detector with dense convolutions; it is not changed.
+        plan: its ranks and kept filters.
+        seed: seed of the decomposition's random starts.
+        starts: starts per decomposition; the best is kept per filter.
+        choose: which filters of a group survive: by default eq. 11 and Algorithm 1; others are in
+            `pruning.filter_choices`.
+        progress: called with the name of each layer or group when it is done.
+        kept: filled in place with the kept channels of every pruned group, int64 [O'] ascending.
+
+    Returns:
+        The compressed copy, in the mode (training or evaluation) of `model`.
+
+    Raises:
+        UserError: the plan does not fit the model.
+    """
+    plan = fit_plan(model, plan)
+    small = copy.deepcopy(model)
+    report = progress or (lambda name: None)
+    for name, rank in plan.ranks.items():
+        conv = _convolution(model, name)
+        factors = decompose_filters(conv.weight.detach(), rank, seed=seed, starts=starts)
+        replace_submodule(small, name, CPDBlock.from_factors(factors, conv))
+        report(name)
+    kept = {} if kept is None else kept
+    groups = channel_groups(model)
+    kept.update(_chosen_filters(small, groups, plan.keep, choose, report))
+    _cut_groups(small, groups, kept)
+    for name, layer in model.named_modules():
+        if any(not parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+            small.get_submodule(name).requires_grad_(False)
+    return small.train(model.training)
+
+
+def prune(model: nn.Module, keep: Mapping[str, int], *, choose: FilterChoice = choose_by_angles) -> nn.Module:
+    """Phase 2 of `compress` alone, on a copy of a model that may have been decomposed and fine-tuned before.
+
+    Args:
+        model: classifier or detector; it is not changed.
+        keep: kept filters of every group to prune, as in a plan.
+        choose: see `compress`.
+    """
+    small = copy.deepcopy(model)
+    groups = channel_groups(small)
+    _cut_groups(small, groups, _chosen_filters(small, groups, keep, choose, lambda name: None))
+    return small
+
+
+def apply_structure(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+    """Give `model` the shapes of the plan, in place, with meaningless weights; for loading saved ones.
+
+    Raises:
+        UserError: the plan does not fit the model.
+    """
+    plan = fit_plan(model, plan)
+    groups = channel_groups(model)
+    for name, rank in plan.ranks.items():
+        conv = _convolution(model, name)
+        block = CPDBlock(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            rank,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            bias=conv.bias is not None,
+        )
+        replace_submodule(model, name, block)
+    kept = {
+        name: torch.arange(count)
+        for name, count in plan.keep.items()
+        if count < output_width(model.get_submodule(groups[name].producers[0]))
+    }
+    _cut_groups(model, groups, kept)
+    return model
+
+
+def _chosen_filters(
+    model: nn.Module,
+    groups: dict[str, ChannelGroup],
+    keep: Mapping[str, int],
+    choose: FilterChoice,
+    report: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """Group -> filters to keep, int64 [O'] ascending, of all groups that lose any."""
+    kept = {}
+    for name, count in keep.items():
+        layers = [model.get_submodule(producer) for producer in groups[name].producers]
+        if count == output_width(layers[0]):
+            continue
+        kept[name] = choose(
+            [layer.factors() if isinstance(layer, CPDBlock) else filter_rows(layer) for layer in layers], count
+        )
+        report(name)
+    return kept
+
+
+def _cut_groups(model: nn.Module, groups: dict[str, ChannelGroup], kept: dict[str, Tensor]) -> None:
+    """Cut each group's channels, in place: producers, normalisation, readers."""
+    for name, index in kept.items():
+        group = groups[name]
+        for layer in (*group.producers, *group.norms):
+            replace_submodule(model, layer, cut_outputs(model.get_submodule(layer), index))
+        for reader in group.readers:
+            small = cut_inputs(model.get_submodule(reader.layer), index, reader.columns)
+            replace_submodule(model, reader.layer, small)
+        if name == "backbone.fpn.layer_blocks":
+            cast(BackboneWithFPN, model.get_submodule("backbone")).out_channels = len(index)
+
+
+def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)  # fit_plan has checked it.
+    return conv
+
+
+def _check_rank(name: str, layers: dict[str, nn.Module], rank: int) -> None:
+    conv = layers.get(name)
+    if conv is None:
+        candidates = {key: layer for key, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+        raise UserError(f"plan: ranks: unknown layer '{name}'{_hint(name, candidates)}")
+    if isinstance(conv, CPDBlock):
+        raise UserError(f"plan: ranks: layer '{name}' is already decomposed; start from the dense model")
+    if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or max(conv.kernel_size) == 1:
+        raise UserError(
+            f"plan: ranks: layer '{name}' cannot be decomposed; only ungrouped convolutions with a kernel "
+            "larger than 1x1 can (1x1 convolutions are pruned, under 'keep')"
+        )
+    largest = max_rank(conv.in_channels, conv.kernel_size[0], conv.kernel_size[1])
+    if rank > largest:
+        raise UserError(f"plan: ranks: layer '{name}': rank {rank} is above its maximum {largest} (eq. 8)")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), n=3, cutoff=0.3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

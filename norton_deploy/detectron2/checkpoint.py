@@ -1,0 +1,93 @@
+"""A trained Detectron2 model as one of our checkpoints. Detectron2 itself is not needed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_tensors
+from norton_deploy.compression.compress import apply_structure
+from norton_deploy.detectron2.backbone import backbone_structure
+from norton_deploy.detectron2.config import read_config
+from norton_deploy.detectron2.pickle import read_pickle
+from norton_deploy.detectron2.weights import convert_weights
+from norton_deploy.errors import UserError
+from norton_deploy.models.detectors import build_dense_detector
+from norton_deploy.structures import Categories, Task
+
+
+def import_detectron2(config: str | Path, weights: str | Path, annotations: str | Path | None = None) -> Checkpoint:
+    """Rebuild a Faster, Mask or Keypoint R-CNN R50-FPN of Detectron2 as one of our detectors.
+
+    Args:
+        config: its YAML file; `_BASE_` files are read too.
+        weights: its .pkl (model zoo) or .pth.
+        annotations: COCO annotation file of the data that it was trained on, for the names and ids of its
+            categories; without it, 80 classes are COCO's, a keypoint detector's only class is COCO's person, and
+            other classes are numbered.
+
+    Returns:
+        The model in evaluation mode and its header, without lineage.
+
+    Raises:
+        UserError: the configuration cannot be expressed, or the weights do not fit; the message names the first
+            key that does not, or what in a pickle was refused.
+    """
+    parsed = read_config(config)
+    settings, plan = backbone_structure(parsed) if parsed.is_norton else (parsed.settings(), None)
+    task = parsed.task
+    model = build_dense_detector(task, settings)
+    if plan is not None:
+        apply_structure(model, plan)
+    converted = convert_weights(_read_weights(Path(weights)), model, parsed, str(weights))
+    load_weights(model, converted, str(weights))
+    categories = _categories(task, settings.num_classes, annotations)
+    return Checkpoint(model.eval(), CheckpointHeader(task, settings, plan, categories))
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The state_dict in a .pkl or .pth file."""
+    if path.suffix != ".pkl":
+        return read_tensors(path)
+    content = read_pickle(path)
+    arrays: Any = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(arrays, dict) or not arrays:
+        raise UserError(f"{path}: expected a mapping with the weights under 'model', as Detectron2's model zoo has")
+    for key, array in arrays.items():
+        if not hasattr(array, "dtype"):
+            raise UserError(f"{path}: the key '{key}' holds {type(array).__name__}, expected an array")
+    return {str(key): torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def _categories(task: Task, num_classes: int, annotations: str | Path | None) -> Categories:
+    """Labels 1..K in the order of Detectron2's classes, which is that of ascending category ids."""
+    foreground = num_classes - 1
+    labels = tuple(range(1, num_classes))
+    if annotations is not None:
+        ids, names = _annotated(Path(annotations))
+    else:
+        coco = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+        known = [(number, name) for number, name in enumerate(coco) if number > 0 and name != "N/A"]
+        if task == "keypoint" and foreground == 1:
+            known = known[:1]
+        ids, names = tuple(number for number, _ in known), tuple(name for _, name in known)
+        if len(ids) != foreground:
+            return Categories(labels, labels, tuple(f"class {label}" for label in labels))
+    if len(ids) != foreground:
+        raise UserError(f"{annotations}: has {len(ids)} categories, but the model has {foreground} classes")
+    return Categories(labels, ids, names)
+
+
+def _annotated(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Ids, ascending, and names of the categories in a COCO annotation file."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            entries = sorted((int(entry["id"]), str(entry["name"])) for entry in json.load(stream)["categories"])
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a COCO annotation file with 'categories' ({error})") from error
+    return tuple(number for number, _ in entries), tuple(name for _, name in entries)

@@ -1,0 +1,232 @@
+"""Detectron2's YAML files, with `_BASE_`, and what a detector of ours must be set to for the same results."""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from norton_deploy.config import from_mapping
+from norton_deploy.detectron2.keys import DEFAULTS, REQUIRED, REQUIRED_KEYPOINT, REQUIRED_MASK
+from norton_deploy.errors import UserError
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.normalisation import Norm
+from norton_deploy.structures import Task
+
+NORTON_BACKBONE = "build_norton_resnet_fpn_backbone"
+BASE_KEY = "_BASE_"
+NORMS: dict[str, Norm] = {"FrozenBN": "frozen", "BN": "batch", "SyncBN": "sync", "GN": "group"}
+POOLERS = {"ROIAlign": False, "ROIAlignV2": True}
+STRIDES = (4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Detectron2Config:
+    """The part of a Detectron2 configuration that decides what a model computes.
+
+    Attributes:
+        values: "SECTION.KEY" -> value, of the keys in `DEFAULTS`; lists are tuples.
+        source: the file, for messages.
+    """
+
+    values: Mapping[str, Any]
+    source: str
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    @property
+    def task(self) -> Task:
+        """The task that the configuration is of.
+
+        Raises:
+            UserError: masks and keypoints in one model.
+        """
+        if self["MODEL.MASK_ON"] and self["MODEL.KEYPOINT_ON"]:
+            raise UserError(f"{self.source}: MASK_ON and KEYPOINT_ON: one detector here has masks or keypoints")
+        return "mask" if self["MODEL.MASK_ON"] else "keypoint" if self["MODEL.KEYPOINT_ON"] else "box"
+
+    @property
+    def is_norton(self) -> bool:
+        """Whether the backbone is this project's, registered in Detectron2."""
+        return bool(self["MODEL.BACKBONE.NAME"] == NORTON_BACKBONE)
+
+    def settings(self) -> DetectorSettings:
+        """A detector's settings that make it compute what Detectron2 computes.
+
+        Raises:
+            UserError: the configuration is of a model that cannot be expressed; the message names the key.
+        """
+        self._check_structure()
+        smallest = np.nextafter(np.float32(self["MODEL.PROPOSAL_GENERATOR.MIN_SIZE"]), np.float32(np.inf))
+        order = -1 if self["INPUT.FORMAT"] == "BGR" else 1
+        heads = {"mask": "MASK", "keypoint": "KEYPOINT"}
+        pools = ["BOX", *([heads[self.task]] if self.task in heads else [])]
+        values = {
+            "num_classes": self["MODEL.ROI_HEADS.NUM_CLASSES"] + 1,
+            "num_keypoints": self["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"],
+            "backbone": f"resnet{self['MODEL.RESNETS.DEPTH']}",
+            "norm": self._one_of("MODEL.RESNETS.NORM", NORMS),
+            "trainable_layers": 5 - self["MODEL.BACKBONE.FREEZE_AT"],
+            "fpn_channels": self["MODEL.FPN.OUT_CHANNELS"],
+            "box_features": self["MODEL.ROI_BOX_HEAD.FC_DIM"],
+            "mask_channels": (self["MODEL.ROI_MASK_HEAD.CONV_DIM"],) * self["MODEL.ROI_MASK_HEAD.NUM_CONV"],
+            "keypoint_channels": self["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS"],
+            "anchor_sizes": self._anchor_sizes(),
+            "anchor_ratios": self._anchor_ratios(),
+            "min_size": self["INPUT.MIN_SIZE_TEST"],
+            "max_size": self["INPUT.MAX_SIZE_TEST"],
+            "train_short_sides": self._train_short_sides(),
+            "image_mean": [value / 255 for value in self["MODEL.PIXEL_MEAN"]][::order],
+            "image_std": [value / 255 for value in self["MODEL.PIXEL_STD"]][::order],
+            "rpn_pre_nms": (self["MODEL.RPN.PRE_NMS_TOPK_TRAIN"], self["MODEL.RPN.PRE_NMS_TOPK_TEST"]),
+            "rpn_post_nms": (self["MODEL.RPN.POST_NMS_TOPK_TRAIN"], self["MODEL.RPN.POST_NMS_TOPK_TEST"]),
+            "rpn_nms_threshold": self["MODEL.RPN.NMS_THRESH"],
+            "rpn_batch_per_image": self["MODEL.RPN.BATCH_SIZE_PER_IMAGE"],
+            "roi_batch_per_image": self["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"],
+            "roi_positive_fraction": self["MODEL.ROI_HEADS.POSITIVE_FRACTION"],
+            "score_threshold": self["MODEL.ROI_HEADS.SCORE_THRESH_TEST"],
+            "nms_threshold": self["MODEL.ROI_HEADS.NMS_THRESH_TEST"],
+            "detections_per_image": self["TEST.DETECTIONS_PER_IMAGE"],
+            # This project's backbone strides in its 3x3 convolutions.
+            "stride_in_1x1": self["MODEL.RESNETS.STRIDE_IN_1X1"] and not self.is_norton,
+            "level_strides": STRIDES,
+            "anchor_rounding": False,
+            "anchor_offset": self["MODEL.ANCHOR_GENERATOR.OFFSET"],
+            "roi_align_aligned": self._agreed([f"MODEL.ROI_{head}_HEAD.POOLER_TYPE" for head in pools], POOLERS),
+            "roi_sampling_ratio": self._agreed([f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO" for head in pools]),
+            "box_delta_weights": self["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"],
+            # Detectron2 keeps what is strictly larger. Subnormal numbers may be flushed to zero.
+            "proposal_min_size": max(float(smallest), float(np.finfo(np.float32).tiny)),
+            "image_resize": "antialiased",
+            "mask_paste": "subpixel",
+            "keypoint_score": "probability",
+        }
+        return from_mapping(DetectorSettings, values, self.source)
+
+    def _check_structure(self) -> None:
+        required = dict(REQUIRED)
+        if self.task == "mask":
+            required |= REQUIRED_MASK
+        elif self.task == "keypoint":
+            required |= REQUIRED_KEYPOINT
+        if self["MODEL.RESNETS.DEPTH"] >= 50:
+            required["MODEL.RESNETS.RES2_OUT_CHANNELS"] = 256
+        for key, expected in required.items():
+            if self[key] != expected:
+                raise UserError(
+                    f"{self.source}: {key} is {self[key]!r}, expected {expected!r}: only Faster, Mask and Keypoint "
+                    "R-CNN with a ResNet-FPN backbone can be imported"
+                )
+        self._one_of("MODEL.BACKBONE.NAME", {"build_resnet_fpn_backbone": 0, NORTON_BACKBONE: 0})
+        self._one_of("INPUT.FORMAT", {"BGR": 0, "RGB": 0})
+        if self["INPUT.MIN_SIZE_TEST"] < 1:
+            raise UserError(f"{self.source}: INPUT.MIN_SIZE_TEST is 0 (no resizing), expected a short side in pixels")
+
+    def _one_of(self, key: str, known: Mapping[str, Any]) -> Any:
+        if self[key] not in known:
+            raise UserError(f"{self.source}: {key} is {self[key]!r}, expected one of {', '.join(known)}")
+        return known[self[key]]
+
+    def _agreed(self, keys: list[str], known: Mapping[str, Any] | None = None) -> Any:
+        """The value that keys of several heads have in common."""
+        found = {self[key] for key in keys}
+        if len(found) > 1:
+            raise UserError(f"{self.source}: {' and '.join(keys)} differ; one detector here pools in one way")
+        return self[keys[0]] if known is None else self._one_of(keys[0], known)
+
+    def _train_short_sides(self) -> tuple[int, ...]:
+        given = self["INPUT.MIN_SIZE_TRAIN"]
+        sides: tuple[int, ...] = (given,) if isinstance(given, int) else given
+        if self["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range":
+            return tuple(range(sides[0], sides[1] + 1))
+        return sides
+
+    def _anchor_sizes(self) -> tuple[int, ...]:
+        sizes = self["MODEL.ANCHOR_GENERATOR.SIZES"]
+        if len(sizes) != len(STRIDES) or any(len(level) != 1 or level[0] != int(level[0]) for level in sizes):
+            raise UserError(
+                f"{self.source}: MODEL.ANCHOR_GENERATOR.SIZES is {sizes!r}, expected one whole number for each of "
+                f"{len(STRIDES)} levels"
+            )
+        return tuple(int(level[0]) for level in sizes)
+
+    def _anchor_ratios(self) -> tuple[float, ...]:
+        ratios = self["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"]
+        if len(set(ratios)) != 1:
+            raise UserError(
+                f"{self.source}: MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS differ between the levels: {ratios!r}"
+            )
+        return tuple(ratios[0])
+
+
+def config_of(tree: Mapping[str, Any], source: str) -> Detectron2Config:
+    """The configuration in nested sections, as a YAML file or Detectron2's own node has them."""
+    return Detectron2Config(DEFAULTS | _flatten(tree), source)
+
+
+def read_config(path: str | Path) -> Detectron2Config:
+    """Read a Detectron2 YAML file and the files that it is based on.
+
+    Raises:
+        UserError: a file is missing, is not plain YAML, or includes itself.
+    """
+    return config_of(_merged(Path(path), ()), str(path))
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's mapping over that of its `_BASE_`."""
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: is based on itself, through {BASE_KEY}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
+    base = content.pop(BASE_KEY, None)
+    if base is None:
+        return content
+    if not isinstance(base, str) or "://" in base:
+        raise UserError(f"{path}: {BASE_KEY} {base!r}: expected one file on this machine")
+    return _merge(_merged(path.parent / Path(base).expanduser(), (*seen, resolved)), content)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        mine = merged.get(key)
+        merged[key] = _merge(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The known keys of nested sections as "SECTION.KEY" -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{name}.")
+        elif name in DEFAULTS:
+            flat[name] = _plain(value)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples; texts that stand for a Python literal, as `("a", "b")`, as that literal (yacs's rule)."""
+    if isinstance(value, str):
+        try:
+            return _plain_sequence(ast.literal_eval(value))
+        except (ValueError, SyntaxError):
+            return value
+    return _plain_sequence(value)
+
+
+def _plain_sequence(value: Any) -> Any:
+    return tuple(_plain_sequence(entry) for entry in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,218 @@
+"""One call for every kind of model file: images in, detections out."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from norton_deploy.errors import UserError
+from norton_deploy.structures import Categories, Detections, Task
+
+Backend = Literal["torch", "onnxruntime", "tensorrt"]
+Image = npt.NDArray[np.uint8]
+
+BACKEND_OF_SUFFIX: dict[str, Backend] = {
+    ".safetensors": "torch",
+    ".onnx": "onnxruntime",
+    ".engine": "tensorrt",
+}
+
+
+@dataclass
+class StageTiming:
+    """Wall-clock time of one call, in milliseconds, the device synchronised at every boundary.
+
+    Attributes:
+        decode_ms: reading image files; 0 when the call was given arrays.
+        preprocess_ms: letterboxing and conversion to the model's input, on the host.
+        copy_ms: host to device and back; 0 where both are the same memory.
+        infer_ms: the model. For torch this includes torchvision's own resizing and post-processing.
+        postprocess_ms: mapping back to the image, pasting masks, making `Detections`.
+    """
+
+    decode_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    copy_ms: float = 0.0
+    infer_ms: float = 0.0
+    postprocess_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """Sum of all stages."""
+        return self.decode_ms + self.preprocess_ms + self.copy_ms + self.infer_ms + self.postprocess_ms
+
+    def __add__(self, other: StageTiming) -> StageTiming:
+        """Stage by stage sum."""
+        mine, theirs = vars(self), vars(other)
+        return StageTiming(**{stage: mine[stage] + theirs[stage] for stage in mine})
+
+    def add(self, stage: str, started: float) -> float:
+        """Add the time since `started` (seconds, `time.perf_counter`) to a stage; returns the time now."""
+        now = time.perf_counter()
+        setattr(self, stage, getattr(self, stage) + (now - started) * 1e3)
+        return now
+
+
+class Predictor(ABC):
+    """A loaded detector; `predictor(images)` returns one `Detections` per image, in that image's pixels.
+
+    Attributes:
+        name: the file it came from.
+        backend: torch, onnxruntime or tensorrt.
+        task: box, mask or keypoint.
+        categories: its labels, COCO ids and names.
+        input_size: (height, width) of the graph's input, or None when the model takes any size.
+        device: what it runs on, in words.
+        timing: stages of the last call.
+    """
+
+    name: str
+    backend: Backend
+    task: Task
+    categories: Categories
+    input_size: tuple[int, int] | None
+    device: str
+    timing = StageTiming()
+
+    def __call__(self, images: Sequence[Image]) -> list[Detections]:
+        """Detect in any number of images of any sizes.
+
+        Args:
+            images: uint8 arrays [H, W, 3] in RGB.
+
+        Raises:
+            UserError: an image is empty, is not uint8 or not [H, W, 3], or does not fit a graph that was
+                exported without letterboxing.
+        """
+        for position, image in enumerate(images):
+            _check_image(image, f"image {position + 1} of {len(images)}")
+        self.timing = StageTiming()
+        return self._detect(images)
+
+    def predict_files(self, paths: Sequence[str | Path]) -> list[tuple[Image, Detections]]:
+        """Decode files and detect in them; decoding is part of `timing`.
+
+        Returns:
+            For each file the decoded image, uint8 RGB [H, W, 3], and what was found in it.
+
+        Raises:
+            UserError: a file is missing or is not an image.
+        """
+        started = time.perf_counter()
+        images = [read_image(path) for path in paths]
+        decode_ms = (time.perf_counter() - started) * 1e3
+        detections = self(images)
+        self.timing.decode_ms = decode_ms
+        return list(zip(images, detections, strict=True))
+
+    @abstractmethod
+    def _detect(self, images: Sequence[Image]) -> list[Detections]:
+        """Detect in checked images and fill `self.timing`."""
+
+
+def _check_image(image: Image, where: str) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"{where}: expected a uint8 NumPy array [H, W, 3] in RGB, got {kind}")
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"{where}: expected shape [H, W, 3] (RGB), got {list(image.shape)}")
+    if 0 in image.shape:
+        raise UserError(f"{where}: empty image {list(image.shape)}; give at least one pixel")
+
+
+def read_image(path: str | Path) -> Image:
+    """Decode an image file to uint8 RGB [H, W, 3], turned upright as its EXIF orientation says.
+
+    Raises:
+        UserError: the file is missing or cannot be decoded.
+    """
+    try:
+        encoded = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if encoded.size else None
+    if image is None:
+        raise UserError(f"{path}: not an image that OpenCV can decode")
+    return np.asarray(image, np.uint8)
+
+
+def load_predictor(
+    path: str | Path | Sequence[str | Path],
+    *,
+    score_threshold: float | None = None,
+    device: str | None = None,
+    providers: Sequence[str] | None = None,
+) -> Predictor:
+    """Load a model file: a checkpoint (`.safetensors`), a graph (`.onnx`) or a TensorRT engine (`.engine`).
+
+    Args:
+        path: one file; or several `.onnx`/`.engine` files, or a folder of them, that differ in image size:
+            each image then goes to the one whose aspect ratio is nearest.
+        score_threshold: detections below it are dropped, 0..1; None keeps the model's own threshold.
+        device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one. An engine needs a GPU.
+        providers: ONNX Runtime's execution providers, in order of preference, e.g.
+            ["TensorrtExecutionProvider", "CUDAExecutionProvider"]; by default that of `device`.
+
+    Raises:
+        UserError: a missing or foreign file, a package, device or provider that is not there, or a
+            threshold that the exported graph cannot honour.
+    """
+    if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
+        raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
+    files = _model_files(path)
+    predictors = [_load_one(file, score_threshold, device, providers) for file in files]
+    if len(predictors) == 1:
+        return predictors[0]
+    from norton_deploy.inference.size_buckets import SizeBucketPredictor
+
+    return SizeBucketPredictor(predictors)
+
+
+def _model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    if isinstance(path, (str, Path)):
+        folder = Path(path)
+        if not folder.is_dir():
+            return [folder]
+        found = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*.engine"))
+        if not found:
+            raise UserError(f"{folder}: no .onnx or .engine file in this folder")
+        return found
+    files = [Path(entry) for entry in path]
+    if not files:
+        raise UserError("load_predictor: the list of model files is empty")
+    return files
+
+
+def _load_one(
+    file: Path,
+    score_threshold: float | None,
+    device: str | None,
+    providers: Sequence[str] | None,
+) -> Predictor:
+    """Load one file; a backend is imported only when it is asked for."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such model file")
+    backend = BACKEND_OF_SUFFIX.get(file.suffix)
+    if backend is None:
+        raise UserError(f"{file}: unknown kind of model file; expected {', '.join(BACKEND_OF_SUFFIX)}")
+    if providers is not None and backend != "onnxruntime":
+        raise UserError(f"{file}: providers are ONNX Runtime's; a {file.suffix} file has none")
+    if backend == "torch":
+        from norton_deploy.inference.torch_backend import TorchPredictor
+
+        return TorchPredictor.load(file, score_threshold, device)
+    if backend == "onnxruntime":
+        from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+
+        return OnnxRuntimePredictor(file, score_threshold, device, providers)
+    from norton_deploy.inference.tensorrt_backend import TensorRTPredictor
+
+    return TensorRTPredictor(file, score_threshold, device)

@@ -1,0 +1,163 @@
+"""What every exported graph shares: fixed input shape, letterboxing, padded batches, decoding the outputs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from norton_deploy.errors import UserError
+from norton_deploy.export.contract import GraphContract
+from norton_deploy.export.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
+from norton_deploy.inference.mask_paste import paste_masks
+from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.structures import Categories, Detections, MaskPaste
+
+logger = logging.getLogger(__name__)
+Outputs = dict[str, npt.NDArray[np.generic]]
+
+
+class StaticGraphPredictor(Predictor):
+    """A predictor over a graph with a `GraphContract`; a subclass only runs one batch of the graph.
+
+    The last batch is padded to the graph's batch size with blank images, whose detections are ignored.
+
+    Attributes:
+        contract: what the graph says about itself.
+        inexact_batches: batches for which the graph flagged that one of its shortcuts was not exact.
+    """
+
+    contract: GraphContract
+    inexact_batches: int = 0
+
+    def __init__(self, name: str, contract: GraphContract, score_threshold: float | None) -> None:
+        baked_in = contract.score_threshold
+        if score_threshold is not None and baked_in is not None and score_threshold < baked_in:
+            raise UserError(
+                f"{name}: score_threshold {score_threshold} is below {baked_in}, where the graph already "
+                "cuts; export it with a lower threshold"
+            )
+        self.name = name
+        self.contract = contract
+        self.task = contract.task
+        self.categories = contract.categories
+        self.input_size = contract.input_size
+        self._score_threshold = 0.0 if score_threshold is None else score_threshold
+        self._canvas = np.empty((contract.batch, *contract.input_size, 3), np.uint8)
+
+    @abstractmethod
+    def _run(self, batch: npt.NDArray[np.generic]) -> Outputs:
+        """Run the graph on one full batch (shape and dtype of the contract), return its outputs by name.
+
+        Adds its time to `self.timing.copy_ms` and `self.timing.infer_ms`.
+        """
+
+    def _detect(self, images: Sequence[Image]) -> list[Detections]:
+        detections: list[Detections] = []
+        batch_size = self.contract.batch
+        for first in range(0, len(images), batch_size):
+            started = time.perf_counter()
+            chunk = images[first : first + batch_size]
+            letterboxes = [self._letterbox(image) for image in chunk]
+            for letterbox, image, canvas in zip(letterboxes, chunk, self._canvas, strict=False):
+                letterbox.place(image, canvas)
+            self._canvas[len(chunk) :] = PADDING_COLOUR
+            batch = to_graph_input(self._canvas, self.contract.input_dtype)
+            self.timing.add("preprocess_ms", started)
+            outputs = self._run(batch)
+            started = time.perf_counter()
+            self._check_flags(outputs)
+            for index, letterbox in enumerate(letterboxes):
+                detections.append(
+                    decode_outputs(
+                        outputs,
+                        index,
+                        letterbox,
+                        self.categories,
+                        self._score_threshold,
+                        self.contract.mask_paste,
+                    )
+                )
+            self.timing.add("postprocess_ms", started)
+        return detections
+
+    def _check_flags(self, outputs: Outputs) -> None:
+        """Count, and the first time warn about, batches whose result may differ from the eager model's."""
+        failed = [name for name in self.contract.flags if not np.all(outputs[name])]
+        if failed and not self.inexact_batches:
+            logger.warning(
+                "%s: %s is false: detections of this batch may differ from the eager model's "
+                "(export with more nms_iterations or candidates); further cases are only counted",
+                self.name,
+                " and ".join(failed),
+            )
+        self.inexact_batches += bool(failed)
+
+    def _letterbox(self, image: Image) -> Letterbox:
+        """How an image lies in the graph's input: as it is, unless the graph's contract leaves resizing to us."""
+        image_size = image.shape[0], image.shape[1]
+        contract = self.contract
+        if contract.resize != "letterbox" and image_size != contract.input_size:
+            height, width = contract.input_size
+            advice = (
+                f"export with --input-size {image_size[0]} {image_size[1]}, or without it for any size"
+                if contract.resize == "graph"
+                else "resize them or export with letterboxing"
+            )
+            raise UserError(
+                f"{self.name}: takes images of exactly {height}x{width} (height x width), "
+                f"got {image_size[0]}x{image_size[1]}; {advice}"
+            )
+        return Letterbox.fit(image_size, contract.input_size)
+
+
+def to_graph_input(canvas: npt.NDArray[np.uint8], input_dtype: str) -> npt.NDArray[np.generic]:
+    """Canvas uint8 [B, H, W, 3] -> the same for "uint8", float32 [B, 3, H, W] in 0..1 for "float32"."""
+    if input_dtype == "uint8":
+        return canvas
+    planes = np.empty((canvas.shape[0], 3, *canvas.shape[1:3]), np.float32)
+    np.multiply(canvas.transpose(0, 3, 1, 2), np.float32(1 / 255), out=planes)
+    return planes
+
+
+def decode_outputs(
+    outputs: Outputs,
+    index: int,
+    letterbox: Letterbox,
+    categories: Categories,
+    score_threshold: float,
+    mask_paste: MaskPaste = "whole_pixels",
+) -> Detections:
+    """The detections of one image of a batch, in that image's pixels.
+
+    Boxes that lie in the padding only, and labels that no category has, are dropped. Masks are pasted with
+    the box as the graph gave it, before it is clipped to the image, since that is the frame they live in.
+
+    Args:
+        outputs: the graph's outputs (see `GraphContract.output_names`).
+        index: which image of the batch.
+        letterbox: how that image lay in the graph's input.
+        categories: the labels that exist.
+        score_threshold: detections below it are dropped.
+        mask_paste: how masks come into the image, see `GraphContract`.
+    """
+    count = int(outputs["num_detections"][index])
+    scores = np.asarray(outputs["scores"][index, :count], np.float32)
+    labels = np.asarray(outputs["labels"][index, :count], np.int64)
+    graph_boxes = letterbox.boxes_to_image(np.asarray(outputs["boxes"][index, :count], np.float32))
+    boxes = clip_boxes(graph_boxes, letterbox.image_size)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    kept &= (scores >= score_threshold) & np.isin(labels, categories.labels)
+    order = np.flatnonzero(kept)
+    order = order[np.argsort(-scores[order], kind="stable")]
+    masks = keypoints = None
+    if "masks" in outputs:
+        probabilities = np.asarray(outputs["masks"][index], np.float32)[order]
+        masks = paste_masks(probabilities, graph_boxes[order], letterbox.image_size, mask_paste=mask_paste)
+    if "keypoints" in outputs:
+        keypoints = letterbox.keypoints_to_image(np.asarray(outputs["keypoints"][index], np.float32)[order])
+    return Detections(boxes[order], scores[order], labels[order], letterbox.image_size, masks, keypoints)

@@ -1,0 +1,118 @@
+"""The classifiers that can be compressed: torchvision's ResNets and the VGG-16-BN of CIFAR-10."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+from torchvision.models import resnet, vgg
+
+from norton_deploy.errors import UserError
+from norton_deploy.models.normalisation import NORM_LAYERS, Norm
+
+Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "vgg16_bn"]
+VGG16_STAGES: list[str | int] = [
+    64,
+    64,
+    "M",
+    128,
+    128,
+    "M",
+    256,
+    256,
+    256,
+    "M",
+    512,
+    512,
+    512,
+    "M",
+    512,
+    512,
+    512,
+]
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """Everything that shapes a classifier and its input."""
+
+    architecture: Architecture = "resnet50"
+    """resnet18, resnet34, resnet50, resnet101, or vgg16_bn for CIFAR-10."""
+    num_classes: int = 1000
+    """Number of classes."""
+    norm: Norm = "batch"
+    """Normalisation of a ResNet."""
+    zero_init_residual: bool = False
+    """Start residual branches at zero; helps training from nothing."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels that the classifier is trained and evaluated at."""
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the RGB channels, 0..1."""
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the RGB channels, 0..1."""
+
+
+class Vgg16Bn(nn.Module):
+    """VGG-16 with BatchNorm for 32 x 32 images: 13 convolutions and two linear layers (paper, Table I).
+
+    Input [N, 3, 32, 32]; output [N, num_classes]. 14,991,946 parameters with 10 classes. The last pooling
+    averages over whatever is left, so that larger images are accepted too.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.features = vgg.make_layers(VGG16_STAGES, batch_norm=True)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(
+            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, num_classes)
+        )
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                assert layer.bias is not None  # make_layers gives its convolutions one.
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores [N, num_classes] of images [N, 3, H, W]."""
+        return self.classifier(self.pool(self.features(images)).flatten(1))
+
+
+def build_resnet(
+    architecture: str,
+    num_classes: int,
+    *,
+    norm: Norm = "batch",
+    norm_eps: float = 1e-5,
+    zero_init_residual: bool = False,
+) -> nn.Module:
+    """torchvision's ResNet with random weights.
+
+    Raises:
+        UserError: unknown architecture.
+    """
+    known = [name for name in get_args(Architecture) if name.startswith("resnet")]
+    if architecture not in known:
+        raise UserError(f"architecture '{architecture}': expected one of {', '.join(known)}")
+    options: dict[str, Any] = {
+        "num_classes": num_classes,
+        "norm_layer": partial(NORM_LAYERS[norm], eps=norm_eps),
+    }
+    # FrozenBatchNorm2d has buffers where torchvision's zero initialisation expects parameters.
+    options["zero_init_residual"] = zero_init_residual and norm != "frozen"
+    return getattr(resnet, architecture)(weights=None, **options)
+
+
+def build_dense_classifier(settings: ClassifierSettings) -> nn.Module:
+    """A dense classifier with random weights: images [N, 3, H, W], normalised -> class scores.
+
+    Raises:
+        UserError: unknown architecture.
+    """
+    if settings.architecture == "vgg16_bn":
+        return Vgg16Bn(settings.num_classes)
+    return build_resnet(
+        settings.architecture,
+        settings.num_classes,
+        norm=settings.norm,
+        zero_init_residual=settings.zero_init_residual,
+    )

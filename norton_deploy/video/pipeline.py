@@ -1,0 +1,240 @@
+"""Detection on video: capture, inference and drawing run at the same time, joined by bounded queues."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.structures import Detections
+from norton_deploy.video.frame_queue import FrameQueue
+from norton_deploy.video.overlay import PanelText, compose_panels
+from norton_deploy.video.sinks import VideoFile, Window
+from norton_deploy.video.sources import FrameSource
+
+QUEUE_CAPACITY = 2
+OVERLAY_WINDOW = 60
+WARM_UP_SIZE = (480, 640)
+
+
+@dataclass
+class _CapturedFrame:
+    """A frame and the moment it was captured (`time.perf_counter` seconds).
+
+    A file has no such moment: its frames count from when inference takes them up, since how long they lay
+    read ahead says nothing.
+    """
+
+    image: Image
+    captured_s: float
+
+
+@dataclass
+class _AnalysedFrame:
+    """A captured frame with each model's detections and the time each took."""
+
+    frame: _CapturedFrame
+    detections: list[Detections]
+    predict_ms: list[float]
+
+
+@dataclass
+class _Run:
+    """What is measured while the pipeline runs; one list entry per written frame."""
+
+    written_s: list[float] = field(default_factory=list)
+    latency_ms: list[float] = field(default_factory=list)
+    predict_ms: list[list[float]] = field(default_factory=list)
+    captured: int = 0
+    errors: list[BaseException] = field(default_factory=list)
+
+
+class VideoPipeline:
+    """Runs one model, or two side by side, over a source and writes what they see.
+
+    Live sources drop the oldest waiting frame when inference is slower than the camera, and count it (the recording
+    repeats the frame before, so that it plays in real time); files and synthetic scenes wait. With two models both see
+    every frame, in alternating order.
+    """
+
+    def __init__(
+        self,
+        source: FrameSource,
+        models: Sequence[tuple[str, Predictor]],
+        output: VideoFile,
+        *,
+        window: Window | None = None,
+        score_threshold: float = 0.5,
+        max_frames: int | None = None,
+    ) -> None:
+        """Connect the parts; nothing runs yet.
+
+        Args:
+            source: where frames come from; closed by `run`.
+            models: (label, predictor) of the panels, left to right.
+            output: an entered `VideoFile`.
+            window: shows the same frames on the desktop.
+            score_threshold: detections below it are not drawn.
+            max_frames: stop after writing this many frames.
+        """
+        self._source = source
+        self._models = list(models)
+        self._output = output
+        self._window = window
+        self._score_threshold = score_threshold
+        self._max_frames = max_frames
+        self._stop = threading.Event()
+        self._captured = FrameQueue[_CapturedFrame](QUEUE_CAPACITY, self._stop, drop_oldest=source.is_live)
+        self._analysed = FrameQueue[_AnalysedFrame](QUEUE_CAPACITY, self._stop, drop_oldest=False)
+        self._measured = _Run()
+        self._ended = "end of the source"
+
+    def interrupt(self) -> None:
+        """Ask `run` to finish after the current frame; safe in a signal handler."""
+        self._ended = "interrupted"
+        self._stop.set()
+
+    def run(self) -> dict[str, Any]:
+        """Process the source to its end and return the summary that `summary` describes.
+
+        Drawing and the window stay in the calling thread, as desktop toolkits demand.
+
+        Raises:
+            UserError, or whatever a stage raised, after the threads have ended.
+        """
+        for _, predictor in self._models:  # the first call of an engine or of cuDNN is not typical
+            predictor([np.zeros((*(predictor.input_size or WARM_UP_SIZE), 3), np.uint8)])
+        stages = (self._capture, self._infer)
+        threads = [threading.Thread(target=self._guard, args=(stage,), daemon=True) for stage in stages]
+        for thread in threads:
+            thread.start()
+        try:
+            self._draw()
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            self._source.close()
+            if self._window is not None:
+                self._window.close()
+        if self._measured.errors:
+            raise self._measured.errors[0]
+        return self.summary()
+
+    def _guard(self, stage: Callable[[], None]) -> None:
+        """Run a stage in its thread; an exception ends the pipeline and is raised again by `run`."""
+        try:
+            stage()
+        except BaseException as error:  # must reach the main thread, whatever it is
+            self._measured.errors.append(error)
+            self._stop.set()
+
+    def _capture(self) -> None:
+        while not self._stop.is_set():
+            image = self._source.read()
+            if image is None:
+                break
+            self._measured.captured += 1
+            self._captured.put(_CapturedFrame(image, time.perf_counter()))
+        self._captured.close()
+
+    def _infer(self) -> None:
+        order = list(range(len(self._models)))
+        while (frame := self._captured.get()) is not None:
+            if not self._source.is_live:
+                frame.captured_s = time.perf_counter()
+            detections: dict[int, Detections] = {}
+            predict_ms = [0.0] * len(order)
+            for index in order:
+                started = time.perf_counter()
+                detections[index] = self._models[index][1]([frame.image])[0]
+                predict_ms[index] = (time.perf_counter() - started) * 1e3
+            order.reverse()  # neither model is always the one with the warmer caches
+            self._analysed.put(_AnalysedFrame(frame, [detections[i] for i in range(len(order))], predict_ms))
+        self._analysed.close()
+
+    def _draw(self) -> None:
+        measured = self._measured
+        recent_predict_ms: deque[list[float]] = deque(maxlen=OVERLAY_WINDOW)
+        first_s: float | None = None
+        while (analysed := self._analysed.get()) is not None:
+            recent_predict_ms.append(analysed.predict_ms)
+            shown = [found[found.scores >= self._score_threshold] for found in analysed.detections]
+            mean_ms = np.mean(recent_predict_ms, axis=0)
+            texts = [
+                PanelText(label, 1e3 / float(model_ms))
+                for (label, _), model_ms in zip(self._models, mean_ms, strict=True)
+            ]
+            categories = [predictor.categories for _, predictor in self._models]
+            latency_ms = measured.latency_ms[-OVERLAY_WINDOW:]
+            fps = _rate(measured.written_s[-OVERLAY_WINDOW:])
+            canvas = compose_panels(analysed.frame.image, shown, categories, texts, fps, latency_ms)
+            first_s = analysed.frame.captured_s if first_s is None else first_s
+            self._output.write(canvas, analysed.frame.captured_s - first_s if self._source.is_live else None)
+            open_window = self._window is None or self._window.show(canvas)
+            now = time.perf_counter()
+            measured.written_s.append(now)
+            measured.latency_ms.append((now - analysed.frame.captured_s) * 1e3)
+            measured.predict_ms.append(analysed.predict_ms)
+            if not open_window:
+                self._ended = "window closed"
+                return
+            if self._max_frames is not None and len(measured.written_s) >= self._max_frames:
+                self._ended = "frame limit"
+                return
+
+    def summary(self) -> dict[str, Any]:
+        """The measured figures, JSON-ready.
+
+        `pipeline.capture_to_display_ms` runs from the captured frame (for files: from when inference takes it
+        up) to the drawn and written one, with two models both of them included; `models[].fps` is what each
+        model alone allows.
+        """
+        measured, source = self._measured, self._source
+        predict_ms = np.asarray(measured.predict_ms, float).reshape(-1, len(self._models))
+        return {
+            "source": source.name,
+            "live": source.is_live,
+            "ended": source.problem or self._ended,
+            "frames": {
+                "captured": measured.captured,
+                "written": len(measured.written_s),
+                "dropped": self._captured.dropped,
+                "corrupt": source.corrupt_frames,
+            },
+            "reconnects": source.reconnects,
+            "pipeline": {
+                "fps": _rate(measured.written_s),
+                "capture_to_display_ms": _percentiles(measured.latency_ms),
+            },
+            "models": [
+                {
+                    "label": label,
+                    "file": predictor.name,
+                    "backend": predictor.backend,
+                    "device": predictor.device,
+                    "fps": 1e3 / float(predict_ms[:, index].mean()) if len(predict_ms) else None,
+                    "predict_ms": _percentiles(predict_ms[:, index].tolist()),
+                }
+                for index, (label, predictor) in enumerate(self._models)
+            ],
+        }
+
+
+def _rate(times_s: Sequence[float]) -> float | None:
+    """Events per second over a list of moments, None for fewer than two."""
+    return (len(times_s) - 1) / (times_s[-1] - times_s[0]) if len(times_s) > 1 else None
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    """{"p50", "p95"} of the values, None for none."""
+    if not values:
+        return None
+    p50, p95 = np.percentile(values, [50, 95])
+    return {"p50": float(p50), "p95": float(p95)}

@@ -1,0 +1,40 @@
+from benchmarks.lib.narrow_plan import narrow_plan
+from norton_deploy.compression.compress import channel_groups, compress, fit_plan
+from norton_deploy.compression.surgery import output_width
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+
+WIDE = DetectorSettings(
+    num_classes=3, backbone="resnet18", fpn_channels=32, box_features=64, mask_channels=(32,) * 4,
+)  # fmt: skip
+NARROW = DetectorSettings(
+    num_classes=3, backbone="resnet18", fpn_channels=16, box_features=48, mask_channels=(8, 8),
+)  # fmt: skip
+PLAN = CompressionPlan(
+    "rcnn",
+    {"backbone.body.layer1.0.conv1": 2, "roi_heads.mask_head.0.0": 1, "roi_heads.mask_head.3.0": 1},
+    {
+        "backbone.body.layer3": 200, "backbone.fpn.layer_blocks": 14, "roi_heads.box_head.fc6": 32,
+        "roi_heads.mask_head.1.0": 20, "roi_heads.mask_head.2.0": 20,
+    },
+)  # fmt: skip
+
+
+def test_shares_stay_and_absent_layers_go() -> None:
+    narrow, wide = (build_dense_detector("mask", settings) for settings in (NARROW, WIDE))
+    plan = narrow_plan(PLAN, narrow, wide)
+    assert plan.ranks == {"backbone.body.layer1.0.conv1": 2, "roi_heads.mask_head.0.0": 1}
+    assert plan.keep == {
+        "backbone.body.layer3": 200,
+        "backbone.fpn.layer_blocks": 7,
+        "roi_heads.box_head.fc6": 24,
+        "roi_heads.mask_head.1.0": 5,
+    }
+    small = compress(narrow, plan, starts=1)
+    producer = channel_groups(narrow)["backbone.fpn.layer_blocks"].producers[0]
+    assert output_width(small.get_submodule(producer)) == 7
+
+
+def test_equal_widths_leave_the_plan_as_it_is() -> None:
+    wide = build_dense_detector("mask", WIDE)
+    assert narrow_plan(PLAN, wide, wide) == fit_plan(wide, PLAN)

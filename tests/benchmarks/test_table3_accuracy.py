@@ -1,0 +1,84 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.lib.table3_accuracy import accuracy_report, accuracy_table
+from benchmarks.table3_accuracy import SHARED, Experiment, Settings
+from norton_deploy.errors import UserError
+
+
+def cell(seed: int, model: str, steps: int, ap: float, weight: float | None = None, lr: float = 0.001) -> dict:
+    macs = 1e9 if model == "fast" else 4e9
+    return {
+        "task": "box", "seed": seed, "model": model, "finetune_steps": steps, "steps": steps or 12,
+        "finetune_lr": lr if steps else None, "distillation_weight": weight, "precision": "no",
+        "images": 500, "metrics": {"bbox": {"AP": ap, "AP50": 2 * ap, "AR100": ap + 0.1}},
+        "macs": macs, "params": macs / 100,
+    }  # fmt: skip
+
+
+CELLS = (
+    cell(0, "dense before", 0, 0.36),
+    cell(0, "fast", 6, 0.3),
+    cell(0, "fast", 6, 0.38, 0.5),
+    cell(0, "dense", 6, 0.4),
+    cell(0, "dense", 6, 0.2, lr=0.01),
+    cell(1, "dense", 6, 0.5),
+    cell(1, "fast", 6, 0.45),
+    cell(0, "fast", 12, 0.36),
+)
+RESULTS = {
+    "settings": {"train_images": 40, "pretrain_steps": 9, "recovery": "both"},
+    "cells": {str(index): entry for index, entry in enumerate(CELLS)},
+    "latency": {
+        "box": {
+            "models": {
+                "dense": {"latency": {"fps": 10.0}},
+                "fast": {"latency": {"fps": 31.0}, "speedup": {"ratio": 3.1, "low": 3.0, "high": 3.2}},
+            }
+        }
+    },
+}
+
+
+def test_retention_is_taken_seed_by_seed_at_equal_steps() -> None:
+    before, dense, worse, fast, distilled, longer, *paper = accuracy_table(RESULTS, "box").rows
+    assert before[:4] == ("dense before", "- (trained for 12)", "-", "-") and before[7] == "-"
+    assert dense[:8] == ("dense", "6 steps", "0.001", "-", "0.450 (0.400, 0.500)", "0.900 (0.800, 1.000)",
+                         "0.550 (0.500, 0.600)", "1.00 (1.00, 1.00)")  # fmt: skip
+    assert worse[2] == "0.01" and worse[7] == "0.50"  # the better learning rate is what counts
+    assert fast[7:] == ("0.82 (0.75, 0.90)", "1.00G (75)", "10.00M (75)", "31.0", "3.10 (3.00 to 3.20)")
+    assert distilled[1:4] == ("6 steps", "0.001", "0.5") and distilled[7] == "0.95"  # one seed so far
+    assert longer[1] == "12 steps" and longer[7] == "-"  # no dense one with as many steps
+    assert [row[7] for row in paper] == ["1.00", "0.86"]  # 0.32 / 0.37
+
+
+def test_other_tasks_have_a_column_for_their_boxes() -> None:
+    cell = {**next(iter(RESULTS["cells"].values())), "task": "mask"}
+    cell["metrics"] = {"bbox": cell["metrics"]["bbox"], "segm": {**cell["metrics"]["bbox"], "AP": 0.125}}
+    table = accuracy_table({**RESULTS, "cells": {"one": cell}}, "mask")
+    assert table.header[7] == "Box AP / AP50"
+    assert table.rows[0][4] == "0.125" and table.rows[0][7].startswith(f"{cell['metrics']['bbox']['AP']:.3f} / ")
+    assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+def test_the_report_holds_the_tasks_that_were_measured(tmp_path) -> None:
+    text = accuracy_report(RESULTS).to_markdown(tmp_path)
+    assert "## FasterRCNN" in text and "MaskRCNN" not in text
+    assert "40 training images; 9 steps of 32 crops; training" in text
+    assert "precision of the training: float32." in text
+
+
+def test_a_seed_of_another_precision_is_named(tmp_path) -> None:
+    cells = {name: {**one, "precision": "bf16" if one["seed"] else "no"} for name, one in RESULTS["cells"].items()}
+    text = accuracy_report({**RESULTS, "cells": cells}).to_markdown(tmp_path)
+    assert "precision of the training: float32; FasterRCNN with seed 1 mixed with bfloat16." in text
+
+
+def test_a_seed_of_a_task_has_one_precision(tmp_path: Path) -> None:
+    settings = Settings(precision="bf16", out=tmp_path / "results.json", work=tmp_path)
+    shared = {name: getattr(settings, name) for name in SHARED}
+    settings.out.write_text(json.dumps({**RESULTS, "settings": shared}))
+    with pytest.raises(UserError, match=r"results\.json: its cell '0' was trained with another precision than bf16"):
+        Experiment(settings).run_task("box", 0, tmp_path / "pretrain")

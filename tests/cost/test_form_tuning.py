@@ -1,0 +1,101 @@
+"""The tuner's graphs, costs and choices; no assertion on time itself."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from norton_deploy.compression.compress import apply_structure
+from norton_deploy.cost import form_tuning as tuning
+from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.form_tuning import TimingTable, time_alternating, tune_blocks
+from norton_deploy.cost.layer_calls import LayerCall, layer_calls
+from norton_deploy.cost.layer_graphs import LayerShape, layer_graph
+from norton_deploy.errors import UserError
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+
+ONE, NONE = (1, 1), (0, 0)
+BLOCK = LayerShape("conv", 6, 8, (3, 3), (2, 1), (1, 2), (1, 2), 2, (2, 9, 10))
+SHAPES = (
+    BLOCK,
+    LayerShape("conv", 4, 5, (1, 1), (2, 2), NONE, ONE, 0, (1, 8, 8)),
+    LayerShape("transposed", 4, 5, (4, 4), (2, 2), (1, 1), ONE, 0, (3, 7, 7)),
+    LayerShape("linear", 12, 7, ONE, ONE, NONE, ONE, 0, (10, 1, 1)),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.kind + str(shape.rank))
+def test_every_form_has_the_layers_output(shape: LayerShape) -> None:
+    import onnxruntime
+
+    for form in tuning.FORMS if shape.rank else ("dense",):
+        content, example = layer_graph(shape, form)
+        session = onnxruntime.InferenceSession(content, providers=[tuning.CPU])
+        [output] = session.run(None, {"input": example})
+        assert output.shape[1] == shape.out_channels
+        assert output.size == shape.output_pixels * shape.out_channels
+        assert np.isfinite(output).all()
+
+
+def test_macs_and_parameters_are_those_of_the_complexity_counter() -> None:
+    settings = DetectorSettings(num_classes=3, backbone="resnet18", fpn_channels=16, box_features=32,
+                                mask_channels=(16,), min_size=64, max_size=64)  # fmt: skip
+    plan = CompressionPlan(
+        "rcnn",
+        {"backbone.body.layer2.0.conv1": 2, "rpn.head.conv.0.0": 1, "roi_heads.mask_head.0.0": 3},
+        {"backbone.body.layer2.0.conv1": 80, "backbone.fpn.layer_blocks": 12},
+    )
+    model = apply_structure(build_dense_detector("mask", settings), plan)
+    calls = layer_calls(model, (64, 96), proposals=20, detections=5)
+    counted = count_complexity(model, (64, 96), proposals=20, detections=5)
+    assert sum(call.shape.macs for call in calls) == counted.macs
+    assert [call.name for call in calls].count("rpn.head.conv.0.0") == 5
+    assert max(
+        call.shape.macs for call in layer_calls(model, (64, 96), batch=2) if "body.conv1" in call.name
+    ) == 2 * max(call.shape.macs for call in calls if "body.conv1" in call.name)
+
+
+def test_measured_times_are_positive_and_one_per_form() -> None:
+    times = time_alternating(BLOCK, tuning.FORMS, tuning.CPU)
+    assert len(times) == 3
+    assert min(times) > 0
+
+
+def test_the_table_is_kept_and_belongs_to_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fake(shape: LayerShape, forms: Iterable[str], provider: str) -> list[float]:
+        asked.append(provider)
+        return [{"grouped": 1.0, "separable": 2.0, "dense": 3.0}[form] for form in forms]
+
+    monkeypatch.setattr(tuning, "time_alternating", fake)
+    path = tmp_path / "times.json"
+    table = TimingTable(path, {"cpu": "A"})
+    assert table.fastest(BLOCK) == ("grouped", 1.0)
+    assert table.fastest(SHAPES[1]) == ("dense", 3.0)
+    table.save()
+    assert TimingTable(path, {"cpu": "A"}).fastest(BLOCK) == ("grouped", 1.0)
+    assert len(asked) == 2
+    with pytest.raises(UserError, match=r"times\.json.*another machine"):
+        TimingTable(path, {"cpu": "B"})
+
+
+def test_the_fastest_form_over_all_calls_wins_and_slow_factors_stay_dense() -> None:
+    table = TimingTable(None, {})
+    small = BLOCK.resized(6, 6, 1)
+    for shape, times in ((BLOCK, (9.0, 8.0, 5.0)), (small, (1.0, 2.5, 2.0))):
+        for form, time_ms in zip(tuning.FORMS, times, strict=True):
+            table.times_ms[shape.key(form)] = time_ms
+    original = LayerShape("conv", 8, 8, (3, 3), ONE, ONE, ONE, 0, (1, 9, 9))
+    table.times_ms[original.key("dense")] = 4.0
+    slow, fast = tune_blocks(
+        [LayerCall("slow", BLOCK), LayerCall("fast", small), LayerCall("slow", small)],
+        table,
+        [LayerCall("slow", original), LayerCall("fast", original)],
+    )
+    assert slow.times_ms == {"grouped": 10.0, "separable": 10.5, "dense": 7.0}
+    assert (slow.form, fast.form) == ("dense", "grouped")
+    assert "stays dense" in slow.verdict
+    assert fast.original_ms == 4.0

@@ -1,0 +1,54 @@
+import copy
+
+import pytest
+import torch
+from reduced_detectors import as_model_input, blobs, compressed_detector, reduced_detector
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.lower_model import lower_model, quickest_forms
+from norton_deploy.compression.lowering import Form
+from norton_deploy.errors import UserError
+
+
+@pytest.mark.parametrize("form", ["grouped", "dense", "separable"])
+@torch.no_grad()
+def test_compressed_detector_keeps_its_outputs_and_loses_its_blocks(form: Form) -> None:
+    model = compressed_detector("box")
+    lowered = lower_model(model, form)
+    kinds = {type(module) for module in lowered.modules()}
+    assert not kinds & {CPDBlock, nn.BatchNorm2d, FrozenBatchNorm2d}
+    assert any(isinstance(module, CPDBlock) for module in model.modules())
+    groups = {module.groups for module in lowered.modules() if isinstance(module, nn.Conv2d)}
+    assert (groups == {1}) == (form == "dense")
+    images = as_model_input(blobs(2))
+    batch = model.transform(images)[0].tensors
+    for expected, found in zip(model.backbone(batch).values(), lowered.backbone(batch).values(), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_frozen_norm_is_folded_and_the_original_untouched() -> None:
+    model = reduced_detector("box", frozen=True)
+    before = copy.deepcopy(model.state_dict())
+    lowered = lower_model(model)
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in lowered.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_form_for_each_block_and_mistakes() -> None:
+    model = compressed_detector("box")
+    name = "backbone.body.layer4.1.conv2"
+    lowered = lower_model(model, "grouped", {name: "dense"})
+    assert isinstance(lowered.get_submodule(name), nn.Conv2d)
+    assert isinstance(lowered.get_submodule("backbone.body.layer4.1.conv1"), nn.Sequential)
+    with pytest.raises(UserError, match="not a CPDBlock"):
+        lower_model(model, "grouped", {"backbone.body.conv1": "dense"})
+    with pytest.raises(UserError, match="training mode"):
+        lower_model(copy.deepcopy(model).train())
+
+
+def test_forms_for_speed_follow_rank_and_width() -> None:
+    model = nn.ModuleDict({"thin": CPDBlock(64, 8, 3, 2), "wide": CPDBlock(256, 8, 3, 2), "plain": nn.Conv2d(8, 8, 3)})
+    assert quickest_forms(model) == {"thin": "dense", "wide": "grouped"}

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from norton_deploy.errors import UserError
+from norton_deploy.inference.mask_paste import hat_weights, paste_masks
+
+
+def random_case(seed: int, count: int, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    height, width = image_size
+    centres = generator.uniform((0, 0), (width, height), (count, 2))
+    halves = generator.uniform(0.1, max(image_size) / 1.5, (count, 2))
+    boxes = np.concatenate([centres - halves, centres + halves], axis=1)
+    boxes = boxes.clip(0, [width, height, width, height]).astype(np.float32)
+    return generator.uniform(0, 1, (count, 28, 28)).astype(np.float32), boxes
+
+
+@pytest.mark.parametrize("image_size", [(60, 90), (133, 70)])
+def test_equals_torchvision_but_for_rounding_at_the_threshold(image_size: tuple[int, int]) -> None:
+    probabilities, boxes = random_case(0, 60, image_size)
+    soft = paste_masks_in_image(torch.from_numpy(probabilities)[:, None], torch.from_numpy(boxes), image_size)
+    expected = soft[:, 0].numpy()
+    ours = paste_masks(probabilities, boxes, image_size)
+    assert ours.shape == (60, *image_size) and ours.dtype == np.bool_
+    different = ours != (expected > 0.5)
+    assert np.all(np.abs(expected[different] - 0.5) < 1e-5)
+    assert ours.sum() > 1000
+
+
+@pytest.mark.parametrize("box", [[-20, -9, 30, 40], [50, 30, 120, 99], [3.2, 4.7, 3.9, 4.8], [0, 0, 90, 60]])
+def test_boxes_past_the_border_and_tiny_ones(box: list[float]) -> None:
+    probabilities, _ = random_case(1, 1, (60, 90))
+    boxes = np.array([box], dtype=np.float32)
+    tensors = torch.from_numpy(probabilities)[:, None], torch.from_numpy(boxes)
+    expected = paste_masks_in_image(*tensors, (60, 90))[:, 0].numpy() > 0.5
+    np.testing.assert_array_equal(paste_masks(probabilities, boxes, (60, 90)), expected)
+
+
+def test_no_detections_and_wrong_shapes() -> None:
+    empty = paste_masks(np.zeros((0, 28, 28), np.float32), np.zeros((0, 4), np.float32), (5, 6))
+    assert empty.shape == (0, 5, 6)
+    with pytest.raises(UserError, match=r"\[N, M, M\]"):
+        paste_masks(np.zeros((2, 28, 27), np.float32), np.zeros((2, 4), np.float32), (5, 6))
+
+
+@pytest.mark.parametrize(("source", "target"), [(30, 7), (30, 61), (3, 1), (4, 4)])
+def test_hat_weights_are_the_bilinear_resize(source: int, target: int) -> None:
+    identity = torch.eye(source)[None]
+    expected = torch.nn.functional.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T
+    np.testing.assert_allclose(hat_weights(source, target), expected.numpy(), atol=1e-5)

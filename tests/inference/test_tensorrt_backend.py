@@ -1,0 +1,150 @@
+"""What can be checked of the engine backend without a GPU: manifests, buffer plans, messages."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from norton_deploy.errors import UserError
+from norton_deploy.export.contract import GraphContract
+from norton_deploy.export.tensorrt_build import manifest_path
+from norton_deploy.files import sha256_of
+from norton_deploy.inference.predictor import load_predictor
+from norton_deploy.inference.tensorrt_backend import BufferPlan, check_runtime, plan_buffers, read_engine_contract
+
+CONTRACT = {
+    "format": 1,
+    "task": "mask",
+    "image_size": [32, 48],
+    "batch": 2,
+    "max_detections": 5,
+    "categories": [{"label": 1, "id": 7, "name": "lamp"}],
+    "input": {"name": "images", "dtype": "uint8", "layout": "NHWC RGB"},
+    "outputs": [{"name": name} for name in ("boxes", "nms_converged")],
+    "target": "tensorrt",
+    "precision": "fp32",
+    "weights_sha256": "0" * 64,
+    "resize": "letterbox",
+}
+TENSORS = {
+    "images": ((2, 32, 48, 3), np.uint8),
+    "num_detections": ((2,), np.int32),
+    "boxes": ((2, 5, 4), np.float32),
+    "scores": ((2, 5), np.float32),
+    "labels": ((2, 5), np.int32),
+    "masks": ((2, 5, 28, 28), np.float32),
+    "nms_converged": ((1,), np.bool_),
+}
+PACKAGE = SimpleNamespace(nptype=lambda dtype: dtype, TensorIOMode=SimpleNamespace(INPUT="in"))
+
+
+class FakeEngine:
+    """The part of an ICudaEngine that planning asks for."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self.num_io_tensors = len(tensors)
+
+    def get_tensor_name(self, index):
+        return list(self.tensors)[index]
+
+    def get_tensor_shape(self, name):
+        return self.tensors[name][0]
+
+    def get_tensor_dtype(self, name):
+        return self.tensors[name][1]
+
+    def get_tensor_mode(self, name):
+        return "in" if name == "images" else "out"
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """An engine file that holds no engine, with a manifest that matches it."""
+    path = tmp_path / "model.engine"
+    path.write_bytes(b"not an engine")
+    manifest = {
+        "format": 1,
+        "engine": "tensorrt-rtx",
+        "engine_version": "1.7.1",
+        "compute_capability": "86",
+        "sha256": {"engine": sha256_of(path)},
+        "contract": CONTRACT,
+    }
+    manifest_path(path).write_text(json.dumps(manifest))
+    return path
+
+
+def test_manifest_is_read_and_checked_before_the_engine(engine):
+    manifest, contract = read_engine_contract(engine)
+    assert (contract.task, contract.batch, contract.flags) == ("mask", 2, ("nms_converged",))
+    assert manifest["engine"] == "tensorrt-rtx"
+    engine.write_bytes(b"replaced")
+    with pytest.raises(UserError, match="SHA-256"):
+        load_predictor(engine)
+    manifest_path(engine).unlink()
+    with pytest.raises(UserError, match="no manifest"):
+        load_predictor(engine)
+
+
+def test_manifest_with_a_broken_contract_is_refused(engine):
+    manifest = json.loads(manifest_path(engine).read_text())
+    del manifest["contract"]["batch"]
+    manifest_path(engine).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"model\.engine\.json.*'batch'"):
+        load_predictor(engine)
+
+
+def test_without_a_gpu_the_message_says_so(engine):
+    with pytest.raises(UserError, match="NVIDIA GPU only"):
+        load_predictor(engine, device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="NVIDIA GPU only"):
+            load_predictor(engine)
+
+
+def test_version_and_compute_capability_must_match(engine):
+    manifest, _ = read_engine_contract(engine)
+    check_runtime(engine, manifest, "1.7.1", (8, 6))
+    check_runtime(engine, manifest | {"compute_capability": "portable"}, "1.7.1", (12, 0))
+    with pytest.raises(UserError, match=r"built by tensorrt-rtx 1\.7\.1, installed is 1\.8"):
+        check_runtime(engine, manifest, "1.8.0", (8, 6))
+    with pytest.raises(UserError, match="capability 86, this GPU has 89"):
+        check_runtime(engine, manifest, "1.7.1", (8, 9))
+
+
+def test_buffers_are_planned_from_the_engine(engine):
+    _, contract = read_engine_contract(engine)
+    plans = plan_buffers(FakeEngine(TENSORS), PACKAGE, contract, "e")
+    assert plans[0] == BufferPlan("images", (2, 32, 48, 3), "uint8", True)
+    assert {plan.name: plan.nbytes for plan in plans} == {
+        "images": 2 * 32 * 48 * 3, "num_detections": 8, "boxes": 160, "scores": 40, "labels": 40,
+        "masks": 2 * 5 * 28 * 28 * 4, "nms_converged": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": ((2, 3, 32, 48), np.float32)}, "contradict the manifest"),
+        ({"boxes": ((-1, 5, 4), np.float32)}, "'boxes'.*fixed shapes"),
+        ({"scores": ((2, 5), np.complex64)}, "'scores' is complex64"),
+        ({"masks": None}, "lacks the outputs masks"),
+    ],
+)
+def test_engines_that_contradict_their_manifest_are_refused(engine, change, message):
+    _, contract = read_engine_contract(engine)
+    tensors = {name: spec for name, spec in (TENSORS | change).items() if spec is not None}
+    with pytest.raises(UserError, match=message):
+        plan_buffers(FakeEngine(tensors), PACKAGE, contract, "e")
+
+
+def test_contract_parses_back():
+    contract = GraphContract.from_json(json.dumps(CONTRACT), "c")
+    assert contract.output_names == ("num_detections", "boxes", "scores", "labels", "masks", "nms_converged")
+    assert contract.input_shape == (2, 32, 48, 3) and contract.score_threshold is None
+    assert contract.resize == "letterbox" and contract.input_size == contract.image_size
+    with pytest.raises(UserError, match="not JSON"):
+        GraphContract.from_json("{", "c")

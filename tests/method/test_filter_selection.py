@@ -1,0 +1,85 @@
+"""Algorithm 1 against a literal double loop over its lines."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from norton_deploy.errors import UserError
+from norton_deploy.method.filter_selection import select_filters
+
+
+def algorithm_1(distance: Tensor, keep: int) -> list[int]:
+    """The paper's nine lines, as they stand."""
+    D = distance.double().tolist()
+    present = list(range(len(D)))
+    while len(present) > keep:
+        shortest, i, j = math.inf, -1, -1
+        for x in present:
+            for y in present:
+                if x != y and D[x][y] < shortest:
+                    shortest, i, j = D[x][y], x, y
+        sum_i = math.fsum(D[i][k] for k in present if k != i)
+        sum_j = math.fsum(D[j][k] for k in present if k != j)
+        present.remove(i if sum_i <= sum_j else j)
+    return present
+
+
+def symmetric(count: int, seed: int, levels: int | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.rand(count, count, generator=generator, dtype=torch.float64).triu(1)
+    if levels is not None:
+        upper = (upper * levels).floor()
+    return upper + upper.T
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("levels", [None, 2, 5])
+def test_equals_the_literal_double_loop(seed: int, levels: int | None) -> None:
+    distance = symmetric(24, seed, levels)
+    for keep in (1, 2, 7, 20, 23, 24):
+        assert select_filters(distance, keep).tolist() == algorithm_1(distance, keep)
+
+
+def test_the_filter_closest_to_the_rest_goes() -> None:
+    # 0 and 1 are the closest pair, and 1 lies nearer to 2 and 3.
+    distance = torch.tensor([[0, 1, 9, 9], [1, 0, 5, 5], [9, 5, 0, 7], [9, 5, 7, 0]]).double()
+    assert select_filters(distance, 3).tolist() == [0, 2, 3]
+
+
+def test_a_tie_of_the_sums_deletes_the_first() -> None:
+    assert select_filters(torch.ones(4, 4), 3).tolist() == [1, 2, 3]
+    assert select_filters(torch.ones(4, 4), 1).tolist() == [3]
+
+
+def test_the_sum_is_over_the_filters_still_present() -> None:
+    entries = {(0, 1): 1, (0, 2): 30, (0, 3): 90, (0, 4): 2, (1, 2): 80, (1, 3): 80, (1, 4): 80}
+    entries |= {(2, 3): 40, (2, 4): 45, (3, 4): 20}
+    distance = torch.zeros(5, 5, dtype=torch.float64)
+    for (i, j), value in entries.items():
+        distance[i, j] = distance[j, i] = value
+    assert select_filters(distance, 4).tolist() == [1, 2, 3, 4]
+    # Then 3 and 4 are closest: 140 against 145 among those present; with filter 0 it would be 230 against 147.
+    assert select_filters(distance, 3).tolist() == [1, 2, 4]
+
+
+def test_order_is_ascending_and_the_input_is_not_changed() -> None:
+    distance = symmetric(12, 3)
+    before = distance.clone()
+    kept = select_filters(distance, 5)
+    assert kept.dtype == torch.int64 and kept.tolist() == sorted(set(kept.tolist()))
+    assert torch.equal(distance, before)
+
+
+@pytest.mark.parametrize("keep", [0, -1, 5])
+def test_keep_out_of_range_names_the_numbers(keep: int) -> None:
+    with pytest.raises(UserError, match=f"keep={keep} filters of 4: choose 1 to 4"):
+        select_filters(torch.ones(4, 4), keep)
+
+
+def test_what_is_not_a_distance_matrix_is_refused() -> None:
+    with pytest.raises(ValueError, match="symmetric"):
+        select_filters(torch.rand(4, 4), 2)
+    with pytest.raises(ValueError, match=r"\[O, O\]"):
+        select_filters(torch.ones(4, 3), 2)

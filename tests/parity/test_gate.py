@@ -1,0 +1,93 @@
+"""Pairing of detections and the parity report; whole graphs are compared in tests/export/test_onnx_export.py."""
+
+import numpy as np
+import pytest
+
+from norton_deploy.errors import UserError
+from norton_deploy.parity.detection_matching import Pairing, box_iou, pair_detections
+from norton_deploy.parity.gate import (
+    TOLERANCES,
+    ParityReport,
+    quantile,
+    relative_difference,
+    set_distance,
+)
+from norton_deploy.parity.inputs import canvases
+from norton_deploy.structures import Detections
+
+
+def detections(boxes: list[list[float]], scores: list[float], labels: list[int]) -> Detections:
+    arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32), np.array(labels, np.int64)
+    return Detections(*arrays, (100, 100))
+
+
+def pair(first: Detections, second: Detections, **changes: float) -> Pairing:
+    settings = {"score_threshold": 0.05, "max_detections": 3, "score_tolerance": 1e-3, **changes}
+    return pair_detections(first, second, **settings)  # type: ignore[arg-type]
+
+
+A, B, C = [10.0, 10, 30, 30], [11.0, 10, 30, 30], [60.0, 60, 90, 80]
+
+
+def test_pairs_by_label_and_box_not_by_position() -> None:
+    first = detections([A, B, C], [0.9, 0.8, 0.7], [1, 2, 1])
+    second = detections([C, [11, 10, 30, 30.5], A], [0.95, 0.8, 0.6], [1, 2, 1])
+    pairing = pair(first, second)
+    assert sorted(map(tuple, pairing.pairs.tolist())) == [(0, 2), (1, 1), (2, 0)]
+    assert pairing.unmatched == 0
+    assert pairing.box_px.max() == pytest.approx(0.5)
+    assert pairing.score.max() == pytest.approx(0.3, abs=1e-6)
+    assert pairing.mask_iou is None and pairing.keypoint_px is None
+
+
+def test_another_label_or_place_is_no_partner_and_only_cuts_excuse_it() -> None:
+    first, second = detections([A, C], [0.9, 0.5], [1, 1]), detections([A, C], [0.9, 0.5], [2, 1])
+    pairing = pair(first, second)
+    assert (len(pairing.pairs), pairing.unmatched, pairing.borderline) == (1, 2, 0)
+    assert pair(first, second, max_detections=2).borderline == 0
+    at_threshold = detections([A, C], [0.9, 0.0504], [1, 1])
+    assert pair(at_threshold, detections([A], [0.9], [1])).borderline == 1
+    last_place = detections([A, C], [0.9, 0.4], [1, 1]), detections([A, B], [0.9, 0.4004], [1, 3])
+    assert pair(*last_place, max_detections=2).borderline == 2
+    empty = detections([], [], [])
+    assert pair(empty, first).unmatched == 2 and pair(empty, empty).unmatched == 0
+
+
+def test_iou_and_distances() -> None:
+    boxes = np.array([A, C], np.float32)
+    assert box_iou(boxes, boxes)[0].tolist() == [1.0, 0.0]
+    assert set_distance(boxes, boxes[::-1]) == 0.0
+    assert set_distance(boxes, boxes[:1]) == 60.0
+    assert set_distance(boxes, boxes[:0]) == float("inf") and set_distance(boxes[:0], boxes[:0]) == 0.0
+    assert relative_difference({"x": np.array([4.0, -8.0])}, {"x": np.array([4.0, -7.0])}) == 0.125
+    assert np.isnan(relative_difference({"x": np.array([1.0])}, {"x": np.array([np.nan])}))
+    assert quantile(np.arange(11.0), 0.9) == 9.0 and quantile(np.zeros(0), 1.0) == 0.0
+
+
+def test_report_keeps_the_worst_and_names_the_first_failure() -> None:
+    report = ParityReport("m.onnx", "fp32")
+    report.record("rpn", "gap", 0.1, 1.0)
+    report.record("final", "IoU", 0.995, 0.99, is_lower_bound=True)
+    report.require()
+    report.record("final", "IoU", 0.5, 0.99, is_lower_bound=True)
+    report.record("rpn", "gap", 3.0, 1.0)
+    report.record("rpn", "gap", 0.2, 1.0)
+    with pytest.raises(UserError, match="first in stage 'rpn': gap 3, expected at most 1"):
+        report.require()
+    assert "OFF" in report.table() and report.to_dict()["passed"] is False
+    report.record("rpn", "gap", float("nan"), 1.0)
+    report.record("rpn", "gap", 0.0, 1.0)
+    assert np.isnan(report.stages[0].worst) and not report.stages[0].passed
+
+
+def test_images_are_letterboxed_and_batches_filled() -> None:
+    images = [np.full((10, 20, 3), value, np.uint8) for value in (1, 2, 3)]
+    batches = list(canvases(images, 2, (16, 16)))
+    assert [batch.shape for batch in batches] == [(2, 16, 16, 3)] * 2
+    assert [int(batch[index, 0, 0, 0]) for batch in batches for index in range(2)] == [1, 2, 3, 1]
+
+
+def test_fp32_limits_are_those_the_project_promises() -> None:
+    limits = TOLERANCES["fp32"]
+    assert (limits.box_px, limits.score, limits.mask_iou, limits.keypoint_px) == (0.05, 1e-4, 0.99, 1.0)
+    assert (limits.share, limits.unmatched) == (1.0, 0.0)
