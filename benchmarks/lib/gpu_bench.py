@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -196,6 +197,14 @@ class Bench:
         settings = GraphSettings(self.image_size, batch=variant.batch, target="tensorrt")
         return static_module(model, settings, variant, self.device)
 
+    def forget(self, kept: Callable[[Variant], bool]) -> None:
+        """Free the graphs that are not to be kept."""
+        for variant in [one for one in self.graphs if not kept(one)]:
+            del self.graphs[variant]
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
     def graph(self, variant: Variant) -> Graph:
         """A captured variant, made once."""
         if variant not in self.graphs:
@@ -230,6 +239,8 @@ class Graph:
     def __init__(self, bench: Bench, static: StaticRCNN, frames: Tensor, precision: Precision) -> None:
         self.bench, self.static, self.precision = bench, static, precision
         self.frames = frames.clone()
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
         started = time.perf_counter()
         with torch.no_grad(), arithmetic(precision, search=True):
             self.captured, self.outputs = capture(bench, lambda: static(self.frames))
@@ -246,19 +257,25 @@ class Graph:
 
 
 def capture(bench: Bench, call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph | None, Any]:
-    """Warm up on a side stream and record a call; without a GPU only call it."""
+    """Warm a call up on a stream of its own and record it there; without a GPU only call it.
+
+    `torch.cuda.graph` records everything on one stream, whose cuBLAS workspace all graphs then share: two of them could
+    not run at the same time. It also collects garbage each time, which takes longer than a small graph.
+    """
     if not bench.on_gpu:
         return None, call()
+    torch.cuda.synchronize()
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
         for _ in range(WARM_UP_CALLS):
             call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
+        torch.cuda.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            outputs = call()
+        finally:
+            graph.capture_end()
     torch.cuda.synchronize()
     return graph, outputs
 

@@ -60,7 +60,7 @@ def environment(bench: Bench) -> dict[str, Any]:
     for name, (dtype, precision) in kinds.items():
         left, right = torch.randn(2, side, side, device=bench.device).to(dtype)
         with arithmetic(precision):
-            ms = float(np.median(event_ms(bench, lambda a=left, b=right: a @ b, repeats=7)))  # type: ignore[misc]
+            ms = float(np.median(event_ms(bench, lambda a=left, b=right: a @ b, repeats=7)))  # type: ignore
         bench.rates[f"{name}_tflop_per_s"] = 2 * side**3 / ms / 1e9
     if bench.on_gpu:  # after the products, while the clocks are up
         command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
@@ -187,9 +187,7 @@ def table3(bench: Bench, task: Task) -> dict[str, Any]:
             rows[name] |= state(graphs[name].outputs) | {"warm_up_and_capture_s": graphs[name].seconds}
         else:
             rows[name]["num_detections"] = [shadow[name]]
-    for variant in list(bench.graphs):  # their memory; the later cells use fp16
-        if variant.precision != "fp16" or variant.plan not in ("dense", "fast"):
-            del bench.graphs[variant]
+    bench.forget(lambda one: one.precision == "fp16" and one.form == "grouped" and one.plan in ("dense", "fast"))
     complexity = {plan: {"macs": c.macs, "params": c.params} for plan, c in macs.items()}
     return {"rows": rows, "not_measured": failed, "complexity": complexity}
 
@@ -278,7 +276,7 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
     from norton_deploy.runtime.static_graph import decode_outputs
     from norton_deploy.structures import Categories
 
-    slots = [Slot(bench, replace(variant, slot=index)) for index in range(2)]
+    slots = [Slot(bench, replace(variant, slot=index)) for index in (1, 2)]
     labels = (1,) if variant.task == "keypoint" else tuple(range(1, 91))
     categories = Categories(labels, labels, tuple(str(label) for label in labels))
     letterbox = Letterbox.fit(bench.image_size, bench.image_size)
@@ -303,7 +301,10 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
         for slot in slots[:depth]:
             slot.wait()
         flying[f"frames_per_s_{depth}_in_flight"] = calls * variant.batch / (time.perf_counter() - started)
+    agree = all(torch.equal(value, slots[1].found[name]) for name, value in slots[0].found.items())
+    bench.forget(lambda one: one.slot == 0)
     return {
+        "both_in_flight_agree": agree,
         "latency_to_outputs": spread(to_outputs[1:]),
         "latency_to_pasted_detections": spread(to_detections[1:]),
         "detections": [len(one) for one in found],

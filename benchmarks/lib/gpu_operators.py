@@ -231,10 +231,8 @@ def forms(bench: Bench) -> dict[str, Any]:
                 key = f"{form} {'NHWC' if layout is torch.channels_last else 'NCHW'}"
                 measured = measure(bench, lambda f=layer, x=x: [f(x) for _ in range(calls)])  # type: ignore[misc]
                 times[key] = measured["median_ms"] * 1e3 / calls if "median_ms" in measured else measured["error"]
-        results[name] = {
-            "us_a_call": times,
-            "fastest": min((v, k) for k, v in times.items() if isinstance(v, float))[1],
-        }
+        measured_us = {key: value for key, value in times.items() if isinstance(value, float)}
+        results[name] = {"us_a_call": times, "fastest": min(measured_us, key=lambda key: measured_us[key], default="")}
     return results
 
 
