@@ -74,6 +74,7 @@ class Bench:
         smoke: everything tiny.
         prepared: folder of `--prepare`, or None.
         ends: when the running cell's time is up (`time.monotonic`).
+        partial: what the running cell has found so far.
         rates: what the environment cell measured: GB/s of a copy, TFLOP/s of matrix products by precision.
     """
 
@@ -82,6 +83,7 @@ class Bench:
     prepared: Path | None = None
     ends: float = float("inf")
     rates: dict[str, float] = field(default_factory=dict)
+    partial: dict[str, Any] = field(default_factory=dict)
     graphs: dict[Variant, Graph] = field(default_factory=dict)
     models: dict[tuple[Task, str], Future[nn.Module]] = field(default_factory=dict)
     calibrated: set[tuple[Task, str]] = field(default_factory=set)
@@ -228,22 +230,29 @@ def static_module(model: Any, settings: GraphSettings, variant: Variant, device:
 
 
 class Graph:
-    """A static module as a CUDA graph; on a CPU the module itself, called anew each time.
+    """A static module as a CUDA graph; on a CPU, and where it cannot be captured, the module itself, called each time.
 
     Attributes:
         frames: uint8 [B, H, W, 3] on the device, what the graph reads.
         outputs: what it writes.
+        error: why it could not be captured.
         seconds: what warming up (with cuDNN's search for algorithms) and capturing took.
     """
 
-    def __init__(self, bench: Bench, static: StaticRCNN, frames: Tensor, precision: Precision) -> None:
+    def __init__(self, bench: Bench, static: Any, frames: Tensor, precision: Precision) -> None:
         self.bench, self.static, self.precision = bench, static, precision
         self.frames = frames.clone()
         if bench.on_gpu:
             torch.cuda.empty_cache()
         started = time.perf_counter()
+        self.error = ""
         with torch.no_grad(), arithmetic(precision, search=True):
-            self.captured, self.outputs = capture(bench, lambda: static(self.frames))
+            try:
+                self.captured, self.outputs = capture(bench, lambda: static(self.frames))
+            except RuntimeError as error:
+                self.error = explain(error)
+                bench.synchronise()
+                self.captured, self.outputs = None, static(self.frames)
         self.seconds = time.perf_counter() - started
 
     def replay(self) -> Outputs:
@@ -251,7 +260,7 @@ class Graph:
         if self.captured is not None:
             self.captured.replay()
         else:
-            with torch.no_grad():
+            with torch.no_grad(), arithmetic(self.precision, search=True):
                 self.outputs = self.static(self.frames)
         return self.outputs
 
@@ -278,6 +287,12 @@ def capture(bench: Bench, call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph
             graph.capture_end()
     torch.cuda.synchronize()
     return graph, outputs
+
+
+def explain(error: BaseException) -> str:
+    """An error and what it followed: an operator that cannot be recorded, then a capture that cannot be ended."""
+    cause = error.__cause__ or error.__context__
+    return f"{type(error).__name__}: {error}"[:600] + (f" <- {explain(cause)}" if cause is not None else "")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from lib.gpu_bench import (
     arithmetic,
     eager_call,
     event_ms,
+    explain,
     spread,
     time_in_turn,
     without_pasting,
@@ -74,7 +75,7 @@ def environment(bench: Bench) -> dict[str, Any]:
 def captures(bench: Bench) -> dict[str, Any]:
     """A CUDA graph of every static module: is it recorded, and does its replay give what the module gives?"""
     bench.need_gpu("CUDA graphs")
-    results: dict[str, Any] = {}
+    results = bench.partial
     order = [(task, plan) for task in TASKS for plan in ("fast", "dense")]
     for precision in ("fp16", "fp32"):
         for task, plan in order:
@@ -86,7 +87,7 @@ def captures(bench: Bench) -> dict[str, Any]:
             try:
                 results[name] = check_capture(bench.graph(variant))
             except Exception as error:
-                results[name] = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+                results[name] = {"error": explain(error)}
     if not any(isinstance(entry, dict) and "error" not in entry for entry in results.values()):
         raise RuntimeError(f"no static module was captured: {results}")
     return results
@@ -102,6 +103,8 @@ def check_capture(graph: Graph) -> dict[str, Any]:
         direct = graph.static(graph.frames)
     graph.frames.copy_(before)
     worst = {name: float((replayed[name].float() - direct[name].float()).abs().max()) for name in direct}
+    if graph.error:
+        return {"error": graph.error, **state(replayed)}
     return {"warm_up_and_capture_s": graph.seconds, "difference_from_direct_call": worst, **state(replayed)}
 
 
@@ -122,7 +125,7 @@ def correctness(bench: Bench) -> dict[str, Any]:
         Subject(f"packaged {task}", load_checkpoint(packaged_detector(task)).model, (192, 256), task)
         for task in PACKAGED_TASKS
     ]
-    results: dict[str, Any] = {}
+    results = bench.partial
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "tf32") if bench.on_gpu else ("fp32",)
     for precision in precisions:
         for subject in subjects:
@@ -152,7 +155,9 @@ def table3(bench: Bench, task: Task) -> dict[str, Any]:
     if task == "mask":
         bare = without_pasting(dense)
         calls["eager dense fp32, masks not pasted"] = eager_call(bench, bare, "fp32", search=True)
-        calls["eager dense fp16 autocast, masks not pasted"] = eager_call(bench, bare, "fp32", autocast=True)
+        calls["eager dense fp16 autocast, masks not pasted"] = eager_call(
+            bench, bare, "fp32", autocast=True, search=True
+        )
     shadow = {name: len(call()[0]["boxes"]) for name, call in calls.items()}
     bench.synchronise()
     graphs: dict[str, Graph] = {}
@@ -165,7 +170,7 @@ def table3(bench: Bench, task: Task) -> dict[str, Any]:
         try:
             graphs[str(variant)] = bench.graph(variant)
         except Exception as error:
-            failed[str(variant)] = f"{type(error).__name__}: {str(error)[:600]}"
+            failed[str(variant)] = explain(error)
     calls |= {name: graph.replay for name, graph in graphs.items()}
     times = time_in_turn(bench, calls, 2 if bench.smoke else 25)
     macs = {
@@ -184,7 +189,10 @@ def table3(bench: Bench, task: Task) -> dict[str, Any]:
         tflop_per_s = 2 * macs[plan].macs / rows[name]["median_ms"] / 1e9
         rows[name] |= {"tflop_per_s": tflop_per_s, "share_of_matmul": tflop_per_s / rate if rate else None}
         if name in graphs:
-            rows[name] |= state(graphs[name].outputs) | {"warm_up_and_capture_s": graphs[name].seconds}
+            rows[name] |= state(graphs[name].outputs) | {
+                "warm_up_and_capture_s": graphs[name].seconds,
+                "captured": graphs[name].captured is not None,
+            }
         else:
             rows[name]["num_detections"] = [shadow[name]]
     bench.forget(lambda one: one.precision == "fp16" and one.form == "grouped" and one.plan in ("dense", "fast"))
@@ -218,7 +226,7 @@ def table3_variants(bench: Bench, task: Task) -> list[Variant]:
 
 def end_to_end(bench: Bench) -> dict[str, Any]:
     """A frame in the host's memory to detections there: latency of one call, and throughput with two in flight."""
-    results: dict[str, Any] = {}
+    results = bench.partial
     wanted = [
         (task, plan, batch)
         for batch, plans in ((1, ("fast", "dense")), (8, ("fast", "dense")), (4, ("fast",)))
@@ -234,7 +242,7 @@ def end_to_end(bench: Bench) -> dict[str, Any]:
         try:
             results[name] = run_end_to_end(bench, Variant(task, plan, batch=batch))
         except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+            results[name] = {"error": explain(error)}
     return results
 
 
@@ -316,7 +324,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
     """Where the time of `fast` goes: kernels of a replay, operators of a direct call."""
     from torch.profiler import ProfilerActivity, profile
 
-    results: dict[str, Any] = {}
+    results = bench.partial
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.on_gpu else [])
     for task in ("box", "mask"):
         if task not in bench.tasks or bench.left() < 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, roi_align
 
-from lib.gpu_bench import Bench, Graph, Variant, arithmetic, capture, event_ms, spread, time_in_turn
+from lib.gpu_bench import Bench, Graph, Variant, arithmetic, capture, event_ms, explain, spread, time_in_turn
 from norton_deploy.export.static_boxes import pairwise_iou
 from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, nms_unrolled
 from norton_deploy.export.static_roi_align import StaticRoIAlign
@@ -51,7 +51,7 @@ def measure(bench: Bench, call: Callable[[], Any], *, static: bool = True) -> di
             else:
                 times = time_in_turn(bench, {"": call}, 2 if bench.smoke else 15)[""]
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+        return {"error": explain(error)}
     found: dict[str, Any] = {**spread(times), "captured": static and bench.on_gpu, "bytes": traffic.bytes}
     found["gb_per_s"] = traffic.bytes / found["median_ms"] / 1e6
     if "copy_gb_per_s" in bench.rates:
@@ -116,7 +116,7 @@ def suppresses(boxes: Tensor, groups: Tensor | None, iou_threshold: float) -> Te
 
 def operators(bench: Bench) -> dict[str, Any]:
     """Suppression, RoIAlign and TopK in several forms, captured, with the bytes that they move unfused."""
-    results: dict[str, Any] = {}
+    results = bench.partial
     generator = torch.Generator().manual_seed(0)
     count = 64 if bench.smoke else 1000
     for name, sets, groups_count, threshold in (("rpn", 5, 1, 0.7), ("box head", 1, 90, 0.5)):
@@ -216,7 +216,7 @@ def forms(bench: Bench) -> dict[str, Any]:
             model([bench.frames(1)[0].permute(2, 0, 1).float() / 255])
         for handle in handles:
             handle.remove()
-    results: dict[str, Any] = {}
+    results = bench.partial
     calls = 1 if bench.smoke else 10
     dtype = torch.float16 if bench.on_gpu else torch.float32
     for name, (block, shape) in list(found.items())[: 2 if bench.smoke else None]:
@@ -239,7 +239,7 @@ def forms(bench: Bench) -> dict[str, Any]:
 def compiled(bench: Bench) -> dict[str, Any]:
     """`torch.compile` of the static module, captured, beside the module as it is."""
     bench.need_gpu("torch.compile for a GPU")
-    results: dict[str, Any] = {}
+    results = bench.partial
     calls: dict[str, Any] = {}
     for task, plan, mode in (
         ("box", "fast", "default"),
@@ -262,5 +262,5 @@ def compiled(bench: Bench) -> dict[str, Any]:
             times = time_in_turn(bench, calls, 20)
             results["times"] = {name: spread(values) for name, values in times.items()}
         except Exception as error:
-            results[f"{task} {plan} {mode}"] = {"error": f"{type(error).__name__}: {str(error)[:1500]}"}
+            results[f"{task} {plan} {mode}"] = {"error": explain(error)}
     return results

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.gpu_bench import Bench, Graph, Precision, Variant, arithmetic, static_module
+from lib.gpu_bench import Bench, Graph, Precision, Variant, arithmetic, explain, static_module
 from norton_deploy.export.static_rcnn import GraphSettings
 from norton_deploy.runtime.eager_stages import EagerStages, without_resize
 from norton_deploy.runtime.parity import (
@@ -43,7 +43,7 @@ def compare(bench: Bench, subject: Subject, precision: Precision, results: dict[
     try:
         results[name] = judge(bench, subject, precision)
     except Exception as error:
-        results[name] = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+        results[name] = {"error": explain(error)}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
-from lib.gpu_bench import Bench, Precision, arithmetic, spread, time_in_turn
+from lib.gpu_bench import Bench, Precision, arithmetic, explain, spread, time_in_turn
 from norton_deploy.modeling.detectors import freeze_stages
 from norton_deploy.training.box_precision import keep_boxes_in_float32
 
@@ -49,7 +49,7 @@ def training(bench: Bench) -> dict[str, Any]:
         ("fast", "fp32", "torchvision's norm", None, False),
         ("dense", "fp16", "fused norm, NHWC", fused, True),
     ]
-    results: dict[str, Any] = {}
+    results = bench.partial
     for plan, precision, what, norm, channels_last in wanted[1:3] if bench.smoke else wanted:
         name = f"{task} {plan}, {precision}, {what}"
         if bench.left() < 0:
@@ -58,7 +58,7 @@ def training(bench: Bench) -> dict[str, Any]:
         try:
             results[name] = steps(bench, task, plan, precision, autocast.get(precision), norm, channels_last)
         except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+            results[name] = {"error": explain(error)}
         if bench.on_gpu:
             torch.cuda.empty_cache()
     return results
