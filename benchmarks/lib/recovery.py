@@ -213,6 +213,7 @@ class Recovery:
             weight_decay=recovery.weight_decay,
             clip_norm=recovery.clip_norm,
             precision=recovery.precision,
+            cpu_forms=True,
             evaluate_every=0,
             state_every=100,
             workers=recovery.workers,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from norton_deploy.data.samplers import GroupedBatchSampler
 from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.cpu_forms import recompose_blocks, use_cpu_forms
 from norton_deploy.training.initial_weights import InitialModel
 from norton_deploy.training.loaders import EpochDataset, SampledBatches
 from norton_deploy.training.run_folder import RunFolder
@@ -53,6 +54,10 @@ def run_training(
     Raises:
         UserError: the folder belongs to another run, or the loss is not finite.
     """
+    if settings.cpu_forms:
+        use_cpu_forms(start.model)
+    if settings.recompose_blocks:
+        recompose_blocks(start.model)
     identity = {**settings.identity(), **identity, "training_images": len(train)}
     sampler = GroupedBatchSampler(
         len(train),

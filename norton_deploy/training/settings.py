@@ -65,6 +65,10 @@ class TrainingSettings:
     """Decay of an exponential moving average of the weights, which is then what is evaluated and saved."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision: no (float32), bf16 (a GPU, or a CPU with AMX) or fp16 (a GPU). Evaluation is in float32."""
+    cpu_forms: bool = False
+    """Train CPDBlocks, and convolutions over small maps, in the forms that are quickest on a CPU: equal to rounding."""
+    recompose_blocks: bool = False
+    """Train every CPDBlock as one convolution with its recomposed weight, for GPUs: equal to rounding."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU when there is one."""
     evaluate_every: int = 1
@@ -105,8 +109,9 @@ class TrainingSettings:
             raise UserError(f"warmup_factor: expected 0 to 1, got {self.warmup_factor}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
-        if self.resume and self.overwrite:
-            raise UserError("resume, overwrite: give at most one of the two")
+        for first, second in (("resume", "overwrite"), ("cpu_forms", "recompose_blocks")):
+            if getattr(self, first) and getattr(self, second):
+                raise UserError(f"{first}, {second}: give at most one of the two")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
