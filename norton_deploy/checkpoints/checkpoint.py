@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,12 +19,11 @@ from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.structures import METADATA_KEY, TASKS, Categories
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.structures import METADATA_KEY, TASKS, Categories, ModelTask
 
 FORMAT_VERSION = 1
-CheckpointTask = Literal["cls", "box", "mask", "keypoint"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class CheckpointHeader:
             left, ascending; None when all are, or nobody knows.
     """
 
-    task: CheckpointTask
+    task: ModelTask
     settings: DetectorSettings | ClassifierSettings
     plan: CompressionPlan | None
     categories: Categories
@@ -174,11 +173,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def build_structure(header: CheckpointHeader) -> nn.Module:
     """The model of a header with meaningless weights; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        if isinstance(header.settings, ClassifierSettings):
-            model = build_dense_classifier(header.settings)
-        else:
-            assert header.task != "cls"
-            model = build_dense_detector(header.task, header.settings)
+        model = header.settings.build(header.task)
         return model if header.plan is None else apply_structure(model, header.plan)
 
 

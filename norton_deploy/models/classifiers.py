@@ -1,14 +1,19 @@
 """The classifiers that can be compressed: torchvision's ResNets and the VGG-16-BN of CIFAR-10."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import resnet, vgg
+from torchvision.models.detection.image_list import ImageList
+from torchvision.transforms.v2.functional import normalize, resize
 
 from norton_deploy.errors import UserError
 from norton_deploy.models.normalisation import NORM_LAYERS, Norm
+from norton_deploy.structures import ModelTask
 
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "vgg16_bn"]
 VGG16_STAGES: list[str | int] = [
@@ -50,6 +55,43 @@ class ClassifierSettings:
     """Mean of the RGB channels, 0..1."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of the RGB channels, 0..1."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """The (height, width) in pixels at which a model's complexity is stated."""
+        return self.image_size
+
+    @property
+    def proposals(self) -> int:
+        """Regions per image: a classifier has none."""
+        return 0
+
+    def build(self, task: ModelTask = "cls") -> nn.Module:
+        """A dense classifier with random weights: images [N, 3, H, W], normalised -> class scores [N, classes].
+
+        Raises:
+            UserError: unknown architecture, or a detector's task.
+        """
+        if task != "cls":
+            raise UserError(f"task '{task}': {self.architecture} is a classifier")
+        if self.architecture == "vgg16_bn":
+            return Vgg16Bn(self.num_classes)
+        return build_resnet(
+            self.architecture, self.num_classes, norm=self.norm, zero_init_residual=self.zero_init_residual
+        )
+
+    def prepare(self, images: Sequence[Tensor]) -> ImageList:
+        """Images as the model takes them: resized to the input size, normalised, one batch.
+
+        Args:
+            images: float [3, H, W], 0..1 RGB, of any sizes.
+
+        Returns:
+            `tensors` [N, 3, *input_size]; `image_sizes`, all the same.
+        """
+        resized = torch.stack([resize(image, list(self.image_size), antialias=True) for image in images])
+        pixels = normalize(resized, list(self.image_mean), list(self.image_std))
+        return ImageList(pixels, [self.image_size] * len(images))
 
 
 class Vgg16Bn(nn.Module):
@@ -103,16 +145,5 @@ def build_resnet(
 
 
 def build_dense_classifier(settings: ClassifierSettings) -> nn.Module:
-    """A dense classifier with random weights: images [N, 3, H, W], normalised -> class scores.
-
-    Raises:
-        UserError: unknown architecture.
-    """
-    if settings.architecture == "vgg16_bn":
-        return Vgg16Bn(settings.num_classes)
-    return build_resnet(
-        settings.architecture,
-        settings.num_classes,
-        norm=settings.norm,
-        zero_init_residual=settings.zero_init_residual,
-    )
+    """`settings.build()`."""
+    return settings.build()

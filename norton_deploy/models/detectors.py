@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,11 @@ from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _setup_scales
@@ -26,7 +29,7 @@ from norton_deploy.models.keypoint_predictor import NormalisedKeypointPredictor
 from norton_deploy.models.normalisation import Norm
 from norton_deploy.models.pyramid_anchors import PyramidAnchorGenerator
 from norton_deploy.models.pyramid_roi_align import PyramidRoIAlign
-from norton_deploy.structures import TASKS, MaskPaste, Task
+from norton_deploy.structures import TASKS, MaskPaste, ModelTask
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 SIZE_DIVISOR = 32
@@ -137,6 +140,37 @@ class DetectorSettings:
             if not self.level_strides and getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"{name} {getattr(self, name)}: needs level_strides, for example 4 8 16 32 64")
 
+    @property
+    def architecture(self) -> str:
+        """The ResNet in the backbone."""
+        return self.backbone
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """The (height, width) in pixels at which a model's complexity is stated."""
+        return self.min_size, self.min_size
+
+    @property
+    def proposals(self) -> int:
+        """Regions per image in testing."""
+        return self.rpn_post_nms[1]
+
+    def build(self, task: ModelTask) -> FasterRCNN:
+        """A dense detector with random weights (`build_dense_detector`)."""
+        return build_dense_detector(task, self)
+
+    def prepare(self, images: Sequence[Tensor]) -> ImageList:
+        """Images as the backbone takes them: resized, normalised, padded to one batch.
+
+        Args:
+            images: float [3, H, W], 0..1 RGB, of any sizes.
+
+        Returns:
+            `tensors` [N, 3, H, W]; `image_sizes`, the (height, width) of each image inside the padding.
+        """
+        prepared: ImageList = build_transform(self).eval()(list(images))[0]
+        return prepared
+
 
 def build_body(settings: DetectorSettings) -> nn.Module:
     """The ResNet of the settings without its classification layer, as torchvision's detectors hold it.
@@ -157,7 +191,7 @@ def build_body(settings: DetectorSettings) -> nn.Module:
     return IntermediateLayerGetter(network, {stage: str(index) for index, stage in enumerate(STAGES)})
 
 
-def build_dense_detector(task: Task, settings: DetectorSettings | None = None) -> FasterRCNN:
+def build_dense_detector(task: ModelTask, settings: DetectorSettings | None = None) -> FasterRCNN:
     """A dense detector with random weights.
 
     Args:
@@ -182,10 +216,6 @@ def build_dense_detector(task: Task, settings: DetectorSettings | None = None) -
     anchors = _anchors(s)
     options: dict[str, object] = {
         "num_classes": None,
-        "min_size": (*s.train_short_sides, s.min_size) if s.train_short_sides else s.min_size,
-        "max_size": s.max_size,
-        "image_mean": list(s.image_mean),
-        "image_std": list(s.image_std),
         "rpn_anchor_generator": anchors,
         "rpn_head": RPNHead(s.fpn_channels, anchors.num_anchors_per_location()[0]),
         "rpn_pre_nms_top_n_train": s.rpn_pre_nms[0],
@@ -225,19 +255,25 @@ def build_dense_detector(task: Task, settings: DetectorSettings | None = None) -
             keypoint_predictor=keypoint_predictor(s.keypoint_channels[-1], s.num_keypoints),
         )
     model.rpn.min_size = s.proposal_min_size
-    if (s.image_resize, s.mask_paste, s.keypoint_score) != ("torchvision", "whole_pixels", "logit"):
-        plain = model.transform
-        model.transform = DetectorTransform(
-            plain.min_size,
-            plain.max_size,
-            plain.image_mean,
-            plain.image_std,
-            image_resize=s.image_resize,
-            mask_paste=s.mask_paste,
-            keypoint_score=s.keypoint_score,
-        )
+    model.transform = build_transform(s)
     freeze_stages(body, s.trainable_layers)
     return model
+
+
+def build_transform(s: DetectorSettings) -> GeneralizedRCNNTransform:
+    """What a detector does to images before the network, and to detections after it."""
+    sides = (*s.train_short_sides, s.min_size)
+    pixels = list(s.image_mean), list(s.image_std)
+    if (s.image_resize, s.mask_paste, s.keypoint_score) == ("torchvision", "whole_pixels", "logit"):
+        return GeneralizedRCNNTransform(sides, s.max_size, *pixels)
+    return DetectorTransform(
+        sides,
+        s.max_size,
+        *pixels,
+        image_resize=s.image_resize,
+        mask_paste=s.mask_paste,
+        keypoint_score=s.keypoint_score,
+    )
 
 
 def freeze_stages(body: nn.Module, trainable_layers: int) -> None:

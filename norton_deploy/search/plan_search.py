@@ -184,13 +184,9 @@ def make_sensitivity_probes(source: Checkpoint, request: PlanRequest) -> list[Pr
     images = read_images(request.data, request.images)
     if isinstance(found, ClassifierSettings):
         return list(make_probes(model, images, found))
-    full = model.transform.min_size, model.transform.max_size
-    model.transform.min_size = (request.sensitivity_size,)
-    model.transform.max_size = request.sensitivity_size * found.max_size // found.min_size
-    try:
-        return list(make_probes(model, images, found, batch=1))
-    finally:
-        model.transform.min_size, model.transform.max_size = full
+    side = request.sensitivity_size
+    reduced = replace(found, min_size=side, max_size=side * found.max_size // found.min_size)
+    return list(make_probes(model, images, reduced, batch=1))
 
 
 def _latency(
