@@ -33,6 +33,7 @@ from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.parity.gate import Image, check_parity
 from norton_deploy.parity.sampling_effect import measure_sampling_effect
@@ -198,7 +199,7 @@ def open_detector(settings: ExportSettings) -> tuple[GeneralizedRCNN, Categories
             raise UserError("--task: needed without --model")
         task = settings.task
         size = settings.image_size or RANDOM_SIZE
-        shape = DetectorSettings(min_size=min(size), max_size=max(size))
+        shape = DetectorSettings(image=ImageSettings(min_size=min(size), max_size=max(size)))
         shape = replace(shape, num_classes=2) if task == "keypoint" else shape
         plan = None if settings.plan is None else CompressionPlan.load(settings.plan)
         with torch.random.fork_rng(devices=[]):

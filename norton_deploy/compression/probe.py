@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.compression.compress import is_detector
-from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.detectors import ModelSettings
 
 BATCH = 8
 BOXES_PER_IMAGE = 64
@@ -40,7 +39,7 @@ class Probe:
 def make_probes(
     dense: nn.Module,
     images: Iterable[Tensor],
-    settings: ClassifierSettings | DetectorSettings,
+    settings: ModelSettings,
     *,
     batch: int = BATCH,
     boxes: int = BOXES_PER_IMAGE,

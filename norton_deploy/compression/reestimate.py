@@ -10,16 +10,13 @@ from torchvision.ops import FrozenBatchNorm2d
 from norton_deploy.compression.compress import is_detector
 from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.errors import UserError
-from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.detectors import ModelSettings
 
 BATCH = 16
 
 
 @torch.no_grad()
-def reestimate_batch_norm(
-    model: nn.Module, images: Iterable[Tensor], settings: ClassifierSettings | DetectorSettings
-) -> int:
+def reestimate_batch_norm(model: nn.Module, images: Iterable[Tensor], settings: ModelSettings) -> int:
     """Replace the mean and variance of every BatchNorm by their averages over `images`, in place.
 
     Frozen BatchNorm is re-estimated too and stays frozen. Of a detector only the backbone runs: its heads have no

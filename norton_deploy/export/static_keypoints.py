@@ -8,7 +8,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.heatmap_argmax import Tables, best_pixel, search_tables
-from norton_deploy.models.keypoint_predictor import NormalisedKeypointPredictor
+from norton_deploy.models.detectron2_layers import NormalisedKeypointPredictor
 
 UP_SCALE = 2
 """How much torchvision's predictor enlarges its maps; the search for the best pixel is made for it."""

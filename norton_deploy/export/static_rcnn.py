@@ -22,7 +22,7 @@ from norton_deploy.export.static_masks import StaticMaskHead
 from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, StaticNMS
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 from norton_deploy.export.static_rpn import StaticRPN
-from norton_deploy.models.image_transform import DetectorTransform
+from norton_deploy.models.detectron2_layers import DetectorTransform
 from norton_deploy.structures import MaskPaste, Task
 
 Target = Literal["onnxruntime", "tensorrt"]

@@ -16,8 +16,7 @@ from norton_deploy.data.classification import ClassificationFolder, Style
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import atomic_write
-from norton_deploy.models.classifiers import Architecture, ClassifierSettings
-from norton_deploy.models.normalisation import Norm
+from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
 from norton_deploy.training.batch import Batch, Evaluation
 from norton_deploy.training.cpu_forms import use_cpu_forms
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier

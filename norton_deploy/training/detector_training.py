@@ -101,8 +101,8 @@ def train_detector(
         UserError: settings, data, initial weights or the run's folder are wrong, or the loss is not finite.
     """
     accelerator = build_accelerator(settings)
-    if settings.detector.norm == "sync" and accelerator.device.type == "cpu":
-        raise UserError("detector.norm sync needs GPUs; use --detector.norm group (or batch) on CPUs")
+    if settings.detector.backbone.norm == "sync" and accelerator.device.type == "cpu":
+        raise UserError("detector.backbone.norm sync needs GPUs; use --detector.backbone.norm group (or batch) on CPUs")
     train = CocoDetection(
         settings.data,
         "train",

@@ -7,6 +7,7 @@ was compressed from, so its channels are the student's and no layer has to trans
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from norton_deploy.training.batch import Batch
 VARIANCE_FLOOR = 1e-12
 SUBSAMPLED_LEVEL = "pool"
 """The pyramid's top level, every second cell of the one below it: nothing new to imitate."""
-INPUT_FIELDS = ("min_size", "max_size", "image_mean", "image_std", "image_resize")
+INPUT_FIELDS = ("image.min_size", "image.max_size", "image.mean", "image.std", "detectron2.image_resize")
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def open_teacher(
     """
     teacher = open_model(str(path))
     header = teacher.header
-    if header.task != task or not isinstance(header.settings, DetectorSettings):
+    if header.task != task:
         raise UserError(f"--teacher {path}: task is {header.task}, the student's is {task}")
     if header.plan is not None:
         raise UserError(f"--teacher {path}: plan: it is compressed itself; give the dense detector")
@@ -129,7 +130,7 @@ def open_teacher(
             f"{', '.join(categories.names)} (labels and ids must agree too)"
         )
     for field in INPUT_FIELDS:
-        own, wanted = getattr(header.settings, field), getattr(settings, field)
+        own, wanted = (attrgetter(field)(found) for found in (header.detector, settings))
         if own != wanted:
             raise UserError(f"--teacher {path}: {field} is {own}, the student's is {wanted}")
     width, wide = _pyramid_width(student), _pyramid_width(teacher.model)

@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
     """
     groups = parameter_groups(model, settings.weight_decay)
     if not any(group["params"] for group in groups):
-        raise UserError("the model has no trainable parameter; raise detector.trainable_layers")
+        raise UserError("the model has no trainable parameter; raise detector.backbone.trainable_layers")
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 
@@ -91,7 +92,7 @@ def check_identity(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     Raises:
         UserError: a setting differs; the message names it (and the file that holds the old ones, `path`).
     """
-    old, new = _flat(before), _flat(now)
+    old, new = ({name: _listed(value) for name, value in flatten(values).items()} for values in (before, now))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise UserError(
@@ -100,12 +101,5 @@ def check_identity(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists and tuples alike."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -19,11 +19,12 @@ from norton_deploy.training.trainer import Trainer
 # Not under 75 px: torchvision's MultiScaleRoIAlign keeps the scales that it rounds from its first batch, and
 # below that size they depend on that batch.
 TINY_DETECTOR = """
-    --detector.backbone resnet18 --detector.norm group --detector.trainable-layers 5
-    --detector.min-size 80 --detector.max-size 128 --detector.fpn-channels 16 --detector.box-features 32
-    --detector.mask-channels 16 --detector.keypoint-channels 16 --detector.anchor-sizes 8 16 32 48 64
-    --detector.rpn-pre-nms 60 60 --detector.rpn-post-nms 40 40
-    --detector.rpn-batch-per-image 16 --detector.roi-batch-per-image 16
+    --detector.backbone.architecture resnet18 --detector.backbone.norm group --detector.backbone.trainable-layers 5
+    --detector.image.min-size 80 --detector.image.max-size 128 --detector.backbone.fpn-channels 16
+    --detector.roi.box-features 32 --detector.roi.mask-channels 16 --detector.roi.keypoint-channels 16
+    --detector.rpn.anchor-sizes 8 16 32 48 64
+    --detector.rpn.pre-nms 60 60 --detector.rpn.post-nms 40 40
+    --detector.rpn.batch-per-image 16 --detector.roi.batch-per-image 16
 """
 TINY_TRAINING = """
     --batch-size 2 --workers 0 --lr 0.02 --warmup-steps 2 --log-every 1 --no-progress --device cpu
