@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from norton_deploy.training.gpu_forms import use_gpu_forms
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,7 +18,6 @@ from torch.nn import functional
 from benchmarks.lib.resident_training import Colours, Loss, ResidentSettings, logits_of, top1_of, train_resident
 from benchmarks.lib.result_cells import Cell
 from norton_deploy.compression.compress import apply_structure, compress
-from norton_deploy.compression.gpu_forms import use_gpu_forms
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.resident_images import read_resident_images
 from norton_deploy.errors import UserError

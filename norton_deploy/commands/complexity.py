@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = settings.image_size or ((32, 32) if vgg else (224, 224))
     else:
         classes = settings.num_classes or (2 if settings.task == "keypoint" else 91)
-        detector = DetectorSettings(num_classes=classes, backbone=BackboneSettings(architecture=settings.arch))
+        detector = DetectorSettings(num_classes=classes, backbone=BackboneSettings(settings.arch))
         dense, small = build_detector(settings.task, detector), build_detector(settings.task, detector, plan)
         size = settings.image_size or (800, 800)
     counts = [

@@ -1,9 +1,8 @@
-"""The forms in which layers train quickest: the same functions of the same Parameters, computed otherwise.
+"""The forms in which layers train quickest on a CPU: the same functions of the same Parameters, computed otherwise.
 
-A pass over a model (`use_cpu_forms`, `recompose_blocks`) puts other layers in place of its CPDBlocks and plain 3 x 3
-convolutions; names, state and gradients stay. Evaluation mode is as before. When a block trains as one convolution on
-a CPU is chosen by the constants below, from its shape and the precision; how well is in
-benchmarks/results/training_forms.md.
+A pass over a model (`use_cpu_forms`) puts other layers in place of its CPDBlocks and plain 3 x 3 convolutions; names,
+state and gradients stay. When a block trains as one convolution is chosen by the constants below, from its shape and
+the precision; how well is in benchmarks/results/training_forms.md.
 
 oneDNN's bfloat16 convolutions are slow where a map has 4 x 4 or 2 x 2 positions, as in the last six convolutions of
 VGG-16 at 32 x 32. The same sums written as one product over all positions of all images are not; see
@@ -19,6 +18,7 @@ from torch.nn import functional
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lower_model import is_quicker_dense
 from norton_deploy.compression.surgery import replace_submodule
+from norton_deploy.training.gpu_forms import RecomposedBlock
 
 LARGEST_MAP = 16
 """Positions of the largest map that is a matrix product; from 8 x 8 on oneDNN's own convolutions are quicker."""
@@ -28,37 +28,6 @@ RECOMPOSED_WEIGHT_COST_BFLOAT16 = 540
 """What recomposing a weight and its gradient costs there: as much as a convolution with it at so many positions."""
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class RecomposedBlock(CPDBlock):
-    """A CPDBlock that trains as one convolution with its recomposed weight (eq. 2)."""
-
-    @classmethod
-    def sharing(cls, block: CPDBlock) -> "RecomposedBlock":
-        """One with the very layers and bias of `block`."""
-        twin = cls(
-            block.in_channels,
-            block.out_channels,
-            block.kernel_size,
-            block.rank,
-            block.stride,
-            block.padding,
-            block.dilation,
-            device="meta",
-        )
-        twin.pointwise, twin.horizontal, twin.vertical = block.pointwise, block.horizontal, block.vertical
-        twin.bias = block.bias
-        return twin.train(block.training)
-
-    def trains_as_one(self, x: Tensor) -> bool:
-        """Whether training runs one convolution for the input [N, I, H, W]."""
-        return True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, I, H, W] -> [N, O, H', W']."""
-        if self.training and self.trains_as_one(x):
-            return convolve(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
-        return super().forward(x)
 
 
 class CpuBlock(RecomposedBlock):
@@ -73,6 +42,12 @@ class CpuBlock(RecomposedBlock):
         three = self.rank * (self.in_channels + MOVED_CHANNEL_COST_BFLOAT16) * positions
         one = self.in_channels * kernel_h * kernel_w * (positions + RECOMPOSED_WEIGHT_COST_BFLOAT16)
         return three > one
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] -> [N, O, H', W'], in evaluation by eq. 4-7."""
+        if self.training and self.trains_as_one(x):
+            return convolve(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
+        return CPDBlock.forward(self, x)
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -104,18 +79,6 @@ def use_cpu_forms(model: M) -> M:
             replace_submodule(model, name, CpuBlock.sharing(layer))
         elif type(layer) is nn.Conv2d and _is_plain(layer):
             replace_submodule(model, name, SmallMapConv2d.sharing(layer))
-    return model
-
-
-def recompose_blocks(model: M) -> M:
-    """Have every CPDBlock train as one convolution, in place: what a GPU runs quickest whatever the rank.
-
-    Returns:
-        `model`, with the same Parameters; the blocks that hold them are new.
-    """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, CPDBlock):
-            replace_submodule(model, name, RecomposedBlock.sharing(layer))
     return model
 
 

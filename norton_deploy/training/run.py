@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from norton_deploy.data.samplers import GroupedBatchSampler
 from norton_deploy.training.batch import Batch, Evaluation
-from norton_deploy.training.cpu_forms import recompose_blocks, use_cpu_forms
+from norton_deploy.training.cpu_forms import use_cpu_forms
+from norton_deploy.training.gpu_forms import recompose_blocks
 from norton_deploy.training.initial_weights import InitialModel
 from norton_deploy.training.loaders import EpochDataset, SampledBatches
 from norton_deploy.training.run_folder import RunFolder
