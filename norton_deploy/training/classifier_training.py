@@ -17,15 +17,13 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
-from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.batches import Batch, SampledBatches, collate_classes
 from norton_deploy.training.cpu_forms import use_cpu_forms
+from norton_deploy.training.distillation import DistilledClassification, open_classifier_teacher
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
-from norton_deploy.training.loaders import collate_classes
-from norton_deploy.training.logit_distillation import DistilledClassification, load_teacher
-from norton_deploy.training.resume import seed_step
-from norton_deploy.training.run import LossTerms, run_training
-from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.trainer import TrainingResult, build_accelerator
+from norton_deploy.training.run_folder import seed_step
+from norton_deploy.training.settings import TrainingSettings, build_accelerator
+from norton_deploy.training.trainer import Evaluation, LossTerms, Trainer, TrainingResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +126,7 @@ def train_classifier(
     start.model.to(memory_format=torch.channels_last)
     loss_terms: LossTerms = partial(classification_loss, settings.label_smoothing)
     if settings.teacher is not None:
-        teacher = load_teacher(settings.teacher, train.classes).to(accelerator.device)
+        teacher = open_classifier_teacher(settings.teacher, train.classes).to(accelerator.device)
         teacher.to(memory_format=torch.channels_last)
         if settings.cpu_forms:
             use_cpu_forms(teacher)
@@ -150,15 +148,15 @@ def train_classifier(
         )
         return Evaluation({"classification": metrics}, metrics["top1"])
 
-    return run_training(
-        settings,
-        accelerator,
-        start,
-        train,
-        collate_classes,
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=start.model,
         loss_terms=loss_terms,
+        loader=SampledBatches.of(train, collate_classes, settings, accelerator),
+        settings=settings,
         evaluate=evaluate,
         save_model=save,
-        identity={"classifier": asdict(start.settings)},
+        identity={"classifier": asdict(start.settings), "training_images": len(train)},
         announce=announce,
     )
+    return trainer.start(start.origin)

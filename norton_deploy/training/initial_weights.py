@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from torch import nn
 
@@ -11,8 +12,9 @@ from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector, freeze_stages
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detector_parts import freeze_stages
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 
 CLASSIFICATION_LAYER = "fc."
@@ -20,13 +22,16 @@ NAMED = 5
 """So many of a checkpoint's categories are named in a message."""
 
 
+S = TypeVar("S", ClassifierSettings, DetectorSettings)
+
+
 @dataclass(frozen=True)
-class InitialModel:
+class InitialModel(Generic[S]):
     """Attributes: the model to train; its settings, plan and pyramid channels, for its checkpoints; its origin,
     in words."""
 
     model: nn.Module
-    settings: DetectorSettings | ClassifierSettings
+    settings: S
     plan: CompressionPlan | None
     origin: str
     pyramid_channels: tuple[int, ...] | None = None
@@ -59,7 +64,7 @@ def initial_detector(
     *,
     init: Path | None = None,
     plan: Path | None = None,
-) -> InitialModel:
+) -> InitialModel[DetectorSettings]:
     """Build the detector that a run starts from; random weights come from torch's global generator.
 
     From a detector's checkpoint all weights are taken when task and categories are the same, otherwise its
@@ -93,7 +98,7 @@ def initial_detector(
         )
     else:
         final = replace(_with_changes(source.header.detector, settings), num_classes=categories.num_classes)
-    model = build_dense_detector(task, final)
+    model = final.build(task)
     if source.header.plan is not None:
         model = apply_structure(model, source.header.plan)
     origin = _take_weights(model, task, categories, source, init) + _kept_settings(final, settings)
@@ -101,13 +106,13 @@ def initial_detector(
     return InitialModel(model, final, source.header.plan, origin, source.header.pyramid_channels)
 
 
-def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) -> InitialModel:
+def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) -> InitialModel[DetectorSettings]:
     if settings.backbone.norm == "frozen":
         raise UserError(
             "detector.backbone.norm frozen goes with a pretrained backbone: give --init FILE, or train from random "
             "weights with --detector.backbone.norm batch (or group, or sync on several GPUs)"
         )
-    model = build_dense_detector(task, settings)
+    model = settings.build(task)
     structure = None if plan is None else CompressionPlan.load(plan)
     if structure is not None:
         apply_structure(model, structure)
@@ -154,7 +159,7 @@ def _take_weights(model: nn.Module, task: Task, categories: Categories, source: 
 
 def initial_classifier(
     settings: ClassifierSettings, *, init: Path | None = None, plan: Path | None = None
-) -> InitialModel:
+) -> InitialModel[ClassifierSettings]:
     """Build the classifier that a run starts from; random weights come from torch's global generator.
 
     From a checkpoint with as many classes all weights are taken, otherwise all but the last layer's. The
@@ -169,7 +174,7 @@ def initial_classifier(
         UserError: the file does not fit, or `plan` is given with `init`.
     """
     if init is None:
-        model = build_dense_classifier(settings)
+        model = settings.build()
         structure = None if plan is None else CompressionPlan.load(plan)
         if structure is not None:
             apply_structure(model, structure)
@@ -180,7 +185,7 @@ def initial_classifier(
     if source.header.task != "cls" or found.architecture != settings.architecture:
         name = found.architecture if source.header.task == "cls" else f"a {source.header.task} detector"
         raise UserError(f"{init}: holds {name}, expected a checkpoint of the classifier {settings.architecture}")
-    model = build_dense_classifier(settings)
+    model = settings.build()
     if source.header.plan is not None:
         apply_structure(model, source.header.plan)
     tensors, origin = source.model.state_dict(), f"{init}: all weights"

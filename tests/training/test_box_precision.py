@@ -5,7 +5,7 @@ from torch import nn
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Task
-from norton_deploy.training.box_precision import keep_boxes_in_float32
+from norton_deploy.training.detector_training import keep_boxes_in_float32
 
 BOX = [20.3, 10.7, 121.9, 140.2]  # no coordinate is a bfloat16
 

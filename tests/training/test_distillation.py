@@ -15,8 +15,8 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.training import detector_training, run
-from norton_deploy.training.batch import Batch
+from norton_deploy.training import detector_training
+from norton_deploy.training.batches import Batch
 from norton_deploy.training.distillation import FeatureImitation, correlation_loss
 from norton_deploy.training.trainer import Trainer
 
@@ -173,7 +173,7 @@ def test_resume_leaves_no_trace(trained, tmp_path, monkeypatch):
     steps = ["--steps", "5", "--state-every", "2", "--distillation-weight", "1"]
     main(arguments(trained, tmp_path / "whole", *steps))
     with monkeypatch.context() as patch:
-        patch.setattr(run, "Trainer", DyingTrainer)
+        patch.setattr(detector_training, "Trainer", DyingTrainer)
         with pytest.raises(KilledError):
             main(arguments(trained, tmp_path / "killed", *steps))
     main(arguments(trained, tmp_path / "killed", *steps, "--resume"))

@@ -20,7 +20,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.structures import Categories
-from norton_deploy.training import run, trainer
+from norton_deploy.training import detector_training, trainer
 from norton_deploy.training.initial_weights import training_categories
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
     """All images have one size and yield their full sample of anchors and proposals (see `Trainer`)."""
     data = tmp_path / "data"
     write_dataset(data, 8, 2, seed=5, image_sizes=(96, 96))
-    monkeypatch.setattr(run, "Trainer", ChancelessTrainer)
+    monkeypatch.setattr(detector_training, "Trainer", ChancelessTrainer)
     train_without_chance(data, tmp_path / "one", batch_size=4)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = str(Path(__file__).with_name("tiny_detector.py"))

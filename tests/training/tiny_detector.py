@@ -12,7 +12,7 @@ from torch import Tensor
 
 from norton_deploy.commands import train_det
 from norton_deploy.config import parse_settings
-from norton_deploy.training import run
+from norton_deploy.training import detector_training
 from norton_deploy.training.detector_training import train_detector
 from norton_deploy.training.trainer import Trainer
 
@@ -77,10 +77,10 @@ def train_without_chance(data: Path, out: Path, batch_size: int) -> None:
     arguments = tiny_arguments(data, out, "box", "--steps", "4", "--batch-size", str(batch_size))
     arguments += ["--flip", "0", "--ema-decay", "0.5", "--clip-norm", "1"]
     settings = parse_settings(train_det.Settings, arguments, prog="test", description="")
-    train_detector(settings, detector_of_model=train_det.wrap_detector, command="test")
+    train_detector(settings, command="test")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run.Trainer = ChancelessTrainer  # type: ignore[misc]  # a test double
+    detector_training.Trainer = ChancelessTrainer  # type: ignore[misc]  # a test double
     train_without_chance(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
