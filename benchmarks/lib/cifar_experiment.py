@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from norton_deploy.training.gpu_forms import use_gpu_forms
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,7 +22,8 @@ from norton_deploy.data.resident_images import read_resident_images
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.training.logit_distillation import distillation_loss
+from norton_deploy.training.distillation import distillation_loss
+from norton_deploy.training.gpu_forms import use_gpu_forms
 
 IMAGE_SIZE = (32, 32)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
