@@ -17,6 +17,7 @@ import numpy as np
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.layer_calls import LayerCall
 from norton_deploy.cost.layer_graphs import LayerShape, layer_graph
+from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 
@@ -24,7 +25,7 @@ FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
 CPU = "CPUExecutionProvider"
 FEWEST_REPEATS, MOST_REPEATS = 3, 40
 ENOUGH_MS = 14.0
-"""A layer is repeated until the measured runs of its fastest form add up to this, within the two limits above."""
+"""A layer is repeated so often that the runs of its fastest form add up to this, within the two limits above."""
 SAVE_EVERY_S = 20.0
 HOPELESS = 2.0
 """A form whose first measured run takes this many times the fastest form's is not run again."""
@@ -173,25 +174,23 @@ def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str) ->
                 raise UserError(f"execution provider {provider} did not start; is there a GPU with a matching CUDA?")
             sessions.append(session)
             feeds.append({"input": example})
-        for session, feed in zip(sessions, feeds, strict=True):
-            session.run(None, feed)  # The first run allocates.
-        wall_ms: list[list[float]] = [[] for _ in sessions]
-        running = list(range(len(sessions)))
-        for repeat in range(MOST_REPEATS):
-            for index in running:
-                started = time.perf_counter()
-                sessions[index].run(None, feeds[index])
-                wall_ms[index].append((time.perf_counter() - started) * 1e3)
-            fastest_ms = min((sum(wall_ms[index]) for index in running), default=math.inf)
-            if repeat == 0:
-                running = [index for index in running if wall_ms[index][0] <= HOPELESS * fastest_ms]
-            if repeat + 1 >= FEWEST_REPEATS and fastest_ms >= ENOUGH_MS:
-                break
+        calls = {
+            str(index): lambda _, session=session, feed=feed: session.run(None, feed)
+            for index, (session, feed) in enumerate(zip(sessions, feeds, strict=True))
+        }
+        first = time_in_turns(calls, rounds=1, warm_up=1)  # The very first run allocates.
+        runs_ms = {name: list(first.of(name)) for name in calls}
+        fastest_ms = first.times_ms.min()
+        running = {name: call for name, call in calls.items() if runs_ms[name][0] <= HOPELESS * fastest_ms}
+        rounds = min(MOST_REPEATS, max(FEWEST_REPEATS, math.ceil(ENOUGH_MS / fastest_ms))) - 1
+        rest = time_in_turns(running, rounds=rounds, warm_up=0)
+        for name in running:
+            runs_ms[name] += list(rest.of(name))
         if provider != CPU:
-            return [min(times) for times in wall_ms]
+            return [min(times) for times in runs_ms.values()]
         return [
             _node_time_ms(Path(session.end_profiling()), 1 + len(times))
-            for session, times in zip(sessions, wall_ms, strict=True)
+            for session, times in zip(sessions, runs_ms.values(), strict=True)
         ]
 
 

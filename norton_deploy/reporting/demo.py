@@ -15,7 +15,7 @@ from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_score
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.drawing import draw_detections
 from norton_deploy.inference.predictor import Predictor, load_predictor, read_image
-from norton_deploy.reporting.latency import AlternatingRun, measure_alternating, summary_to_dict
+from norton_deploy.reporting.latency import LatencyRun, measure_alternating
 from norton_deploy.reporting.page import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, detector_table
@@ -93,8 +93,8 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
         "steps": _steps(out),
         "metrics": {name: entry["metrics"] for name, entry in metrics.items()},
         "complexity": {name: {"macs": c.macs, "params": c.params} for name, c in counts.items()},
-        "latency": {name: summary_to_dict(latency.summary(name)) for name in folders},
-        "speedup": summary_to_dict(latency.speedup("dense", "NORTON")),
+        "latency": {name: latency.summary(name).to_dict() for name in folders},
+        "speedup": latency.speedup("dense", "NORTON").to_dict(),
     }
     with atomic_write(out / "report.json", "w") as stream:
         stream.write(json.dumps(record, indent=2) + "\n")
@@ -110,7 +110,7 @@ def _complexity(checkpoint: Path) -> Complexity:
 
 
 def _row(
-    name: str, task: Task, metrics: dict[str, Any], latency: AlternatingRun, counts: dict[str, Complexity]
+    name: str, task: Task, metrics: dict[str, Any], latency: LatencyRun, counts: dict[str, Complexity]
 ) -> DetectorRow:
     average_precision, average_recall = table3_scores(task, metrics[name]["metrics"])
     summary = latency.summary(name)

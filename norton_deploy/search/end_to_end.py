@@ -1,13 +1,10 @@
-"""Whole detectors in ONNX Runtime, timed in turn: what predictions of latency are calibrated by and checked against."""
+"""Whole detectors in ONNX Runtime: what predictions of latency are calibrated by and checked against."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
@@ -18,7 +15,6 @@ from norton_deploy.export.fixed_sampling import fix_sampling
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.inference.predictor import Image
 from norton_deploy.structures import Categories
 
 
@@ -35,29 +31,6 @@ class Workload:
     def of(cls, detector: Any, image_size: tuple[int, int]) -> "Workload":
         """The detector's own numbers of proposals and detections."""
         return cls(image_size, int(detector.rpn._post_nms_top_n["testing"]), int(detector.roi_heads.detections_per_img))
-
-
-def time_in_turn(
-    predictors: Mapping[str, OnnxRuntimePredictor], images: Sequence[Image], *, rounds: int
-) -> dict[str, npt.NDArray[np.float64]]:
-    """Times in ms of one image, pixels to detections; [rounds] per model.
-
-    The models are called in turn, in an order that rotates, on the same images.
-
-    Args:
-        predictors: name -> exported model.
-        images: uint8 RGB [H, W, 3], used in turn.
-        rounds: measured calls of each model, after one for warm-up.
-    """
-    times_ms: dict[str, list[float]] = {name: [] for name in predictors}
-    names = list(predictors)
-    for step in range(-1, rounds):
-        for offset in range(len(names)):
-            name = names[(step + offset) % len(names)]
-            predictors[name]([images[step % len(images)]])
-            if step >= 0:
-                times_ms[name].append(predictors[name].timing.total_ms)
-    return {name: np.asarray(times) for name, times in times_ms.items()}
 
 
 def tuned_predictor(

@@ -51,7 +51,7 @@ def _cost(found: FoundPlan, kind: Kind) -> dict[str, Any]:
         "predicted_ms": latency.predicted_ms,
         "measured_ms": latency.measured_ms,
         "measured_ms_p10_p90": [latency.dense_ms / p90, latency.dense_ms / p10],
-        "same_turns_median_ms": {name: float(np.median(times)) for name, times in latency.times_ms.items()},
+        "same_turns_median_ms": {name: latency.turns.summary(name).p50_ms for name in latency.turns.names},
         "rounds": len(latency.speedups),
         "predicted_speedup": latency.dense_ms / latency.predicted_ms,
         "measured_speedup": latency.dense_ms / latency.measured_ms,
