@@ -6,7 +6,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from norton_deploy.cost.layer_calls import LayerCall
 from norton_deploy.cost.layer_graphs import LayerShape, layer_graph
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from norton_deploy.files import ResultFile
 
 FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
 CPU = "CPUExecutionProvider"
@@ -35,26 +34,25 @@ class TimingTable:
     """Shortest time in ms of layer shapes in each form, measured when first asked for, kept in a JSON file.
 
     Attributes:
-        path: the file, or None to keep the table in memory.
         provider: ONNX Runtime's execution provider.
-        machine: what the times belong to (processor, threads, versions), compared with the file's.
         times_ms: key of shape and form -> ms.
     """
 
     def __init__(self, path: Path | None, machine: Mapping[str, Any], provider: str = CPU) -> None:
         """
+        Args:
+            path: the file, or None to keep the table in memory.
+            machine: what the times belong to (processor, threads, versions), compared with the file's.
+            provider: that runs the layers.
+
         Raises:
             UserError: the file holds times of another machine, provider or version.
         """
-        self.path, self.provider = path, provider
-        self.machine = {key: str(value) for key, value in machine.items()} | {"provider": provider}
-        self.times_ms: dict[str, float] = {}
-        self._saved_s = time.monotonic()
-        if path is not None and path.is_file():
-            content = json.loads(path.read_text())
-            if content.get("machine") != self.machine:
-                raise UserError(f"{path}: times of another machine or version; delete it or name another file")
-            self.times_ms = content["times_ms"]
+        self.provider = provider
+        settings = {key: str(value) for key, value in machine.items()} | {"provider": provider}
+        otherwise = "times of another machine or version; delete the file or name another"
+        self._file = ResultFile(path, settings, otherwise=otherwise, every_s=SAVE_EVERY_S)
+        self.times_ms: dict[str, float] = self._file.cells
 
     def time_ms(self, shape: LayerShape, form: Form) -> float:
         """Time of a shape in a form; a plain layer (rank 0) has the form "dense" only."""
@@ -64,28 +62,20 @@ class TimingTable:
         return self.times_ms[key]
 
     def measure(self, shape: LayerShape) -> None:
-        """Time all forms of a shape in alternation; the file is written now and then."""
-        forms: tuple[Form, ...] = FORMS if shape.rank else ("dense",)
-        missing = [form for form in forms if shape.key(form) not in self.times_ms]
-        for form, time_ms in zip(missing, time_alternating(shape, missing, self.provider), strict=True):
-            self.times_ms[shape.key(form)] = time_ms
-        if time.monotonic() - self._saved_s > SAVE_EVERY_S:
-            self.save()
+        """Time all forms of a shape in turn; the file is written now and then."""
+        missing = [form for form in forms_of(shape) if shape.key(form) not in self.times_ms]
+        times_ms = time_forms(shape, missing, self.provider)
+        self._file.add({shape.key(form): time_ms for form, time_ms in zip(missing, times_ms, strict=True)})
 
     def fastest(self, shape: LayerShape) -> tuple[Form, float]:
         """The fastest form of a shape and its time in ms."""
-        forms: tuple[Form, ...] = FORMS if shape.rank else ("dense",)
-        times = {form: self.time_ms(shape, form) for form in forms}
+        times = {form: self.time_ms(shape, form) for form in forms_of(shape)}
         best = min(times, key=times.__getitem__)
         return best, times[best]
 
     def save(self) -> None:
         """Write the table, whole or not at all."""
-        self._saved_s = time.monotonic()
-        if self.path is None:
-            return
-        with atomic_write(self.path, "w") as stream:
-            json.dump({"machine": self.machine, "times_ms": self.times_ms}, stream, indent=1, sort_keys=True)
+        self._file.save()
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,12 @@ def tune_blocks(
     ]
 
 
-def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str) -> list[float]:
+def forms_of(shape: LayerShape) -> tuple[Form, ...]:
+    """The forms that a layer can run in."""
+    return FORMS if shape.rank else ("dense",)
+
+
+def time_forms(shape: LayerShape, forms: Iterable[Form], provider: str) -> list[float]:
     """Shortest time in ms of a layer in each form, the forms taking turns.
 
     The shortest of few runs, not their median: whatever else the machine does can only lengthen a run.

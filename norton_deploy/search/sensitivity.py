@@ -6,7 +6,6 @@ that come out now, at the same boxes.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.probe import Probe, run_stages
-from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import weights_digest
-from norton_deploy.files import atomic_write
+from norton_deploy.files import ResultFile
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.decisions import Choice, Decision
 
@@ -55,14 +53,10 @@ class Sensitivity:
             UserError: the file to go on with is about another model, other images or another seed.
         """
         self.dense, self.architecture, self.probes, self.seed = dense, architecture, probes, seed
-        self.path = path
-        self.identity = {"weights": weights_digest(dense), "pixels": _digest(probes), "seed": seed}
-        self.harm: dict[str, float] = {}
-        if resume and path is not None and path.is_file():
-            content = json.loads(path.read_text())
-            if content.get("identity") != self.identity:
-                raise UserError(f"{path}: measured for another model, seed or other images; run without --resume")
-            self.harm = content["harm"]
+        identity = {"weights": weights_digest(dense), "pixels": _digest(probes), "seed": seed}
+        otherwise = "measured for another model, seed or other images: run without --resume"
+        self._file = ResultFile(path, identity, resume=resume, otherwise=otherwise)
+        self.harm: dict[str, float] = self._file.cells
         with torch.no_grad():
             self._wanted = [run_stages(dense, probe) for probe in probes]
 
@@ -70,8 +64,7 @@ class Sensitivity:
         """Measure what is missing; the file is written after every choice, and `progress` gets how many are done."""
         for done, (key, plan) in enumerate(self._single_choices(decisions), start=1):
             if key not in self.harm:
-                self.harm[key] = self.of_plan(plan)
-                self._save()
+                self._file.add({key: self.of_plan(plan)})
             if progress is not None:
                 progress(done)
 
@@ -113,11 +106,6 @@ class Sensitivity:
             for width in decision.widths[1:]:
                 keep = {decision.group: width}
                 yield f"{decision.group} keep {width}", CompressionPlan(self.architecture, {}, keep)
-
-    def _save(self) -> None:
-        if self.path is not None:
-            with atomic_write(self.path, "w") as stream:
-                json.dump({"identity": self.identity, "harm": self.harm}, stream, indent=1)
 
 
 def _digest(probes: Sequence[Probe]) -> str:

@@ -58,7 +58,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, P
     def macs_of(model: nn.Module, *_: Any) -> Any:
         return lambda images: count_complexity(model, (64, 64), proposals=20, detections=5).macs
 
-    monkeypatch.setattr(tuning, "time_alternating", invented_times)
+    monkeypatch.setattr(tuning, "time_forms", invented_times)
     monkeypatch.setattr(latency_budget, "tuned_predictor", macs_of)
     monkeypatch.setattr(latency_budget, "time_in_turns", in_turn)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
