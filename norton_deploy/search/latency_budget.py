@@ -9,14 +9,12 @@ from torch import nn
 
 from norton_deploy.compression.compress import compress
 from norton_deploy.cost.form_tuning import TimingTable
-from norton_deploy.cost.layer_calls import layer_calls
 from norton_deploy.cost.turns import Turns, time_in_turns
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.budget import Budget
 from norton_deploy.search.decisions import Decision, Option, to_plan
 from norton_deploy.search.end_to_end import Workload, tuned_predictor
-from norton_deploy.search.joint_cost import JointCost, calibrate, joint_cost
+from norton_deploy.search.joint_cost import Budget, JointCost, calibrate, joint_cost
 from norton_deploy.search.planner import Harm, Planner, Point
 from norton_deploy.structures import Categories
 
@@ -31,6 +29,7 @@ class LatencyResult:
 
     Attributes:
         point, plan: the plan.
+        cost: latency of plans, calibrated.
         predicted_ms: by the calibrated cost.
         dense_ms: the dense model's median when the cost was calibrated.
         turns: the calls in turn that the plan was measured by, "dense" and "plan".
@@ -38,6 +37,7 @@ class LatencyResult:
 
     point: Point
     plan: CompressionPlan
+    cost: JointCost
     predicted_ms: float
     dense_ms: float
     turns: Turns
@@ -94,8 +94,9 @@ class LatencySearch:
         self.dense, self.decisions, self.harm, self.workload = dense, decisions, harm, workload
         self.categories, self.images, self.table = categories, images, table
         self.rounds, self.seed, self.report = rounds, seed, report
-        calls = layer_calls(dense, workload.image_size, proposals=workload.proposals, detections=workload.detections)
-        self.cost: JointCost = joint_cost(dense, calls, "latency_ms", lambda shape: table.fastest(shape)[1])
+        self.cost: JointCost = joint_cost(
+            dense, workload.calls(dense), "latency_ms", lambda shape: table.fastest(shape)[1]
+        )
         self.dense_ms = 0.0
         self._dense_predictor = tuned_predictor(dense, workload, categories, table)
         self._measured: list[tuple[CompressionPlan, float]] = []
@@ -122,7 +123,7 @@ class LatencySearch:
             point = Planner(self.decisions, self.cost, self.harm).within(limit_ms)
             self.table.save()
             plan = to_plan(point.choice, self.decisions, "rcnn")
-            result = LatencyResult(point, plan, point.cost, self.dense_ms, self._measure({"plan": plan}))
+            result = LatencyResult(point, plan, self.cost, point.cost, self.dense_ms, self._measure({"plan": plan}))
             self.report(f"plan {attempt + 1}: predicted {point.cost:.1f} ms, measured {result.measured_ms:.1f} ms")
             if abs(result.measured_ms / point.cost - 1) <= TOLERANCE or attempt == MOST_PLANS - 1:
                 break

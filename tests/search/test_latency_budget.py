@@ -20,9 +20,8 @@ from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings,
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget
-from norton_deploy.search.budget import Budget
-from norton_deploy.search.plan_record import plan_record
-from norton_deploy.search.plan_search import FoundPlan, PlanRequest, find_plan
+from norton_deploy.search.found_plan import FoundPlan
+from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 
 SETTINGS = DetectorSettings(
     num_classes=3,
@@ -42,7 +41,7 @@ def invented_times(shape: LayerShape, forms: list[Form], provider: str) -> list[
 
 
 @pytest.fixture
-def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, PlanRequest, list[str]]:
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, list[str]]:
     torch.manual_seed(0)
     detector = build_dense_detector("box", SETTINGS).eval()
     header = CheckpointHeader("box", SETTINGS, None, class_categories(["a", "b"]))
@@ -65,22 +64,23 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, P
     monkeypatch.setattr("norton_deploy.search.plan_search.read_images", lambda *_: iter([image]))
     monkeypatch.setattr("norton_deploy.search.plan_search.find_images", lambda _: [tmp_path])
     monkeypatch.setattr("norton_deploy.search.plan_search.read_image", lambda _: np.zeros((64, 64, 3), np.uint8))
+    CompressionPlan("rcnn", {}, {"backbone.body.layer4": 256}).save(tmp_path / "stage.yaml")
     request = PlanRequest(
-        budget=Budget("speedup", 2.0), image_size=None, data=tmp_path, images=1, sensitivity_size=64,
-        sensitivity_file=tmp_path / "harm.json", resume=False, ranks=(1,), multiple=16, rounds=4, seed=0,
-        compare={"stage": CompressionPlan("rcnn", {}, {"backbone.body.layer4": 256})},
+        budget="speedup=2", data=tmp_path, images=1, sensitivity_size=64, ranks=(1,), rounds=4,
+        compare=(tmp_path / "stage.yaml",),
     )  # fmt: skip
     lines: list[str] = []
     table = TimingTable(tmp_path / "times.json", {})
-    plan = find_plan(Checkpoint(detector, header), request, table, report=lines.append, progress=lambda *_: None)
-    return plan, request, lines
+    search = PlanSearch(
+        Checkpoint(detector, header), request, table, sensitivity_file=tmp_path / "harm.json", report=lines.append,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    return search.find(), lines
 
 
-def test_a_speedup_is_found_and_every_figure_is_recorded(
-    found: tuple[FoundPlan, PlanRequest, list[str]], tmp_path: Path
-) -> None:
-    plan, request, lines = found
-    record = plan_record(plan, request)
+def test_a_speedup_is_found_and_every_figure_is_recorded(found: tuple[FoundPlan, list[str]], tmp_path: Path) -> None:
+    plan, lines = found
+    record = plan.to_dict()
     latency = plan.latency
     assert latency is not None
     dense_ms = 5 + plan.dense.macs / 1e6
