@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from norton_deploy.compression.lowering import Form
-from norton_deploy.cost.layer_calls import LayerCall
-from norton_deploy.cost.layer_graphs import LayerShape, layer_graph
+from norton_deploy.cost.layer_shapes import LayerCall, LayerShape
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.errors import UserError
 from norton_deploy.files import ResultFile
 
 FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
+OPSET, IR_VERSION = 20, 10
 CPU = "CPUExecutionProvider"
 FEWEST_REPEATS, MOST_REPEATS = 3, 40
 ENOUGH_MS = 14.0
@@ -201,3 +202,63 @@ def _node_time_ms(profile: Path, runs: int) -> float:
     ]
     by_run = np.asarray(durations).reshape(runs, -1).sum(axis=1)
     return float(by_run[1:].min())
+
+
+def layer_graph(shape: LayerShape, form: Form) -> tuple[bytes, npt.NDArray[np.float32]]:
+    """An ONNX model of one layer with random weights, and an input for it.
+
+    A plain layer has the form "dense" only. The convolutions are those of `lower_block`.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    nodes: list[Any] = []
+    weights: list[Any] = []
+
+    def add(operator: str, weight_shape: tuple[int, ...], width: int, **attributes: Any) -> None:
+        index = len(nodes)
+        fan_in = max(1, int(np.prod(weight_shape)) // width)
+        weight = generator.standard_normal(weight_shape, np.float32) / np.float32(np.sqrt(fan_in))
+        weights.append(numpy_helper.from_array(weight, f"weight_{index}"))
+        weights.append(numpy_helper.from_array(np.zeros(width, np.float32), f"bias_{index}"))
+        source = f"value_{index}" if index else "input"
+        nodes.append(
+            helper.make_node(
+                operator, [source, f"weight_{index}", f"bias_{index}"], [f"value_{index + 1}"], **attributes
+            )
+        )
+
+    batch, height, width = shape.input_size
+    inputs, outputs, terms = shape.in_channels, shape.out_channels, shape.rank * shape.out_channels
+    (kernel_h, kernel_w), (stride_h, stride_w) = shape.kernel, shape.stride
+    (pad_h, pad_w), (dilation_h, dilation_w) = shape.padding, shape.dilation
+    geometry = {
+        "strides": [stride_h, stride_w],
+        "pads": [pad_h, pad_w, pad_h, pad_w],
+        "dilations": [dilation_h, dilation_w],
+    }
+    if shape.kind == "linear":
+        add("Gemm", (outputs, inputs), outputs, transB=1)
+    elif shape.kind == "transposed":
+        add("ConvTranspose", (inputs, outputs, kernel_h, kernel_w), outputs, **geometry)
+    elif form == "dense":
+        add("Conv", (outputs, inputs, kernel_h, kernel_w), outputs, **geometry)
+    else:
+        add("Conv", (terms, inputs, 1, 1), terms)
+        if form == "grouped":
+            add("Conv", (outputs, shape.rank, kernel_h, kernel_w), outputs, group=outputs, **geometry)
+        else:
+            add("Conv", (terms, 1, 1, kernel_w), terms, group=terms, strides=[1, stride_w],
+                pads=[0, pad_w, 0, pad_w], dilations=[1, dilation_w])  # fmt: skip
+            add("Conv", (outputs, shape.rank, kernel_h, 1), outputs, group=outputs, strides=[stride_h, 1],
+                pads=[pad_h, 0, pad_h, 0], dilations=[dilation_h, 1])  # fmt: skip
+    input_shape = [batch, inputs] if shape.kind == "linear" else [batch, inputs, height, width]
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)],
+        [helper.make_tensor_value_info(f"value_{len(nodes)}", TensorProto.FLOAT, None)],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return model.SerializeToString(), generator.standard_normal(input_shape, np.float32)

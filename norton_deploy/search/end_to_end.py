@@ -12,7 +12,7 @@ from norton_deploy.compression.compress import is_detector
 from norton_deploy.compression.lower_model import lower_model
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
-from norton_deploy.cost.layer_calls import LayerCall, layer_calls
+from norton_deploy.cost.layer_shapes import LayerCall, layer_calls
 from norton_deploy.export.fixed_sampling import fix_sampling
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN

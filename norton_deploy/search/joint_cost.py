@@ -14,8 +14,7 @@ from torch import nn
 
 from norton_deploy.compression.compress import channel_groups
 from norton_deploy.cost.complexity import layer_params
-from norton_deploy.cost.layer_calls import LayerCall
-from norton_deploy.cost.layer_graphs import LayerShape
+from norton_deploy.cost.layer_shapes import LayerCall, LayerShape
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 
