@@ -11,7 +11,7 @@ from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import Complexity
 from norton_deploy.cost.form_tuning import BlockTuning
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.decisions import STEMS, Choice, Decision
+from norton_deploy.search.decisions import STEMS, Choice, Decision, ranks_and_keep
 from norton_deploy.search.end_to_end import Workload
 from norton_deploy.search.joint_cost import Budget, JointCost
 from norton_deploy.search.latency_budget import LatencyResult
@@ -210,8 +210,7 @@ def _why_dense(
     decision: Decision, decisions: Sequence[Decision], choice: Choice, cost: JointCost, harm: Harm, unit: str
 ) -> str:
     """What decomposing a group would save at the plan's widths, and do."""
-    keep = {group: option.keep for group, option in choice.items()}
-    ranks = {layer: choice[other.group].rank for other in decisions for layer in other.decomposed}
+    ranks, keep = ranks_and_keep(choice, decisions)
     layers = [layer for layer in cost.layers if layer.name in decision.decomposed]
 
     def of_rank(rank: int) -> float:
