@@ -25,15 +25,14 @@ class UniformComparison:
     Attributes:
         label: the uniform plan's name.
         cost, harm: its predicted cost and measured harm.
-        planned_cost, planned_predicted_harm, planned_harm: of the planner's plan within that cost, its harm
-            predicted and measured; None where no plan considered is that cheap.
+        planned: the planner's choice within that cost; None where no plan considered is that cheap.
+        planned_harm: its harm, measured.
     """
 
     label: str
     cost: float
     harm: float
-    planned_cost: float | None = None
-    planned_predicted_harm: float | None = None
+    planned: Point | None = None
     planned_harm: float | None = None
 
 
@@ -154,13 +153,11 @@ class FoundPlan:
 
     def _mark(self, other: UniformComparison) -> dict[str, Any]:
         """A uniform plan with its measured harm, and the planner's at its cost."""
-        planned = None
-        if other.planned_cost is not None:
-            planned = {
-                "ratio": self.dense_cost / other.planned_cost,
-                "predicted_harm": other.planned_predicted_harm,
-                "measured_harm": other.planned_harm,
-            }
+        planned = other.planned and {
+            "ratio": self.dense_cost / other.planned.cost,
+            "predicted_harm": other.planned.harm,
+            "measured_harm": other.planned_harm,
+        }
         ratio = self.dense_cost / other.cost
         return {"label": other.label, "ratio": ratio, "measured_harm": other.harm, "planned_at_equal_cost": planned}
 

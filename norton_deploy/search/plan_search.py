@@ -178,7 +178,7 @@ class PlanSearch:
             return UniformComparison(label, cost, harm)
         point = planner.within(cost)
         planned = to_plan(point.choice, self.decisions, self.architecture)
-        return UniformComparison(label, cost, harm, point.cost, point.harm, self.sensitivity.of_plan(planned))
+        return UniformComparison(label, cost, harm, point, self.sensitivity.of_plan(planned))
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:
