@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.lowering import Form, Norm, fold_norm, lower_block
+from norton_deploy.compression.lowering import FoldableNorm, Form, fold_norm, lower_block
 from norton_deploy.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,7 +71,7 @@ def _lower_children(parent: nn.Module, prefix: str, form: Form, forms: Mapping[s
     """Replace, in place, the direct children of `parent` that are blocks or convolutions with a BatchNorm."""
     children: list[tuple[str, nn.Module | None]] = [*parent.named_children(), ("", None)]
     for (name, layer), (next_name, next_layer) in pairwise(children):
-        norm = next_layer if isinstance(next_layer, Norm) and _follows(parent, name, next_name) else None
+        norm = next_layer if isinstance(next_layer, FoldableNorm) and _follows(parent, name, next_name) else None
         if isinstance(layer, CPDBlock):
             setattr(parent, name, lower_block(layer, norm, forms.get(prefix + name, form)))
         elif isinstance(layer, nn.Conv2d) and norm is not None:

@@ -10,10 +10,10 @@ from norton_deploy.compression.cpd_block import CPDBlock, Padding, Pair
 from norton_deploy.errors import UserError
 
 Form = Literal["separable", "grouped", "dense"]
-Norm: TypeAlias = nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d
+FoldableNorm: TypeAlias = nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d
 
 
-def lower_block(block: CPDBlock, norm: Norm | None = None, form: Form = "grouped") -> nn.Sequential | nn.Conv2d:
+def lower_block(block: CPDBlock, norm: FoldableNorm | None = None, form: Form = "grouped") -> nn.Sequential | nn.Conv2d:
     """The convolutions that compute norm(block(x)) in evaluation mode.
 
     - separable: pointwise I -> R*O, depthwise 1 x Kw, then Kh x 1 with groups=O and R inputs per group, which
@@ -82,7 +82,7 @@ def lower_block(block: CPDBlock, norm: Norm | None = None, form: Form = "grouped
         return nn.Sequential(pointwise, horizontal, vertical).eval()
 
 
-def fold_norm(conv: nn.Conv2d, norm: Norm) -> nn.Conv2d:
+def fold_norm(conv: nn.Conv2d, norm: FoldableNorm) -> nn.Conv2d:
     """The convolution that computes norm(conv(x)) in evaluation mode; a new module with a bias, no gradient.
 
     Raises:
@@ -108,11 +108,11 @@ def fold_norm(conv: nn.Conv2d, norm: Norm) -> nn.Conv2d:
     return folded.requires_grad_(False).eval()
 
 
-def _affine(channels: int, bias: Tensor | None, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+def _affine(channels: int, bias: Tensor | None, norm: FoldableNorm | None) -> tuple[Tensor | None, Tensor | None]:
     """norm(y + bias) = scale * y + shift per channel, float64 [O]; None where there is nothing to apply."""
     if norm is None:
         return None, None if bias is None else bias.double()
-    if not isinstance(norm, Norm):
+    if not isinstance(norm, FoldableNorm):
         raise UserError(f"a {type(norm).__name__} cannot be folded: expected BatchNorm2d or FrozenBatchNorm2d")
     if norm.running_mean is None or norm.running_var is None:
         raise UserError("a BatchNorm without running statistics cannot be folded: it needs the batch it sees")
