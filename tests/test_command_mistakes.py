@@ -6,7 +6,7 @@ import pytest
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.commands import run
-from norton_deploy.data.synthetic.dataset import CATEGORIES
+from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.structures import Categories
 

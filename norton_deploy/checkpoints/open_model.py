@@ -12,12 +12,7 @@ from norton_deploy.checkpoints.checkpoint import (
     load_weights,
     read_tensors,
 )
-from norton_deploy.checkpoints.published_weights import (
-    current_names,
-    download_imagenet,
-    identify,
-    published_categories,
-)
+from norton_deploy.checkpoints.open_model import current_names, download_imagenet, identify, published_categories
 from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings
 from norton_deploy.models.detectors import ModelSettings

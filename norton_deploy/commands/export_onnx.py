@@ -12,16 +12,14 @@ import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_deploy.checkpoints.digest import tensors_digest
-from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.checkpoints.published_weights import published_categories
+from norton_deploy.checkpoints.open_model import open_model, published_categories
 from norton_deploy.commands import write_json
-from norton_deploy.compression.builders import build_detector
-from norton_deploy.compression.lower_model import lower_model
-from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.compress import build_detector
+from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.export.fixed_sampling import fix_sampling, is_adaptive

@@ -134,10 +134,7 @@ def sequential_groups(
     for (layer, norm), (following, _) in itertools.pairwise(layers):
         model.get_submodule(layer)
         yield ChannelGroup(
-            layer,
-            (layer,),
-            () if norm is None else (norm,),
-            (Reader(following, columns.get(following, 1)),),
+            layer, (layer,), () if norm is None else (norm,), (Reader(following, columns.get(following, 1)),)
         )
 
 

@@ -16,13 +16,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP, ChannelGroup, channel_groups, is_detector
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.surgery import (
-    cut_inputs,
-    cut_outputs,
-    filter_rows,
-    output_width,
-    replace_submodule,
-)
+from norton_deploy.compression.surgery import cut_inputs, cut_outputs, filter_rows, output_width, replace_submodule
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters, max_rank
 from norton_deploy.method.filter_choices import FilterChoice, choose_by_angles

@@ -10,7 +10,7 @@ from norton_deploy.checkpoints.checkpoint import load_checkpoint, read_header
 from norton_deploy.commands import compress as compress_command
 from norton_deploy.commands.train_det import main
 from norton_deploy.compression.compress import compress, compress_with_kept
-from norton_deploy.data.synthetic.dataset import write_dataset
+from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
