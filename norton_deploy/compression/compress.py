@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP, ChannelGroup, channel_groups, is_detector
@@ -21,6 +22,9 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters, max_rank
 from norton_deploy.method.filter_choices import FilterChoice, choose_by_angles
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.structures import Task
 
 BODY = "backbone.body."
 OPTIONAL_HEADS = ("mask", "keypoint")
@@ -241,3 +245,27 @@ def _check_rank(plan: CompressionPlan, name: str, layers: dict[str, nn.Module], 
 def _hint(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), n=3, cutoff=0.3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def build_detector(
+    task: Task, settings: DetectorSettings | None = None, plan: CompressionPlan | None = None
+) -> FasterRCNN:
+    """A Faster (box), Mask (mask) or Keypoint (keypoint) R-CNN, dense or compressed by `plan`.
+
+    The weights are random; a compressed detector is a random dense one that went through `compress`.
+
+    Raises:
+        UserError: unknown task, impossible settings, or a plan that does not fit.
+    """
+    model = (settings or DetectorSettings()).build(task)
+    return model if plan is None else cast(FasterRCNN, compress(model, plan, starts=1))
+
+
+def build_classifier(settings: ClassifierSettings, plan: CompressionPlan | None = None) -> nn.Module:
+    """A classifier with random weights, dense or compressed by `plan`.
+
+    Raises:
+        UserError: unknown architecture or a plan that does not fit.
+    """
+    model = settings.build()
+    return model if plan is None else compress(model, plan, starts=1)
