@@ -11,20 +11,19 @@ from typing import Any, Literal, cast
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.checkpoints.published_weights import published_categories
+from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.open_model import open_model, published_categories
 from norton_deploy.commands import write_json
-from norton_deploy.compression.builders import build_detector
-from norton_deploy.compression.lower_model import lower_model
-from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.compress import build_detector
+from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.export.fixed_sampling import fix_sampling, is_adaptive
-from norton_deploy.export.onnx_export import Precision, export_onnx, weights_digest
+from norton_deploy.export.onnx_export import Precision, export_onnx
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.random_weights import calibrate_random_detector
 from norton_deploy.export.static_rcnn import GraphSettings, InputDtype, StaticRCNN, Target
@@ -150,7 +149,7 @@ def export_checked(settings: ExportSettings, target: Target, out: Path) -> dict[
         unchecked,
         categories=categories,
         precision=settings.precision,
-        weights_sha256=weights_digest(model),
+        weights_sha256=tensors_digest(model.state_dict()),
         letterbox=settings.resize == "letterbox",
     )
     exported = time.perf_counter()

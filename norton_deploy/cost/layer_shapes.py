@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.compression.compress import is_detector
+from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.cpd_block import CPDBlock, Pair
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import run_detector

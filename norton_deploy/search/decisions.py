@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from norton_deploy.compression.compress import channel_groups
+from norton_deploy.compression.channel_groups import channel_groups
 from norton_deploy.compression.surgery import output_width
 from norton_deploy.method.cp import max_rank
 from norton_deploy.method.plan import CompressionPlan

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.compression.compress import is_detector
-from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.channel_groups import is_detector
+from norton_deploy.compression.lowering import lower_model
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.cost.layer_shapes import LayerCall, layer_calls

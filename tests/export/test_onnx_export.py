@@ -10,8 +10,9 @@ import pytest
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs
 
+from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.errors import UserError
-from norton_deploy.export.onnx_export import read_contract, weights_digest
+from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.static_rcnn import TARGETS, Target
 from norton_deploy.parity.gate import check_parity
 from norton_deploy.structures import TASKS, Task
@@ -47,7 +48,7 @@ def test_contract(exported: Callable) -> None:
     assert contract["task"] == "mask" and contract["image_size"] == list(IMAGE_SIZE)
     assert (contract["batch"], contract["max_detections"], contract["format"]) == (2, 20, 1)
     assert contract["input"] == {"name": "images", "dtype": "uint8", "layout": "NHWC RGB"}
-    assert contract["weights_sha256"] == weights_digest(model)
+    assert contract["weights_sha256"] == tensors_digest(model.state_dict())
     assert contract["score_threshold"] == 0.05 and contract["resize"] == "letterbox"
     shapes = {output["name"]: (output["dtype"], output["shape"]) for output in contract["outputs"]}
     assert shapes == {
