@@ -15,7 +15,7 @@ from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file, refuse_same_file
-from norton_deploy.inference.predictor import load_predictor
+from norton_deploy.inference.loading import load_predictor
 from norton_deploy.video.pipeline import VideoPipeline
 from norton_deploy.video.sinks import VideoFile, Window
 from norton_deploy.video.sources import open_source

@@ -17,7 +17,8 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, check_output_file
 from norton_deploy.inference.drawing import draw_detections
-from norton_deploy.inference.predictor import Image, load_predictor
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Image
 
 
 @dataclass

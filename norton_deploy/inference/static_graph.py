@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
-from norton_deploy.export.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
+from norton_deploy.export.letterbox import Letterbox, clip_boxes, place_images
 from norton_deploy.inference.mask_paste import paste_masks
-from norton_deploy.inference.predictor import Image, Predictor
-from norton_deploy.structures import Categories, Detections, MaskPaste
+from norton_deploy.inference.predictor import Image, Predictor, StageTiming
+from norton_deploy.structures import Detections, MaskPaste
 
 logger = logging.getLogger(__name__)
 Outputs = dict[str, npt.NDArray[np.generic]]
@@ -46,11 +46,12 @@ class StaticGraphPredictor(Predictor):
         self.task = contract.task
         self.categories = contract.categories
         self.input_size = contract.input_size
+        self.timing = StageTiming()
         self._score_threshold = 0.0 if score_threshold is None else score_threshold
         self._canvas = np.empty((contract.batch, *contract.input_size, 3), np.uint8)
 
     @abstractmethod
-    def _run(self, batch: npt.NDArray[np.generic]) -> Outputs:
+    def run(self, batch: npt.NDArray[np.generic]) -> Outputs:
         """Run the graph on one full batch (shape and dtype of the contract), return its outputs by name.
 
         Adds its time to `self.timing.copy_ms` and `self.timing.infer_ms`.
@@ -62,26 +63,18 @@ class StaticGraphPredictor(Predictor):
         for first in range(0, len(images), batch_size):
             started = time.perf_counter()
             chunk = images[first : first + batch_size]
-            letterboxes = [self._letterbox(image) for image in chunk]
-            for letterbox, image, canvas in zip(letterboxes, chunk, self._canvas, strict=False):
-                letterbox.place(image, canvas)
-            self._canvas[len(chunk) :] = PADDING_COLOUR
+            for image in chunk:
+                self._check_size((image.shape[0], image.shape[1]))
+            letterboxes = place_images(chunk, self._canvas)
             batch = to_graph_input(self._canvas, self.contract.input_dtype)
             self.timing.add("preprocess_ms", started)
-            outputs = self._run(batch)
+            outputs = self.run(batch)
             started = time.perf_counter()
             self._check_flags(outputs)
             for index, letterbox in enumerate(letterboxes):
-                detections.append(
-                    decode_outputs(
-                        outputs,
-                        index,
-                        letterbox,
-                        self.categories,
-                        self._score_threshold,
-                        self.contract.mask_paste,
-                    )
-                )
+                labels, mask_paste = self.categories.labels, self.contract.mask_paste
+                found = decode_outputs(outputs, index, letterbox, labels, mask_paste, self._score_threshold)
+                detections.append(found)
             self.timing.add("postprocess_ms", started)
         return detections
 
@@ -97,22 +90,20 @@ class StaticGraphPredictor(Predictor):
             )
         self.inexact_batches += bool(failed)
 
-    def _letterbox(self, image: Image) -> Letterbox:
-        """How an image lies in the graph's input: as it is, unless the graph's contract leaves resizing to us."""
-        image_size = image.shape[0], image.shape[1]
+    def _check_size(self, image_size: tuple[int, int]) -> None:
+        """Only a graph whose contract leaves resizing to us takes images of another size than its input's."""
         contract = self.contract
-        if contract.resize != "letterbox" and image_size != contract.input_size:
-            height, width = contract.input_size
-            advice = (
-                f"export with --input-size {image_size[0]} {image_size[1]}, or without it for any size"
-                if contract.resize == "graph"
-                else "resize them or export with letterboxing"
-            )
-            raise UserError(
-                f"{self.name}: takes images of exactly {height}x{width} (height x width), "
-                f"got {image_size[0]}x{image_size[1]}; {advice}"
-            )
-        return Letterbox.fit(image_size, contract.input_size)
+        if contract.resize == "letterbox" or image_size == contract.input_size:
+            return
+        (height, width), given = contract.input_size, f"{image_size[0]}x{image_size[1]}"
+        advice = (
+            f"export with --input-size {image_size[0]} {image_size[1]}, or without it for any size"
+            if contract.resize == "graph"
+            else "resize them or export with letterboxing"
+        )
+        raise UserError(
+            f"{self.name}: takes images of exactly {height}x{width} (height x width), got {given}; {advice}"
+        )
 
 
 def to_graph_input(canvas: npt.NDArray[np.uint8], input_dtype: str) -> npt.NDArray[np.generic]:
@@ -128,9 +119,9 @@ def decode_outputs(
     outputs: Outputs,
     index: int,
     letterbox: Letterbox,
-    categories: Categories,
-    score_threshold: float,
-    mask_paste: MaskPaste = "whole_pixels",
+    labels: Collection[int],
+    mask_paste: MaskPaste,
+    score_threshold: float = 0.0,
 ) -> Detections:
     """The detections of one image of a batch, in that image's pixels.
 
@@ -141,17 +132,17 @@ def decode_outputs(
         outputs: the graph's outputs (see `GraphContract.output_names`).
         index: which image of the batch.
         letterbox: how that image lay in the graph's input.
-        categories: the labels that exist.
-        score_threshold: detections below it are dropped.
+        labels: those that exist.
         mask_paste: how masks come into the image, see `GraphContract`.
+        score_threshold: detections below it are dropped.
     """
     count = int(outputs["num_detections"][index])
     scores = np.asarray(outputs["scores"][index, :count], np.float32)
-    labels = np.asarray(outputs["labels"][index, :count], np.int64)
+    found_labels = np.asarray(outputs["labels"][index, :count], np.int64)
     graph_boxes = letterbox.boxes_to_image(np.asarray(outputs["boxes"][index, :count], np.float32))
     boxes = clip_boxes(graph_boxes, letterbox.image_size)
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    kept &= (scores >= score_threshold) & np.isin(labels, categories.labels)
+    kept &= (scores >= score_threshold) & np.isin(found_labels, list(labels))
     order = np.flatnonzero(kept)
     order = order[np.argsort(-scores[order], kind="stable")]
     masks = keypoints = None
@@ -160,4 +151,4 @@ def decode_outputs(
         masks = paste_masks(probabilities, graph_boxes[order], letterbox.image_size, mask_paste=mask_paste)
     if "keypoints" in outputs:
         keypoints = letterbox.keypoints_to_image(np.asarray(outputs["keypoints"][index], np.float32)[order])
-    return Detections(boxes[order], scores[order], labels[order], letterbox.image_size, masks, keypoints)
+    return Detections(boxes[order], scores[order], found_labels[order], letterbox.image_size, masks, keypoints)

@@ -1,35 +1,39 @@
 """The parity gate: does an exported graph compute what the model computes in eager mode, and if not, from where on?
 
-The shipped file itself is run. Its tensors between the stages are read by declaring them as outputs of a copy
-in memory; each stage in eager mode starts from the graph's own input to that stage.
+The shipped file itself is run, by the predictor that will run it and with the predictor's own letterbox and decoding.
+Its tensors between the stages are read by declaring them as outputs of a copy in memory; each stage in eager mode
+starts from the graph's own input to that stage.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from norton_deploy.cost.session import make_session
 from norton_deploy.errors import UserError
-from norton_deploy.export.letterbox import Letterbox
-from norton_deploy.export.onnx_export import STAGE_PREFIX, read_contract
-from norton_deploy.inference.mask_paste import paste_masks
-from norton_deploy.parity.detection_matching import Pairing, pair_detections
-from norton_deploy.parity.eager_stages import Arrays, EagerStages, doubled, without_resize
-from norton_deploy.parity.inputs import (
-    Image,
-    as_planes,
-    canvas_stages,
-    canvases,
-    resize_difference,
-    to_canvas,
+from norton_deploy.export.letterbox import Letterbox, place_images
+from norton_deploy.export.onnx_export import STAGE_PREFIX
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.predictor import Image
+from norton_deploy.inference.static_graph import decode_outputs, to_graph_input
+from norton_deploy.parity.comparison import (
+    Arrays,
+    Pairing,
+    keypoint_distances,
+    pair_detections,
+    quantile,
+    relative_difference,
+    set_distance,
 )
-from norton_deploy.parity.keypoint_ties import keypoint_distances
-from norton_deploy.parity.staged_graph import cpu_session, run, with_stage_outputs
+from norton_deploy.parity.eager_stages import EagerStages, doubled
 from norton_deploy.structures import Detections, MaskPaste
 
 RESIZE_LEVELS = 1.0
@@ -161,8 +165,9 @@ def check_parity(
     Args:
         model: the detector that was exported, in eval mode, on the CPU, before any lowering; not changed.
         onnx_path: the graph.
-        images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. Where the graph resizes its
-            input itself, its result is compared with the predictor's letterbox, and is what eager mode is given.
+        images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. The last batch is filled up from
+            the first images. Where the graph resizes its input itself, its result is compared with the predictor's
+            letterbox, and is what eager mode is given.
         tolerances: by default those of the graph's precision.
 
     Raises:
@@ -170,37 +175,68 @@ def check_parity(
     """
     if not images:
         raise UserError("parity: no images to compare on")
-    contract = read_contract(onnx_path)
-    report = ParityReport(str(onnx_path), contract["precision"])
-    limits = tolerances or TOLERANCES[contract["precision"]]
-    height, width = contract["image_size"]
-    reference = without_resize(model, (height, width), contract["max_detections"])
-    eager = EagerStages(reference, (height, width))
-    session = cpu_session(Path(onnx_path).read_bytes())
-    staged = cpu_session(with_stage_outputs(onnx_path))
-    resizes = contract["resize"] == "graph"
-    input_size = contract["input_size"][0], contract["input_size"][1]
-    for batch in canvases(images, contract["batch"], input_size):
-        fed = batch if contract["input"]["dtype"] == "uint8" else as_planes(batch)
-        outputs = run(session, contract["input"]["name"], fed)
-        everything = run(staged, contract["input"]["name"], fed)
-        stages = {
-            name.removeprefix(STAGE_PREFIX): value
-            for name, value in everything.items()
-            if name.startswith(STAGE_PREFIX)
-        }
-        if resizes:
-            canvas = stages["canvas"]
-            report.record("resize", "difference, levels", resize_difference(batch, canvas), RESIZE_LEVELS)
-            batch = canvas.astype(np.uint8)
-            everything |= canvas_stages(stages)
-            outputs = to_canvas(outputs, Letterbox.fit(input_size, (height, width)))
-        ambiguous = compare_stages(report, eager, batch, stages, everything, limits)
-        compare_final(report, eager, batch, outputs, contract, limits, ambiguous)
-        report.images += len(batch)
+    graph = OnnxRuntimePredictor(Path(onnx_path), device="cpu")
+    contract = graph.contract
+    staged = make_session(with_stage_outputs(onnx_path), "cpu")
+    names = [output.name for output in staged.get_outputs()]
+    report = ParityReport(str(onnx_path), contract.precision)
+    limits = tolerances or TOLERANCES[contract.precision]
+    eager = EagerStages(model, contract.image_size, contract.max_detections)
+    filled = [*images, *islice(cycle(images), -len(images) % contract.batch)]
+    for start in range(0, len(filled), contract.batch):
+        canvas = letterboxed(filled[start : start + contract.batch], contract.input_size)
+        fed = to_graph_input(canvas, contract.input_dtype)
+        outputs: Arrays = graph.run(fed)
+        everything: Arrays = dict(zip(names, staged.run(names, {contract.input_name: fed}), strict=True))
+        stages = {name.removeprefix(STAGE_PREFIX): everything.pop(name) for name in names if STAGE_PREFIX in name}
+        if contract.resize == "graph":
+            expected = letterboxed(list(canvas), contract.image_size)
+            levels = float(np.abs(stages["canvas"] - expected).max())
+            report.record("resize", "difference, levels", levels, RESIZE_LEVELS)
+            canvas = stages["canvas"].astype(np.uint8)
+            everything |= {n.removeprefix("canvas_"): value for n, value in stages.items() if n.startswith("canvas_")}
+            outputs = to_canvas(outputs, Letterbox.fit(contract.input_size, contract.image_size))
+        ambiguous = compare_stages(report, eager, canvas, stages, everything, limits)
+        found = decoded(outputs, eager, contract.mask_paste)
+        compare_final(report, eager, canvas, found, limits, ambiguous)
+        report.images += len(canvas)
         for flag in report.inexact:
             report.inexact[flag] += int(not outputs[flag].all())
     return report
+
+
+def with_stage_outputs(onnx_path: str | Path) -> bytes:
+    """The graph with its stage tensors as further outputs."""
+    model = onnx.load_model(onnx_path)
+    stages = [value for value in model.graph.value_info if value.name.startswith(STAGE_PREFIX)]
+    if not stages:
+        raise UserError(f"{onnx_path}: its stage tensors are gone; check the file as export_onnx wrote it")
+    model.graph.output.extend(stages)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def letterboxed(images: Sequence[Image], size: tuple[int, int]) -> Image:
+    """The predictor's letterbox: images of any size -> uint8 [B, H, W, 3] of `size`."""
+    canvas = np.empty((len(images), *size, 3), np.uint8)
+    place_images(images, canvas)
+    return canvas
+
+
+def to_canvas(outputs: Arrays, letterbox: Letterbox) -> Arrays:
+    """A resizing graph's outputs with boxes and keypoints in canvas pixels instead of the frame's."""
+    x_factor, y_factor = letterbox.factors
+    changed = {"boxes": outputs["boxes"] / np.array([x_factor, y_factor] * 2, np.float32)}
+    if "keypoints" in outputs:
+        changed["keypoints"] = outputs["keypoints"] / np.array([x_factor, y_factor, 1], np.float32)
+    return outputs | changed
+
+
+def decoded(outputs: Arrays, eager: EagerStages, mask_paste: MaskPaste) -> list[Detections]:
+    """The predictor's decoding of a batch, in canvas pixels, of all labels, whether they have a category or not."""
+    frame = Letterbox.fit(eager.image_size, eager.image_size)
+    rows = range(len(outputs["boxes"]))
+    return [decode_outputs(outputs, index, frame, eager.labels, mask_paste) for index in rows]
 
 
 def compare_stages(
@@ -211,12 +247,12 @@ def compare_stages(
     Returns:
         With keypoints: which have several maxima, [B, D, K].
     """
-    for name, expected in (
+    for name, tensors in (
         ("backbone", eager.backbone(batch)),
         ("fpn", eager.fpn(stages)),
         ("rpn", eager.rpn_head(stages)),
     ):
-        report.record(name, "largest relative difference", relative_difference(expected, stages), limits.tensor)
+        report.record(name, "largest relative difference", relative_difference(tensors, stages), limits.tensor)
     for expected_boxes, boxes, valid in zip(
         eager.proposals(stages), stages["proposals"], stages["proposal_valid"], strict=True
     ):
@@ -224,10 +260,10 @@ def compare_stages(
         report.record("proposals", "distance to nearest, px", distance, limits.box_px)
     difference = relative_difference(eager.box_head(stages), stages)
     report.record("boxes", "largest relative difference", difference, limits.tensor)
-    for index, expected_detections in enumerate(eager.detections(stages)):
-        found = detections_of(outputs, index, eager.image_size, paste=False)
-        pairing = pair(eager, expected_detections, found, limits)
-        record_pairing(report, "detections", pairing, len(expected_detections) + len(found), limits)
+    before_task_head = {name: outputs[name] for name in ("num_detections", "boxes", "scores", "labels")}
+    for expected, found in zip(eager.detections(stages), decoded(before_task_head, eager, "whole_pixels"), strict=True):
+        pairing = pair(eager, expected, found, limits)
+        record_pairing(report, "detections", pairing, len(expected) + len(found), limits)
     real = np.asarray(outputs["labels"]).reshape(-1) > 0
     if "masks" in outputs:
         size = outputs["masks"].shape[-1]
@@ -251,19 +287,17 @@ def compare_final(
     report: ParityReport,
     eager: EagerStages,
     batch: Image,
-    outputs: Arrays,
-    contract: dict[str, Any],
+    found: Sequence[Detections],
     limits: Tolerances,
-    ambiguous: npt.NDArray[np.bool_] | None,
+    ambiguous: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """The detections of the whole graph against those of the whole model; `ambiguous` keypoints may differ."""
-    for index, expected in enumerate(eager.whole(batch)):
-        found = detections_of(outputs, index, eager.image_size, mask_paste=contract["mask_paste"])
-        pairing = pair(eager, expected, found, limits)
+    """What a predictor found, in pixels of `batch`, against the whole model; `ambiguous` keypoints may differ."""
+    for index, (expected, detections) in enumerate(zip(eager.whole(batch), found, strict=True)):
+        pairing = pair(eager, expected, detections, limits)
         if ambiguous is not None and pairing.keypoint_px is not None:
             pairing.keypoint_px[ambiguous[index, pairing.pairs[:, 1]]] = 0.0
-        report.detections += len(found)
-        record_pairing(report, "final", pairing, len(expected) + len(found), limits)
+        report.detections += len(detections)
+        record_pairing(report, "final", pairing, len(expected) + len(detections), limits)
 
 
 def pair(eager: EagerStages, expected: Detections, found: Detections, limits: Tolerances) -> Pairing:
@@ -290,47 +324,3 @@ def record_pairing(report: ParityReport, name: str, pairing: Pairing, total: int
         report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
     if pairing.keypoint_px is not None:
         report.record(name, "keypoint distance, px", quantile(pairing.keypoint_px, share), limits.keypoint_px)
-
-
-def detections_of(
-    outputs: Arrays,
-    index: int,
-    image_size: tuple[int, int],
-    paste: bool = True,
-    mask_paste: MaskPaste = "whole_pixels",
-) -> Detections:
-    """The detections of one image of a graph's batch; without masks and keypoints unless `paste`."""
-    count = int(outputs["num_detections"][index])
-    part = {name: np.asarray(outputs[name][index, :count]) for name in ("boxes", "scores", "labels")}
-    masks = (
-        paste_masks(outputs["masks"][index, :count], part["boxes"], image_size, mask_paste=mask_paste)
-        if "masks" in outputs and paste
-        else None
-    )
-    keypoints = np.asarray(outputs["keypoints"][index, :count]) if "keypoints" in outputs and paste else None
-    return Detections(part["boxes"], part["scores"], part["labels"].astype(np.int64), image_size, masks, keypoints)
-
-
-def relative_difference(expected: Arrays, found: Arrays) -> float:
-    """Largest difference of any tensor, each relative to its largest value; NaN if a value is not finite."""
-    worst = 0.0
-    for name, values in expected.items():
-        reference = np.asarray(values, np.float32)
-        if not reference.size:
-            continue
-        gap = np.abs(reference - np.asarray(found[name], np.float32)).max()
-        worst = float(np.maximum(worst, gap / max(float(np.abs(reference).max()), 1e-12)))
-    return worst
-
-
-def set_distance(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
-    """Largest distance of a box of either set to the nearest of the other, in pixels; inf if one is empty."""
-    if len(first) == 0 or len(second) == 0:
-        return 0.0 if len(first) == len(second) else float("inf")
-    distance = np.stack([np.abs(first - box).max(axis=1) for box in second], axis=1)
-    return float(max(distance.min(axis=0).max(), distance.min(axis=1).max()))
-
-
-def quantile(values: npt.NDArray[np.floating[Any]], share: float) -> float:
-    """The value that `share` of the values do not exceed: the largest for 1; 0 for no values."""
-    return float(np.quantile(values, share)) if values.size else 0.0

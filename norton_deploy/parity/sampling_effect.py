@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.export.letterbox import Letterbox
-from norton_deploy.parity.detection_matching import Pairing, pair_detections
-from norton_deploy.parity.eager_stages import EagerStages, without_resize
+from norton_deploy.export.letterbox import place_images
+from norton_deploy.parity.comparison import Pairing, pair_detections
+from norton_deploy.parity.eager_stages import EagerStages
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def measure_sampling_effect(
         image_size: (height, width) in pixels.
     """
     limit = int(adaptive.roi_heads.detections_per_img)
-    runs = [EagerStages(without_resize(model, image_size, limit), image_size) for model in (adaptive, fixed)]
+    runs = [EagerStages(model, image_size, limit) for model in (adaptive, fixed)]
     pairings: list[Pairing] = []
     detections = 0
     for image in images:
-        canvas = np.empty((*image_size, 3), np.uint8)
-        Letterbox.fit((image.shape[0], image.shape[1]), image_size).place(image, canvas)
-        first, second = (run.whole(canvas[None])[0] for run in runs)
+        canvas = np.empty((1, *image_size, 3), np.uint8)
+        place_images([image], canvas)
+        first, second = (run.whole(canvas)[0] for run in runs)
         detections += len(first)
         pairings.append(pair_detections(first, second, score_threshold=0.0, max_detections=limit, score_tolerance=0.0))
     return SamplingEffect(

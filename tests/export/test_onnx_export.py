@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.onnx_export import read_contract, weights_digest
 from norton_deploy.export.static_rcnn import TARGETS, Target
 from norton_deploy.parity.gate import check_parity
@@ -44,22 +45,23 @@ def test_tensorrt_target_is_static(task: Task, exported: Callable) -> None:
 def test_contract(exported: Callable) -> None:
     model, path = exported("mask", "onnxruntime")
     contract = read_contract(path)
-    assert contract["task"] == "mask" and contract["image_size"] == list(IMAGE_SIZE)
-    assert (contract["batch"], contract["max_detections"], contract["format"]) == (2, 20, 1)
-    assert contract["input"] == {"name": "images", "dtype": "uint8", "layout": "NHWC RGB"}
-    assert contract["weights_sha256"] == weights_digest(model)
-    assert contract["score_threshold"] == 0.05 and contract["resize"] == "letterbox"
-    shapes = {output["name"]: (output["dtype"], output["shape"]) for output in contract["outputs"]}
-    assert shapes == {
-        "num_detections": ("int32", [2]),
-        "boxes": ("float", [2, 20, 4]),
-        "scores": ("float", [2, 20]),
-        "labels": ("int32", [2, 20]),
-        "masks": ("float", [2, 20, 16, 16]),
-        "nms_converged": ("bool", [1]),
-        "candidates_complete": ("bool", [1]),
+    assert contract.task == "mask" and contract.image_size == contract.input_size == IMAGE_SIZE
+    assert (contract.batch, contract.max_detections) == (2, 20)
+    assert contract.weights_sha256 == weights_digest(model)
+    assert contract.score_threshold == 0.05 and contract.resize == "letterbox"
+    assert {output.name: (output.dtype, output.shape) for output in contract.outputs} == {
+        "num_detections": ("int32", (2,)),
+        "boxes": ("float", (2, 20, 4)),
+        "scores": ("float", (2, 20)),
+        "labels": ("int32", (2, 20)),
+        "masks": ("float", (2, 20, 16, 16)),
+        "nms_converged": ("bool", (1,)),
+        "candidates_complete": ("bool", (1,)),
     }
-    assert json.loads(json.dumps(contract)) == contract
+    fields = contract.to_json()
+    assert fields["format"] == 1
+    assert fields["input"] == {"name": "images", "dtype": "uint8", "layout": "NHWC RGB"}
+    assert GraphContract.from_json(json.loads(json.dumps(fields)), "again") == contract
 
 
 def change_weight(path: Path, out: Path, part: str) -> None:
