@@ -12,7 +12,7 @@ class StaticMaskHead(nn.Module):
 
     torchvision computes a mask for every class and then picks one. With 91 classes that is 90 masks too many,
     so each RoI here gathers its class's row of the last layer instead. Probabilities are pasted into the image
-    on the host (`norton_deploy.inference.mask_paste`).
+    on the host (`norton_deploy.inference.static_graph`).
     """
 
     weight: Tensor

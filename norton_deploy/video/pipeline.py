@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
+from norton_deploy.inference.drawing import PanelText, compose_panels
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.structures import Detections
 from norton_deploy.video.frame_queue import FrameQueue
-from norton_deploy.video.overlay import PanelText, compose_panels
 from norton_deploy.video.sinks import VideoFile, Window
 from norton_deploy.video.sources import FrameSource
 
 QUEUE_CAPACITY = 2
 OVERLAY_WINDOW = 60
 WARM_UP_SIZE = (480, 640)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a service manager's stop and a closed terminal."""
 
 
 @dataclass
@@ -99,6 +103,20 @@ class VideoPipeline:
         """Ask `run` to finish after the current frame; safe in a signal handler."""
         self._ended = "interrupted"
         self._stop.set()
+
+    def run_until_stopped(self) -> dict[str, Any]:
+        """`run`, which any of `STOP_SIGNALS` ends after the current frame and a second Ctrl-C at once."""
+
+        def on_signal(_signal: int, _frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.interrupt()
+
+        previous = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+        try:
+            return self.run()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def run(self) -> dict[str, Any]:
         """Process the source to its end and return the summary that `summary` describes.

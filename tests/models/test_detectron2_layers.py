@@ -10,7 +10,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import roi_align
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.mask_paste import paste_masks
+from norton_deploy.inference.static_graph import paste_masks
 from norton_deploy.models.detectors import DetectorSettings, build_body, build_dense_detector
 from norton_deploy.models.image_transform import paste_subpixel, resize_like_pillow, shortest_edge_size
 from norton_deploy.models.pyramid_anchors import PyramidAnchorGenerator
