@@ -252,8 +252,7 @@ def divide(index: Tensor, by: int) -> tuple[Tensor, Tensor]:
 def lay_out(pixels: Tensor, size: int, largest: int, tables: Tables) -> Axis:
     """Lay the pixels of one axis out on the map.
 
-    On an axis of more than S pixels block u is the map's interval from u - 1 to u. On a shorter one, where an
-    interval may have several blocks' or no pixels, block u is pixel u.
+    On an axis of more than S pixels blocks are `interval_blocks`, on a shorter one `pixel_blocks`.
 
     Args:
         pixels: [N], whole numbers.
@@ -263,18 +262,12 @@ def lay_out(pixels: Tensor, size: int, largest: int, tables: Tables) -> Axis:
     """
     device, dtype = pixels.device, pixels.dtype
     target = pixels[:, None]
-    block_count = size + 1
-    block = torch.arange(block_count, device=device, dtype=dtype)[None]
+    block = torch.arange(size + 1, device=device, dtype=dtype)[None]
+    left_of_pixels, cuts_of_pixels = pixel_blocks(block, target, size)
+    left_of_intervals, cuts_of_intervals = interval_blocks(block, target, size, tables.cuts)
     few = target <= size
-
-    at = map_position(block, target, size)
-    left = torch.where(few, torch.floor(at), block - 1)
-    share = at - torch.floor(at)
-    cut_few = torch.stack([block + 0 * target, block + (share < 0.25), block + (share < 0.75)], dim=-1)
-    # Pixels lie at multiples of 1 / (8 S) from the cuts: a little less than that decides the ties.
-    cuts = block[..., None] - 1 + tables.cuts
-    cut_many = torch.ceil((cuts + 0.5) * target[..., None] / size - 0.5 - 1 / (16 * size))
-    first = torch.where(few[..., None], cut_few, cut_many).flatten(1).clamp(min=0)
+    left = torch.where(few, left_of_pixels, left_of_intervals)
+    first = torch.where(few[..., None], cuts_of_pixels, cuts_of_intervals).flatten(1).clamp(min=0)
     first = first.minimum(target)
     last = torch.cat([first[:, 1:], target], dim=1) - 1
 
@@ -282,12 +275,12 @@ def lay_out(pixels: Tensor, size: int, largest: int, tables: Tables) -> Axis:
     within = torch.minimum(first[..., None] + torch.arange(piece_side, device=device, dtype=dtype), last[..., None])
     left_of_piece = left.repeat_interleave(PIECES, dim=1)
     # Cells of the doubled map lie at 1/4 and 3/4; the one left of a piece is at -1/4, 1/4 or 3/4 of its block.
-    left_cell = tables.left_cells.repeat(block_count)
+    left_cell = tables.left_cells.repeat(size + 1)
     offset = 2 * (map_position(within, target[..., None], size) - (left_of_piece + left_cell)[..., None])
     taps = torch.arange(-1, 3, device=device, dtype=dtype)
     # Within 0..1 but for rounding, and for what stands in pieces without pixels, whose weights must sum to 1 too.
     offset = offset.clamp(min=0, max=1)
-    cells = cubic(offset[..., None] - taps).reshape(-1, block_count, PIECES, piece_side, 4)
+    cells = cubic(offset[..., None] - taps).reshape(-1, size + 1, PIECES, piece_side, 4)
     weights = cells @ tables.piece_cells
 
     first_of_block, last_of_block = first[:, ::PIECES], last[:, PIECES - 1 :: PIECES]
@@ -297,7 +290,32 @@ def lay_out(pixels: Tensor, size: int, largest: int, tables: Tables) -> Axis:
     exact = map_weights(samples, target, size)
     controls = torch.where(target[..., None] <= PIECES * size, exact, tables.controls)
     tap = (left + (BORDER - 1)).clamp(min=0, max=size + 2 * BORDER - 4).to(torch.int64)
-    return Axis(tap, controls, first, last, weights.reshape(-1, block_count * PIECES, piece_side, 4))
+    return Axis(tap, controls, first, last, weights.reshape(-1, (size + 1) * PIECES, piece_side, 4))
+
+
+def pixel_blocks(block: Tensor, target: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Blocks of a short axis, where an interval may have several pixels or none: block u is pixel u.
+
+    Args:
+        block: [1, U], their numbers.
+        target: [N, 1], pixels of the axis.
+        size: S, values of the map.
+
+    Returns:
+        The map's value left of each block, [N, U], and the first pixel of its three pieces, [N, U, 3].
+    """
+    at = map_position(block, target, size)
+    left = torch.floor(at)
+    share = at - left
+    return left, torch.stack([block + 0 * target, block + (share < 0.25), block + (share < 0.75)], dim=-1)
+
+
+def interval_blocks(block: Tensor, target: Tensor, size: int, piece_cuts: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of a long axis: block u is the map's interval from u - 1 to u; as `pixel_blocks`, with `Tables.cuts`."""
+    left = block - 1
+    # Pixels lie at multiples of 1 / (8 S) from the cuts: a little less than that decides the ties.
+    cuts = left[..., None] + piece_cuts
+    return left, torch.ceil((cuts + 0.5) * target[..., None] / size - 0.5 - 1 / (16 * size))
 
 
 def block_controls(size: int) -> Tensor:

@@ -88,8 +88,8 @@ class EngineBuild:
     """An engine that was built, or what to do on the machine that can build it.
 
     Attributes:
-        graph: the ONNX file.
-        file: the engine.
+        graph, file: the ONNX file and the engine.
+        engine: which.
         manifest: None where it was not built.
         reason: why it was not built, "" where it was.
         build_s: how long it took.
@@ -102,26 +102,20 @@ class EngineBuild:
     reason: str = ""
     build_s: float = 0.0
 
-    @property
-    def target_commands(self) -> list[str]:
-        """The commands that finish on the target: this package's, and NVIDIA's own tool."""
-        return target_commands(self.graph, self.file, self.engine)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         if self.manifest is None:
-            return {"engine": None, "reason": self.reason, "target_commands": self.target_commands}
+            commands = target_commands(self.graph, self.file, self.engine)
+            return {"engine": None, "reason": self.reason, "target_commands": commands}
         return {"engine": str(self.file), "manifest": self.manifest.to_json(), "build_s": self.build_s}
 
     def text(self) -> str:
         """For people."""
         if self.manifest is None:
-            return "\n".join(
-                [
-                    f"{self.file}: not built, {self.reason}",
-                    f"{self.graph} is ready; on the target run the first (the second only to time the engine):",
-                    *(f"  {command}" for command in self.target_commands),
-                ]
+            own, nvidia = target_commands(self.graph, self.file, self.engine)
+            return (
+                f"{self.file}: not built, {self.reason}\n{self.graph} is ready; on the target run the first (the second "
+                f"only to time the engine):\n  {own}\n  {nvidia}"
             )
         return (
             f"{self.file}: {self.engine} {self.manifest.engine_version} for compute capability "

@@ -74,24 +74,11 @@ def _key_points(keypoints: np.ndarray, class_id: np.ndarray | None) -> sv.KeyPoi
     return sv.KeyPoints(xy=np.where(visible, keypoints[:, :, :2], 0).astype(np.float32), class_id=class_id)
 
 
-@dataclass(frozen=True)
-class PanelText:
-    """Heading of a panel.
-
-    Attributes:
-        label: the model's name.
-        fps: frames per second that this model alone allows.
-    """
-
-    label: str
-    fps: float
-
-
 def compose_panels(
     image: Image,
     detections: Sequence[Detections],
     categories: Sequence[Categories],
-    texts: Sequence[PanelText],
+    headings: Sequence[str],
     fps: float | None,
     latency_ms: Sequence[float],
 ) -> Image:
@@ -103,7 +90,7 @@ def compose_panels(
         image: the frame, uint8 RGB [H, W, 3].
         detections: of each model.
         categories: of each model.
-        texts: headings of the panels.
+        headings: of the panels.
         fps: frames per second of the whole pipeline, None while unknown.
         latency_ms: recent capture-to-display times of the whole pipeline.
 
@@ -112,8 +99,8 @@ def compose_panels(
         want even sides).
     """
     panels = [
-        np.vstack([_bar(image.shape[1], f"{text.label}: {text.fps:.1f} FPS"), draw_detections(image, found, names)])
-        for found, names, text in zip(detections, categories, texts, strict=True)
+        np.vstack([_bar(image.shape[1], heading), draw_detections(image, found, names)])
+        for found, names, heading in zip(detections, categories, headings, strict=True)
     ]
     joined = np.hstack(panels)
     footer = "pipeline: measuring"

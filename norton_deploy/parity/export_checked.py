@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,7 +100,7 @@ class Export:
             "parity_s": self.parity_s,
         }
         if self.sampling_effect is not None:
-            report["sampling_effect"] = asdict(self.sampling_effect)
+            report["sampling_effect"] = self.sampling_effect.to_dict()
         if self.average_precision is not None:
             report["average_precision"] = self.average_precision
         return report
@@ -140,20 +140,12 @@ def export_checked(
     compared_on = images or [draw_scene(seed, options.input_size or image_size).image for seed in range(scenes)]
     adaptive = is_adaptive(model)
     fixed = fix_sampling(model) if adaptive else model
+    shared = {field.name: getattr(options, field.name) for field in fields(GraphSettings)}
     unchecked = out.with_suffix(".unchecked.onnx")
     started = time.perf_counter()
     graph = StaticRCNN(
         lower_model(fixed, options.form),
-        GraphSettings(
-            image_size=image_size,
-            batch=options.batch,
-            target=options.target,
-            max_detections=options.max_detections,
-            candidates=options.candidates,
-            nms_iterations=options.nms_iterations,
-            input_dtype=options.input_dtype,
-            input_size=options.input_size,
-        ),
+        GraphSettings(**shared | {"image_size": image_size}),
     )
     if options.precision == "fp16":
         to_fp16(graph)

@@ -26,7 +26,6 @@ from norton_deploy.inference.predictor import Image
 from norton_deploy.inference.static_graph import decode_outputs, to_graph_input
 from norton_deploy.parity.comparison import (
     Arrays,
-    Pairing,
     keypoint_distances,
     pair_detections,
     quantile,
@@ -198,8 +197,9 @@ def check_parity(
             outputs = to_canvas(outputs, Letterbox.fit(contract.input_size, contract.image_size))
         ambiguous = compare_stages(report, eager, canvas, stages, everything, limits)
         found = decoded(outputs, eager, contract.mask_paste)
-        compare_final(report, eager, canvas, found, limits, ambiguous)
+        compare_detections(report, "final", eager, eager.whole(canvas), found, limits, ambiguous)
         report.images += len(canvas)
+        report.detections += sum(map(len, found))
         for flag in report.inexact:
             report.inexact[flag] += int(not outputs[flag].all())
     return report
@@ -261,9 +261,8 @@ def compare_stages(
     difference = relative_difference(eager.box_head(stages), stages)
     report.record("boxes", "largest relative difference", difference, limits.tensor)
     before_task_head = {name: outputs[name] for name in ("num_detections", "boxes", "scores", "labels")}
-    for expected, found in zip(eager.detections(stages), decoded(before_task_head, eager, "whole_pixels"), strict=True):
-        pairing = pair(eager, expected, found, limits)
-        record_pairing(report, "detections", pairing, len(expected) + len(found), limits)
+    found = decoded(before_task_head, eager, "whole_pixels")
+    compare_detections(report, "detections", eager, eager.detections(stages), found, limits)
     real = np.asarray(outputs["labels"]).reshape(-1) > 0
     if "masks" in outputs:
         size = outputs["masks"].shape[-1]
@@ -283,44 +282,37 @@ def compare_stages(
     return None
 
 
-def compare_final(
+def compare_detections(
     report: ParityReport,
+    name: str,
     eager: EagerStages,
-    batch: Image,
+    expected: Sequence[Detections],
     found: Sequence[Detections],
     limits: Tolerances,
     ambiguous: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """What a predictor found, in pixels of `batch`, against the whole model; `ambiguous` keypoints may differ."""
-    for index, (expected, detections) in enumerate(zip(eager.whole(batch), found, strict=True)):
-        pairing = pair(eager, expected, detections, limits)
-        if ambiguous is not None and pairing.keypoint_px is not None:
-            pairing.keypoint_px[ambiguous[index, pairing.pairs[:, 1]]] = 0.0
-        report.detections += len(detections)
-        record_pairing(report, "final", pairing, len(expected) + len(detections), limits)
+    """All measures of the detections that any predictor `found` in images of `eager.image_size`, as stage `name`.
 
-
-def pair(eager: EagerStages, expected: Detections, found: Detections, limits: Tolerances) -> Pairing:
-    """Pair with the model's own cuts."""
-    heads = eager.model.roi_heads
-    return pair_detections(
-        expected,
-        found,
-        score_threshold=heads.score_thresh,
-        max_detections=heads.detections_per_img,
-        score_tolerance=limits.score,
-    )
-
-
-def record_pairing(report: ParityReport, name: str, pairing: Pairing, total: int, limits: Tolerances) -> None:
-    """All measures of one image's pairing."""
-    unexplained = (pairing.unmatched - pairing.borderline) / max(total, 1)
-    report.record(name, "share of unmatched detections", unexplained, limits.unmatched)
-    share = limits.share
-    report.record(name, "box distance, px", quantile(pairing.box_px, share), limits.box_px)
-    report.record(name, "score difference", quantile(pairing.score, share), limits.score)
-    if pairing.mask_iou is not None:
-        lowest = 1.0 - quantile(1.0 - pairing.mask_iou, share)
-        report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
-    if pairing.keypoint_px is not None:
-        report.record(name, "keypoint distance, px", quantile(pairing.keypoint_px, share), limits.keypoint_px)
+    Unmatched ones are excused where they lie at the model's own cuts; keypoints may differ where they are
+    `ambiguous`, [B, D, K].
+    """
+    heads, share = eager.model.roi_heads, limits.share
+    for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
+        pairing = pair_detections(
+            ours,
+            theirs,
+            score_threshold=heads.score_thresh,
+            max_detections=heads.detections_per_img,
+            score_tolerance=limits.score,
+        )
+        unexplained = (pairing.unmatched - pairing.borderline) / max(len(ours) + len(theirs), 1)
+        report.record(name, "share of unmatched detections", unexplained, limits.unmatched)
+        report.record(name, "box distance, px", quantile(pairing.box_px, share), limits.box_px)
+        report.record(name, "score difference", quantile(pairing.score, share), limits.score)
+        if pairing.mask_iou is not None:
+            lowest = 1.0 - quantile(1.0 - pairing.mask_iou, share)
+            report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
+        if pairing.keypoint_px is not None:
+            if ambiguous is not None:
+                pairing.keypoint_px[ambiguous[index, pairing.pairs[:, 1]]] = 0.0
+            report.record(name, "keypoint distance, px", quantile(pairing.keypoint_px, share), limits.keypoint_px)
