@@ -176,7 +176,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def nms_keep_in_onnx(boxes: Any, valid: Any, groups: Any, group_count: int, iou_threshold: float) -> Any:
-    """ONNX form of `norton_deploy.export.static_nms.nms_native`, for the exporter's translation table."""
+    """ONNX form of `norton_deploy.export.static_boxes.nms_native`, for the exporter's translation table."""
     import numpy as np
     from onnxscript import opset20 as op
 

@@ -17,10 +17,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import InputDtype, Target
 from norton_deploy.export.frame_resize import FrameResize
-from norton_deploy.export.static_box_head import StaticBoxHead
-from norton_deploy.export.static_keypoints import UP_SCALE, StaticKeypointHead
-from norton_deploy.export.static_masks import StaticMaskHead
-from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, StaticNMS
+from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, StaticNMS
+from norton_deploy.export.static_heads import UP_SCALE, StaticBoxHead, StaticKeypointHead, StaticMaskHead
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 from norton_deploy.export.static_rpn import StaticRPN
 from norton_deploy.models.image_transform import DetectorTransform

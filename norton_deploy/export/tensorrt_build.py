@@ -114,8 +114,8 @@ class EngineBuild:
         if self.manifest is None:
             own, nvidia = target_commands(self.graph, self.file, self.engine)
             return (
-                f"{self.file}: not built, {self.reason}\n{self.graph} is ready; on the target run the first (the second "
-                f"only to time the engine):\n  {own}\n  {nvidia}"
+                f"{self.file}: not built, {self.reason}\n{self.graph} is ready; on the target run the first "
+                f"(the second only to time the engine):\n  {own}\n  {nvidia}"
             )
         return (
             f"{self.file}: {self.engine} {self.manifest.engine_version} for compute capability "

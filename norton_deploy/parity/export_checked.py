@@ -21,7 +21,7 @@ from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.export.contract import GraphContract, InputDtype, Precision, Target
 from norton_deploy.export.onnx_export import export_onnx, weights_digest
 from norton_deploy.export.precision import to_fp16
-from norton_deploy.export.static_nms import DEFAULT_ITERATIONS
+from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import fix_sampling, is_adaptive
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.static_keypoints import StaticKeypointHead
+from norton_deploy.export.static_heads import StaticKeypointHead
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import EXPORTED_SAMPLES, StaticRoIAlign, fix_sampling, is_adaptive
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
