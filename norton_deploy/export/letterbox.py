@@ -86,6 +86,13 @@ def place_images(images: Sequence[npt.NDArray[np.uint8]], canvases: npt.NDArray[
     return letterboxes
 
 
+def letterboxed(images: Sequence[npt.NDArray[np.uint8]], canvas_size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Images [H, W, 3] of any sizes -> canvases [B, Hc, Wc, 3]."""
+    canvases = np.empty((len(images), *canvas_size, 3), np.uint8)
+    place_images(images, canvases)
+    return canvases
+
+
 def clip_boxes(boxes: npt.NDArray[np.float32], image_size: tuple[int, int]) -> npt.NDArray[np.float32]:
     """Boxes [N, 4] xyxy cut off at the borders of an image of (height, width) pixels."""
     height, width = image_size

@@ -111,6 +111,19 @@ def read_contract(path: str | Path) -> GraphContract:
     raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
 
 
+def with_stage_outputs(onnx_path: str | Path) -> bytes:
+    """The graph with its stage tensors as further outputs."""
+    import onnx
+
+    model = onnx.load_model(onnx_path)
+    stages = [value for value in model.graph.value_info if value.name.startswith(STAGE_PREFIX)]
+    if not stages:
+        raise UserError(f"{onnx_path}: its stage tensors are gone; check the file as export_onnx wrote it")
+    model.graph.output.extend(stages)
+    content: bytes = model.SerializeToString()
+    return content
+
+
 def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:
     """Run torch's exporter; the program's outputs have their names, stage tensors included."""
     names: list[str] = []

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_deploy.cost.session import make_session
 from norton_deploy.errors import UserError
-from norton_deploy.export.letterbox import Letterbox, place_images
-from norton_deploy.export.onnx_export import STAGE_PREFIX
+from norton_deploy.export.letterbox import Letterbox, letterboxed
+from norton_deploy.export.onnx_export import STAGE_PREFIX, with_stage_outputs
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image
 from norton_deploy.inference.static_graph import decode_outputs, to_graph_input
@@ -203,24 +202,6 @@ def check_parity(
         for flag in report.inexact:
             report.inexact[flag] += int(not outputs[flag].all())
     return report
-
-
-def with_stage_outputs(onnx_path: str | Path) -> bytes:
-    """The graph with its stage tensors as further outputs."""
-    model = onnx.load_model(onnx_path)
-    stages = [value for value in model.graph.value_info if value.name.startswith(STAGE_PREFIX)]
-    if not stages:
-        raise UserError(f"{onnx_path}: its stage tensors are gone; check the file as export_onnx wrote it")
-    model.graph.output.extend(stages)
-    content: bytes = model.SerializeToString()
-    return content
-
-
-def letterboxed(images: Sequence[Image], size: tuple[int, int]) -> Image:
-    """The predictor's letterbox: images of any size -> uint8 [B, H, W, 3] of `size`."""
-    canvas = np.empty((len(images), *size, 3), np.uint8)
-    place_images(images, canvas)
-    return canvas
 
 
 def to_canvas(outputs: Arrays, letterbox: Letterbox) -> Arrays:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.export.letterbox import place_images
+from norton_deploy.export.letterbox import letterboxed
 from norton_deploy.parity.comparison import Pairing, pair_detections
 from norton_deploy.parity.eager_stages import EagerStages
 
@@ -72,8 +72,7 @@ def measure_sampling_effect(
     pairings: list[Pairing] = []
     detections = 0
     for image in images:
-        canvas = np.empty((1, *image_size, 3), np.uint8)
-        place_images([image], canvas)
+        canvas = letterboxed([image], image_size)
         first, second = (run.whole(canvas)[0] for run in runs)
         detections += len(first)
         pairings.append(pair_detections(first, second, score_threshold=0.0, max_detections=limit, score_tolerance=0.0))

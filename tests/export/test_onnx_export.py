@@ -24,9 +24,9 @@ DYNAMIC = {"NonZero", "NonMaxSuppression", "RoiAlign", "Loop", "If", "Scan", "Un
 @pytest.mark.parametrize("task", TASKS)
 def test_graph_equals_eager_mode_in_every_stage(task: Task, target: Target, exported: Callable) -> None:
     model, path = exported(task, target)
-    report = check_parity(model, path, list(blobs(4, seed=5).numpy()))
+    report = check_parity(model, path, list(blobs(3, seed=5).numpy()))
     assert report.passed, report.table()
-    assert report.detections == 80 and report.images == 4
+    assert report.detections == 80 and report.images == 4  # the second batch of 2 is filled up
     assert report.inexact == {"nms_converged": 0, "candidates_complete": 0}
     names = [stage.name for stage in report.stages]
     assert list(dict.fromkeys(names))[:6] == ["backbone", "fpn", "rpn", "proposals", "boxes", "detections"]
