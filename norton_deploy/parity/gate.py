@@ -19,10 +19,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from norton_deploy.cost.session import make_session
 from norton_deploy.errors import UserError
 from norton_deploy.export.letterbox import Letterbox, letterboxed
-from norton_deploy.export.onnx_export import STAGE_PREFIX, with_stage_outputs
+from norton_deploy.export.onnx_export import STAGE_PREFIX, read_contract, with_stage_outputs
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image
-from norton_deploy.inference.static_graph import decode_outputs, to_graph_input
+from norton_deploy.inference.static_graph import StaticGraphPredictor, decode_outputs, to_graph_input
 from norton_deploy.parity.comparison import (
     Arrays,
     keypoint_distances,
@@ -44,8 +44,7 @@ class Tolerances:
 
     Attributes:
         tensor: largest difference of a feature map, logit or delta, relative to the largest value.
-        box_px, score, mask_iou, keypoint_px: for pairs of detections.
-        mask_probability: for pixels of box-local masks.
+        box_px, score, mask_iou, keypoint_px, mask_probability: for pairs of detections, pixels of box-local masks.
         share: of the pairs (or pixels) of an image, how many must be within these limits.
         unmatched: share of detections that may lack a partner (those at a cut are not counted).
     """
@@ -76,8 +75,7 @@ class StageResult:
         name: resize, backbone, fpn, rpn, proposals, boxes, detections, masks, heatmaps, keypoints or final.
         measure: what is compared, with its unit.
         worst: over all images.
-        limit: what is allowed; a lower bound for IoU, an upper bound for everything else.
-        is_lower_bound: which of the two.
+        limit, is_lower_bound: what is allowed; a lower bound for IoU, an upper bound for everything else.
     """
 
     name: str
@@ -94,8 +92,7 @@ class StageResult:
 
 @dataclass
 class ParityReport:
-    """Attributes: the file; images compared; detections compared; results in the order of the stages; images for
-    which a static shortcut of the graph was not exact, by flag."""
+    """Attributes: the file; images and detections compared; stages; batches with an inexact shortcut, by flag."""
 
     graph: str
     precision: str
@@ -156,6 +153,7 @@ def check_parity(
     onnx_path: str | Path,
     images: Sequence[Image],
     *,
+    predictor: StaticGraphPredictor | None = None,
     tolerances: Tolerances | None = None,
 ) -> ParityReport:
     """Compare an exported graph, run by ONNX Runtime on the CPU, with its model in eager mode.
@@ -166,15 +164,19 @@ def check_parity(
         images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. The last batch is filled up from
             the first images. Where the graph resizes its input itself, its result is compared with the predictor's
             letterbox, and is what eager mode is given.
+        predictor: what runs the whole graph for the last stage, by default ONNX Runtime on the CPU; an engine that was
+            built from the graph is compared by giving it here.
         tolerances: by default those of the graph's precision.
 
     Raises:
-        UserError: no images, or a file that `export_onnx` did not write.
+        UserError: no images, a file that `export_onnx` did not write, or a predictor of another graph.
     """
     if not images:
         raise UserError("parity: no images to compare on")
-    graph = OnnxRuntimePredictor(Path(onnx_path), device="cpu")
-    contract = graph.contract
+    graph = predictor or OnnxRuntimePredictor(Path(onnx_path), device="cpu")
+    contract = read_contract(onnx_path)
+    if graph.contract != contract:
+        raise UserError(f"{graph.name}: was not made from {onnx_path}")
     staged = make_session(with_stage_outputs(onnx_path), "cpu")
     names = [output.name for output in staged.get_outputs()]
     report = ParityReport(str(onnx_path), contract.precision)
@@ -215,8 +217,7 @@ def to_canvas(outputs: Arrays, letterbox: Letterbox) -> Arrays:
 
 def decoded(outputs: Arrays, eager: EagerStages, mask_paste: MaskPaste) -> list[Detections]:
     """The predictor's decoding of a batch, in canvas pixels, of all labels, whether they have a category or not."""
-    frame = Letterbox.fit(eager.image_size, eager.image_size)
-    rows = range(len(outputs["boxes"]))
+    frame, rows = Letterbox.fit(eager.image_size, eager.image_size), range(len(outputs["boxes"]))
     return [decode_outputs(outputs, index, frame, eager.labels, mask_paste) for index in rows]
 
 

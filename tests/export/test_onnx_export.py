@@ -14,6 +14,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.onnx_export import read_contract, weights_digest
 from norton_deploy.export.static_rcnn import TARGETS, Target
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.parity.gate import check_parity
 from norton_deploy.structures import TASKS, Task
 
@@ -85,6 +86,18 @@ def test_gate_names_the_first_stage_that_is_off(part: str, stage: str, exported:
     assert not report.passed
     with pytest.raises(UserError, match=f"first in stage '{stage}'"):
         report.require()
+
+
+def test_an_engines_outputs_are_compared_as_the_last_stage(exported: Callable) -> None:
+    model, path = exported("box", "onnxruntime")
+    engine = OnnxRuntimePredictor(path, device="cpu")
+    run = engine.run
+    engine.run = lambda batch: (found := run(batch)) | {"boxes": found["boxes"] + 1}  # type: ignore[method-assign]
+    images = list(blobs(2, seed=5).numpy())
+    with pytest.raises(UserError, match="first in stage 'final'"):
+        check_parity(model, path, images, predictor=engine).require()
+    with pytest.raises(UserError, match="was not made from"):
+        check_parity(model, exported("mask", "onnxruntime")[1], images, predictor=engine)
 
 
 def test_foreign_files(tmp_path: Path) -> None:
