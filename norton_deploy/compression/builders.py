@@ -1,33 +1,15 @@
-"""Dense or compressed models with random weights, from one builder each.
+"""Dense or compressed models with random weights, from one builder each."""
 
-A freshly initialised detector overflows fp16 (its residual stream doubles at every block) and finds nothing (every
-class scores 1 / classes). Both make an export look fine, or broken, for the wrong reason; `random_detector` is one to
-try a target with before there is anything to deploy.
-"""
-
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from norton_deploy.compression.compress import compress
-from norton_deploy.compression.reestimate import reestimate_batch_norm
-from norton_deploy.data.synthetic.dataset import draw_scene
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Task
-
-LOGIT_SPREAD = 2.0
-"""Standard deviation that objectness, class and mask logits are scaled to."""
-BRANCH_GAIN = 0.25
-"""Share of a residual branch beside its identity; with 1, rounding errors grow from block to block as in no
-trained network, and the comparison with eager mode would measure that."""
 
 
 def build_detector(
@@ -52,53 +34,3 @@ def build_classifier(settings: ClassifierSettings, plan: CompressionPlan | None 
     """
     model = build_dense_classifier(settings)
     return model if plan is None else compress(model, plan, starts=1)
-
-
-def random_detector(task: Task, image_size: tuple[int, int], plan: CompressionPlan | None = None) -> FasterRCNN:
-    """A detector with calibrated random weights, always the same, for images of (height, width); in eval mode."""
-    settings = DetectorSettings(min_size=min(image_size), max_size=max(image_size))
-    settings = replace(settings, num_classes=2) if task == "keypoint" else settings
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build_detector(task, settings, plan)
-    scenes = [draw_scene(seed, image_size).image for seed in (1000, 1001)]
-    pixels = [torch.from_numpy(scene).permute(2, 0, 1).to(torch.float32) / 255 for scene in scenes]
-    calibrate_random_detector(model, pixels, settings)
-    return model.eval()
-
-
-@torch.no_grad()
-def calibrate_random_detector(model: GeneralizedRCNN, images: Sequence[Tensor], settings: DetectorSettings) -> None:
-    """Weaken residual branches, re-estimate BatchNorm and scale the last layers of the heads, in place.
-
-    Args:
-        model: a detector with random weights; left in eval mode.
-        images: float [3, H, W], 0..1 RGB, one or more.
-        settings: what the model was built from.
-    """
-    model.eval()
-    for block in model.modules():
-        if isinstance(block, Bottleneck | BasicBlock):
-            norm = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-            norm.weight.fill_(BRANCH_GAIN)
-    reestimate_batch_norm(model, images, settings)
-    batch, _ = model.transform(list(images))
-    maps = model.backbone(batch.tensors)
-    logits, _ = model.rpn.head(list(maps.values()))
-    _scale(model.rpn.head.cls_logits, torch.cat([level.flatten() for level in logits]))
-    proposals, _ = model.rpn(batch, maps)
-    heads = model.roi_heads
-    classes, _ = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, batch.image_sizes)))
-    _scale(heads.box_predictor.cls_score, classes)
-    if heads.has_mask():
-        some = [part[:8] for part in proposals]
-        masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, some, batch.image_sizes)))
-        _scale(heads.mask_predictor.mask_fcn_logits, masks)
-
-
-def _scale(layer: nn.Conv2d | nn.Linear, outputs: Tensor) -> None:
-    """Scale a layer so that these outputs of its would have mean 0 and the spread `LOGIT_SPREAD`."""
-    gain = LOGIT_SPREAD / float(outputs.std().clamp(min=1e-12))
-    layer.weight.mul_(gain)
-    if layer.bias is not None:
-        layer.bias.sub_(outputs.mean()).mul_(gain)

@@ -11,9 +11,9 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.checkpoints.published_weights import published_categories
-from norton_deploy.compression.builders import random_detector
 from norton_deploy.compression.lower_model import lower_model
 from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.random_detector import random_detector
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.synthetic.dataset import draw_scene
 from norton_deploy.errors import UserError
