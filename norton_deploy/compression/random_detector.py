@@ -17,6 +17,7 @@ from norton_deploy.compression.builders import build_detector
 from norton_deploy.compression.reestimate import reestimate_batch_norm
 from norton_deploy.data.synthetic.dataset import draw_scene
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 
@@ -29,7 +30,7 @@ trained network, and the comparison with eager mode would measure that."""
 
 def random_detector(task: Task, image_size: tuple[int, int], plan: CompressionPlan | None = None) -> FasterRCNN:
     """A detector with calibrated random weights, always the same, for images of (height, width); in eval mode."""
-    settings = DetectorSettings(min_size=min(image_size), max_size=max(image_size))
+    settings = DetectorSettings(image=ImageSettings(min_size=min(image_size), max_size=max(image_size)))
     settings = replace(settings, num_classes=2) if task == "keypoint" else settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

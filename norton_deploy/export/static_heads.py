@@ -18,7 +18,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.heatmap_argmax import best_pixel
 from norton_deploy.export.heatmap_axis import Tables, search_tables
 from norton_deploy.export.static_boxes import StaticNMS, at_least, box_limits, clip_boxes, decode_boxes, gather_rows
-from norton_deploy.models.keypoint_predictor import NormalisedKeypointPredictor
+from norton_deploy.models.detectron2_layers import NormalisedKeypointPredictor
 
 MIN_BOX_SIZE = 1e-2
 """Side in pixels below which torchvision drops a detection (a constant in `postprocess_detections`)."""

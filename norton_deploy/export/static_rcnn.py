@@ -21,7 +21,7 @@ from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, StaticNMS
 from norton_deploy.export.static_heads import UP_SCALE, StaticBoxHead, StaticKeypointHead, StaticMaskHead
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 from norton_deploy.export.static_rpn import StaticRPN
-from norton_deploy.models.image_transform import DetectorTransform
+from norton_deploy.models.detectron2_layers import DetectorTransform
 from norton_deploy.structures import MaskPaste, Task
 
 TARGETS: tuple[Target, ...] = get_args(Target)

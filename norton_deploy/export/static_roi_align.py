@@ -17,7 +17,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops.poolers import MultiScaleRoIAlign, _setup_scales
 
 from norton_deploy.errors import UserError
-from norton_deploy.models.pyramid_roi_align import PyramidRoIAlign
+from norton_deploy.models.detectron2_layers import PyramidRoIAlign
 
 GATHER_CHUNK = 256
 """RoIs gathered at once; 784 rows of 256 fp32 channels each, 1000 RoIs in one piece would take 800 MB."""

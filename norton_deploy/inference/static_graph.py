@@ -213,7 +213,7 @@ def paste_masks(
 def paste_subpixel(
     masks: npt.NDArray[np.float32], boxes: npt.NDArray[np.float32], image_size: tuple[int, int], threshold: float
 ) -> npt.NDArray[np.bool_]:
-    """`paste_masks` at subpixel positions: as `norton_deploy.models.image_transform.paste_subpixel`, box by box."""
+    """`paste_masks` at subpixel positions: as `norton_deploy.models.detectron2_layers.paste_subpixel`, box by box."""
     pasted = np.zeros((len(masks), *image_size), dtype=bool)
     for mask, (x1, y1, x2, y2), target in zip(masks, boxes, pasted, strict=True):
         rows, vertical = _centre_weights(y1, y2, image_size[0], len(mask))

@@ -104,13 +104,10 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
 
 def _complexity(checkpoint: Path) -> Complexity:
     from norton_deploy.checkpoints.checkpoint import load_checkpoint
-    from norton_deploy.models.detectors import DetectorSettings
 
     loaded = load_checkpoint(checkpoint)
     settings = loaded.header.settings
-    assert isinstance(settings, DetectorSettings)
-    size = (settings.min_size, settings.min_size)
-    return count_complexity(loaded.model, size, proposals=settings.rpn_post_nms[1])
+    return count_complexity(loaded.model, settings.input_size, proposals=settings.proposals)
 
 
 def _row(

@@ -12,21 +12,16 @@ from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoi
 from norton_deploy.compression.random_detector import LOGIT_SPREAD, calibrate_random_detector
 from norton_deploy.data.synthetic.dataset import CATEGORIES, draw_scene
 from norton_deploy.export.tensorrt_build import EngineManifest, is_installed
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Categories
 
 SETTINGS = DetectorSettings(
     num_classes=7,
-    backbone="resnet18",
-    fpn_channels=16,
-    box_features=32,
-    anchor_sizes=(16, 32, 48, 64, 96),
-    canonical_scale=64,
-    min_size=96,
-    max_size=128,
-    rpn_pre_nms=(100, 60),
-    rpn_post_nms=(100, 50),
-    detections_per_image=10,
+    backbone=BackboneSettings("resnet18", fpn_channels=16),
+    roi=RoiSettings(box_features=32, canonical_scale=64, detections_per_image=10),
+    rpn=RpnSettings(anchor_sizes=(16, 32, 48, 64, 96), pre_nms=(100, 60), post_nms=(100, 50)),
+    image=ImageSettings(96, 128),
 )
 
 
