@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
 from norton_deploy.structures import METADATA_KEY, Categories, MaskPaste, Task
 
-FORMAT = 1
+FORMAT = 2
 INPUT_NAME = "images"
 # Whether the graph's two shortcuts (unrolled NMS, limited candidates) were exact for a batch.
 FLAGS = ("nms_converged", "candidates_complete")
@@ -86,28 +87,8 @@ class GraphContract:
         return tuple(output.name for output in self.outputs if output.name in FLAGS)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; `from_json` reads them."""
-        return {
-            "format": FORMAT,
-            "task": self.task,
-            "image_size": list(self.image_size),
-            "input_size": list(self.input_size),
-            "batch": self.batch,
-            "max_detections": self.max_detections,
-            "score_threshold": self.score_threshold,
-            "categories": self.categories.to_list(),
-            "input": {
-                "name": self.input_name,
-                "dtype": self.input_dtype,
-                "layout": "NHWC RGB" if self.input_dtype == "uint8" else "NCHW RGB 0..1",
-            },
-            "outputs": [{"name": out.name, "dtype": out.dtype, "shape": list(out.shape)} for out in self.outputs],
-            "target": self.target,
-            "precision": self.precision,
-            "weights_sha256": self.weights_sha256,
-            "resize": self.resize,
-            "mask_paste": self.mask_paste,
-        }
+        """The fields and the format's number, for JSON; `from_json` reads them."""
+        return {"format": FORMAT} | asdict(self)
 
     @classmethod
     def parse(cls, text: str, source: str) -> GraphContract:
@@ -122,49 +103,18 @@ class GraphContract:
             raise UserError(f"{source}: metadata '{METADATA_KEY}' is not JSON; export the model again") from error
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any], source: str) -> GraphContract:
+    def from_json(cls, values: dict[str, Any], source: str) -> GraphContract:
         """Inverse of `to_json`.
 
         Raises:
             UserError: another format, or a missing or impossible field; names `source`.
         """
-        found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
         if found != FORMAT:
             raise UserError(f"{source}: metadata format {found!r}, this version reads {FORMAT}; export the model again")
-        try:
-            contract = cls(
-                task=_choice(fields, "task", Task),
-                image_size=(int(fields["image_size"][0]), int(fields["image_size"][1])),
-                input_size=(int(fields["input_size"][0]), int(fields["input_size"][1])),
-                batch=int(fields["batch"]),
-                max_detections=int(fields["max_detections"]),
-                categories=Categories.from_list(fields["categories"]),
-                input_dtype=_choice(fields["input"], "dtype", InputDtype),
-                outputs=tuple(
-                    OutputTensor(str(out["name"]), str(out["dtype"]), tuple(int(side) for side in out["shape"]))
-                    for out in fields["outputs"]
-                ),
-                target=_choice(fields, "target", Target),
-                precision=_choice(fields, "precision", Precision),
-                resize=_choice(fields, "resize", Resize),
-                weights_sha256=str(fields["weights_sha256"]),
-                score_threshold=float(fields["score_threshold"]),
-                mask_paste=_choice(fields, "mask_paste", MaskPaste),
-                input_name=str(fields["input"]["name"]),
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"{source}: metadata '{METADATA_KEY}' has no valid field {error}; export the model again"
-            ) from error
+        contract = from_mapping(cls, {name: values[name] for name in values if name != "format"}, f"{source}: metadata")
         if contract.resize != "graph" and contract.input_size != contract.image_size:
             raise UserError(f"{source}: metadata: input_size differs from image_size, but resize is not 'graph'")
         if min(*contract.image_size, *contract.input_size, contract.batch, contract.max_detections) < 1:
             raise UserError(f"{source}: metadata: sizes, batch and max_detections must be positive")
         return contract
-
-
-def _choice(fields: dict[str, Any], name: str, choices: Any) -> Any:
-    """A field that has one of a Literal's values."""
-    if fields[name] not in get_args(choices):
-        raise ValueError(f"{name} '{fields[name]}' (expected {', '.join(get_args(choices))})")
-    return fields[name]

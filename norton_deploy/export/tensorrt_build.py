@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.onnx_export import read_contract
@@ -69,13 +70,14 @@ class EngineManifest:
             raise UserError(f"{engine_path}: no such engine")
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            if fields.pop("format") != MANIFEST_FORMAT or fields["engine"] not in MODULE_OF_ENGINE:
+            if fields.pop("format") != MANIFEST_FORMAT:
                 raise UserError(f"{path}: a manifest of another version; build the engine again")
-            manifest = cls(**fields | {"contract": GraphContract.from_json(fields["contract"], str(path))})
+            contract = GraphContract.from_json(fields.pop("contract"), str(path))
         except OSError as error:
             raise UserError(f"{path}: no manifest beside the engine; build it with export_trt") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not an engine manifest ({error}); build the engine again") from error
+        manifest = from_mapping(cls, fields | {"contract": contract}, str(path))
         if sha256_of(engine_path) != manifest.engine_sha256:
             raise UserError(
                 f"{engine_path}: its SHA-256 is not the manifest's; it was changed or replaced, build it again"

@@ -62,7 +62,7 @@ def test_export_onnx_with_evaluation(checkpoint: Path, tmp_path: Path, tiny_coco
         "before": {"bbox"},
         "after": {"bbox"},
     }
-    assert report["contract"]["categories"][0]["name"] == "person"
+    assert report["contract"]["categories"]["names"][0] == "person"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["box.onnx", "report.json"]
 
 
