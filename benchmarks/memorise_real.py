@@ -35,7 +35,8 @@ from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.inference.drawing import draw_detections
-from norton_deploy.inference.predictor import load_predictor, read_image
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import provenance

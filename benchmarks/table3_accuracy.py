@@ -27,7 +27,8 @@ from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
-from norton_deploy.inference.predictor import Predictor, load_predictor
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Predictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict

@@ -14,7 +14,8 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.drawing import draw_detections
-from norton_deploy.inference.predictor import Predictor, load_predictor, read_image
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Predictor, read_image
 from norton_deploy.reporting.latency import LatencyRun, measure_alternating
 from norton_deploy.reporting.page import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance

@@ -72,7 +72,7 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     from norton_deploy.data.synthetic import draw_scene
     from norton_deploy.export.onnx_export import export_onnx
     from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
-    from norton_deploy.inference.predictor import load_predictor
+    from norton_deploy.inference.loading import load_predictor
     from norton_deploy.inference.torch_backend import TorchPredictor
     from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
     from norton_deploy.models.detectors import DetectorSettings, build_dense_detector

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.fixed_sampling import EXPORTED_SAMPLES, fix_sampling, is_adaptive
-from norton_deploy.export.static_keypoints import StaticKeypointHead
+from norton_deploy.export.static_heads import StaticKeypointHead
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
-from norton_deploy.export.static_roi_align import StaticRoIAlign
+from norton_deploy.export.static_roi_align import EXPORTED_SAMPLES, StaticRoIAlign, fix_sampling, is_adaptive
 from norton_deploy.models.detector_parts import BackboneSettings, Detectron2Settings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.models.detectron2_layers import PyramidRoIAlign

@@ -10,7 +10,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import roi_align
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.mask_paste import paste_masks
+from norton_deploy.inference.static_graph import paste_masks
 from norton_deploy.models.detector_parts import BackboneSettings, Detectron2Settings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.models.detectron2_layers import (
