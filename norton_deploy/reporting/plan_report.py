@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from norton_deploy.reporting.page import Heading, Paragraph, Picture, Report
-from norton_deploy.reporting.table3 import provenance_table
+from norton_deploy.reporting.provenance import provenance_table
 from norton_deploy.reporting.tables import Table
 
 

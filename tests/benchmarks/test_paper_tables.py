@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import rivals, table1_cifar, table4_rank
 from benchmarks.lib.recovery import Recovery, RecoverySettings, network_nmse
-from benchmarks.lib.rival_chains import chain, chain_macs
+from benchmarks.lib.rival_layers import chain, chain_macs
 from benchmarks.lib.rival_layers import map_sizes
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.compression.compress import apply_structure

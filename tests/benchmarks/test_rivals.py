@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks.lib.rival_chains import chain, chain_macs, chain_params, ranks_within
+from benchmarks.lib.rival_layers import chain, chain_macs, chain_params, ranks_within
 from benchmarks.lib.rivals import RIVALS, LayerCP, ReshapedCP, Tucker2, decompose_layer, rival_nmse
 from norton_deploy.errors import UserError
 

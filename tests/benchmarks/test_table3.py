@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import table3
-from benchmarks.lib.stage_split import STAGES
+from benchmarks.lib.stages import STAGES
 from norton_deploy.errors import UserError
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.reporting.table3 import AUTHORS_ORT, DENSE_EAGER, DENSE_ORT, NORTON_EAGER, NORTON_ORT

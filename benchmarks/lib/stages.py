@@ -1,22 +1,26 @@
-"""Where the time goes inside a detector: backbone, FPN + RPN, heads, post-processing."""
+"""Where the time goes inside a detector: backbone, FPN + RPN, heads, post-processing.
+
+Which stage a node of an exported graph belongs to follows from the tensors between the stages, which the graph names.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
-from benchmarks.lib.graph_stages import read_graph_stages, stages_of_events
 from norton_deploy.cost.complexity import Complexity
 from norton_deploy.errors import UserError
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Predictor
 from norton_deploy.inference.torch_backend import TorchPredictor
 
@@ -25,6 +29,19 @@ HEADS = ("box_roi_pool", "box_head", "box_predictor", "mask_roi_pool", "mask_hea
          "keypoint_roi_pool", "keypoint_head", "keypoint_predictor")  # fmt: skip
 OUTER_STAGES = {"decode_ms": "decode", "preprocess_ms": "preprocess", "copy_ms": "copy",
                 "postprocess_ms": "postprocess"}  # fmt: skip
+EVENT_SUFFIX = "_kernel_time"
+LAYOUT_SUFFIX = "_nchwc"
+# In the order of the data flow: whatever a boundary needs that no earlier one needed is its stage.
+# A boundary that a graph lacks (masks in a box detector) is passed over.
+BOUNDARIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("backbone", ("stage/body.",)),
+    ("fpn_rpn", ("stage/fpn.", "stage/rpn_logits.", "stage/rpn_deltas.", "stage/proposals", "stage/proposal_valid")),
+    ("heads", ("stage/class_logits", "stage/box_deltas")),
+    ("postprocess", ("boxes", "scores", "labels", "num_detections")),
+    ("heads", ("masks", "stage/heatmaps")),
+)  # fmt: skip
+LAST_STAGE = "postprocess"
+NEEDED = ("stage/body.", "stage/proposals", "stage/class_logits")
 
 
 @dataclass(frozen=True)
@@ -127,10 +144,11 @@ def _split_torch(predictor: TorchPredictor, images: Sequence[Path], calls: int) 
 
 
 def _split_onnxruntime(predictor: Predictor, images: Sequence[Path], calls: int) -> StageSplit:
-    from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-
     assert isinstance(predictor, OnnxRuntimePredictor)
-    graph = read_graph_stages(Path(predictor.name))
+    graph = onnx.load(predictor.name, load_external_data=False).graph
+    stage_of_name = stages_of_nodes(graph.node, predictor.name)
+    shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    proposals = shapes["stage/proposals"][1] if "stage/proposals" in shapes else None  # rows of the tensor
     with tempfile.TemporaryDirectory() as folder:
         profiled = OnnxRuntimePredictor(
             Path(predictor.name), providers=predictor.providers, profile_prefix=Path(folder) / "profile"
@@ -144,11 +162,11 @@ def _split_onnxruntime(predictor: Predictor, images: Sequence[Path], calls: int)
                 total_ms[stage] += timing[field]
             total_ms["other"] += timing["infer_ms"]
         events = json.loads(profiled.end_profiling().read_text())
-    for stage, time_ms in stages_of_events(events, graph.stage_of_name, skip_runs=1).items():
+    for stage, time_ms in stages_of_events(events, stage_of_name, skip_runs=1).items():
         total_ms[stage] += time_ms
         total_ms["other"] -= time_ms
     stages_ms = {stage: total / calls for stage, total in total_ms.items()}
-    return StageSplit(stages_ms, "ONNX Runtime's profiler, node times by stage", graph.proposals)
+    return StageSplit(stages_ms, "ONNX Runtime's profiler, node times by stage", proposals)
 
 
 def stage_macs(complexity: Complexity) -> dict[str, int]:
@@ -168,3 +186,71 @@ def stage_macs(complexity: Complexity) -> dict[str, int]:
         else:
             raise UserError(f"layer '{layer.name}': not part of a two-stage detector")
     return totals
+
+
+def stages_of_nodes(nodes: Sequence[Any], source: str) -> dict[str, str]:
+    """The stage of every node name of a graph and of every tensor name that a node writes.
+
+    Subgraphs belong to the node that holds them, the graph's own normalisation of the pixels to the backbone.
+
+    Raises:
+        UserError: a tensor between the stages is not there; names `source`.
+    """
+    producer = {output: node for node in nodes for output in node.output if output}
+    for prefix in NEEDED:
+        if not any(name.startswith(prefix) for name in producer):
+            raise UserError(f"{source}: no tensor '{prefix}...' in the graph; export it with this version")
+    stage_of: dict[str, str] = {}
+    for stage, prefixes in BOUNDARIES:
+        waiting = [name for name in producer if name.startswith(prefixes)]
+        while waiting:
+            node = producer.get(waiting.pop())
+            if node is None or node.name in stage_of:
+                continue
+            stage_of[node.name] = stage
+            waiting += _reads(node)
+    for node in nodes:
+        stage_of.setdefault(node.name, LAST_STAGE)
+    tensors = {output: stage_of[node.name] for output, node in producer.items()}
+    return tensors | stage_of
+
+
+def _reads(node: Any) -> Iterable[str]:
+    """Inputs of a node and what its subgraphs take from outside."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _reads(inner)
+
+
+def stages_of_events(
+    events: Sequence[dict[str, Any]], stage_of_name: dict[str, str], *, skip_runs: int
+) -> dict[str, float]:
+    """Sum the node times of an ONNX Runtime profile by stage, in milliseconds.
+
+    ONNX Runtime names a fused node after one of the nodes or tensors it replaces; layout conversions that
+    it inserts have names of their own and count to the stage of the node before them. A node inside another
+    (a loop's body) is part of the outer one.
+
+    Args:
+        events: the profile.
+        stage_of_name: of `stages_of_nodes`.
+        skip_runs: warm-up runs at the beginning that do not count.
+    """
+    runs = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+    first = runs[skip_runs] if len(runs) > skip_runs else 0
+    nodes = [
+        event
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith(EVENT_SUFFIX) and event["ts"] >= first
+    ]
+    total_ms: dict[str, float] = {}
+    stage, outer_end = "backbone", 0
+    for event in sorted(nodes, key=lambda event: (event["ts"], -event["dur"])):
+        if event["ts"] + event["dur"] <= outer_end:
+            continue
+        outer_end = event["ts"] + event["dur"]
+        name = event["name"].removesuffix(EVENT_SUFFIX)
+        stage = stage_of_name.get(name) or stage_of_name.get(name.removesuffix(LAYOUT_SUFFIX)) or stage
+        total_ms[stage] = total_ms.get(stage, 0.0) + event["dur"] / 1e3
+    return total_ms
