@@ -151,9 +151,9 @@ def report(results: ResultCells) -> str:
     settings, cells = results.settings, results.cells
     height, width = settings["image_size"]
     about = (
-        f"Images: {next(iter(cells.values()))['images']}. {height} x {width} pixels, {settings['proposals']} proposals, "
-        f"{settings['detections']} detections, {settings['rounds']} rounds in which the variants take turns; plan "
-        f"{Path(settings['plan']).stem}, rank and rates equal."
+        f"Images: {next(iter(cells.values()))['images']}. {height} x {width} pixels, "
+        f"{settings['proposals']} proposals, {settings['detections']} detections, {settings['rounds']} rounds in which "
+        f"the variants take turns; plan {Path(settings['plan']).stem}, rank and rates equal."
     )
     tables = (part for name, cell in cells.items() for part in (cell_table(name, cell), verdict(cell)))
     return page("# Multiples of kept filters", about, *tables)

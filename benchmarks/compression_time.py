@@ -30,6 +30,7 @@ from norton_deploy.method.subspace_angles import pabs_distance
 
 STRUCTURED_TERMS = (1.0, 0.7, 0.5, 0.3, 0.2)
 STRUCTURED_NOISE = 0.3
+Weights = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,9 @@ def main(settings: Settings) -> int:
     cells: dict[str, Callable[[], dict[str, Any]]] = {}
     for kind in ("he", "structured"):
         for rank in settings.ranks:
-            cells[f"{kind}, rank {rank}"] = lambda kind=kind, rank=rank: {
-                **time_decomposition(weights()[kind], rank, settings), "weights": kind,
-            }  # fmt: skip
+            cells[f"{kind}, rank {rank}"] = partial(time_decomposition, weights, kind, rank, settings)
     for rank in settings.ranks:
-        cells[f"distances, rank {rank}"] = lambda rank=rank: time_distance(weights()["he"], rank, settings)
+        cells[f"distances, rank {rank}"] = partial(time_distance, weights, rank, settings)
     return ResultCells(settings.out, settings_of(settings, "ranks"), report).measure_all(cells)
 
 
@@ -114,8 +113,9 @@ def layers(settings: Settings) -> dict[str, Tensor]:
     return {"he": he, "structured": clean + STRUCTURED_NOISE * clean.std() * torch.randn(shape, generator=generator)}
 
 
-def time_decomposition(weight: Tensor, rank: int, settings: Settings) -> dict[str, Any]:
+def time_decomposition(weights: Weights, kind: str, rank: int, settings: Settings) -> dict[str, Any]:
     """Whole layer at once against one filter at a time, and both errors on the same filters."""
+    weight = weights()[kind]
     factors = decompose_filters(weight, rank)
     found: dict[int, tuple[list[int], list[Any]]] = {}
 
@@ -134,6 +134,7 @@ def time_decomposition(weight: Tensor, rank: int, settings: Settings) -> dict[st
         for filter_, terms in zip(weight[chosen].numpy(), decomposed, strict=True):
             theirs_nmse.append(((filter_ - cp_to_tensor(terms)) ** 2).sum() / (filter_**2).sum())
     return {
+        "weights": kind,
         "rank": rank,
         "ours_ms": spread(turns.of("ours").tolist()),
         "tensorly_ms": spread(theirs_ms.tolist()),
@@ -145,9 +146,9 @@ def time_decomposition(weight: Tensor, rank: int, settings: Settings) -> dict[st
     }
 
 
-def time_distance(weight: Tensor, rank: int, settings: Settings) -> dict[str, Any]:
+def time_distance(weights: Weights, rank: int, settings: Settings) -> dict[str, Any]:
     """All pairs at once (eq. 11) against SciPy pair by pair, the largest difference, and Algorithm 1."""
-    factors = decompose_filters(weight, rank)
+    factors = decompose_filters(weights()["he"], rank)
     modes = [part.double().numpy() for part in (factors.A, factors.B, factors.C)]
     rng = np.random.default_rng(0)
     distance, keep = pabs_distance(factors), settings.filters // 4

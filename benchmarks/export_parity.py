@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 
@@ -29,11 +29,12 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic.dataset import draw_scene
 from norton_deploy.errors import UserError
-from norton_deploy.export.contract import TARGETS, Target
+from norton_deploy.export.contract import Target
 from norton_deploy.inference.predictor import Image, read_image
 from norton_deploy.structures import TASKS, Task
 
 KINDS = ("dense", "NORTON")
+TARGETS: tuple[Target, ...] = get_args(Target)
 CHECKPOINT = "last.safetensors"
 MEASURES = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP (OKS)"}
 CELLS = tuple(f"{task}, {kind}, {target}" for task in TASKS for kind in KINDS for target in TARGETS)

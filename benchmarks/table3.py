@@ -33,7 +33,7 @@ from benchmarks.lib.table3_report import (
     DENSE_ORT,
     NORTON_EAGER,
     NORTON_ORT,
-    table3_report,
+    report,
 )
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.compression.lower_model import lower_model
@@ -85,7 +85,7 @@ def main(settings: Settings) -> int:
         raise UserError("--model and --baseline belong together; give both or neither")
     if settings.model is not None:
         settings = replace(settings, tasks=(trained_pair(settings)[0],))
-    results = ResultCells(settings.out, settings_of(settings, "tasks"), table3_report)
+    results = ResultCells(settings.out, settings_of(settings, "tasks"), report)
     return results.measure_all({task: partial(measure_task, task, settings) for task in settings.tasks})
 
 

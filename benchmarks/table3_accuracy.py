@@ -126,7 +126,7 @@ class Experiment:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         key = {name: getattr(settings, name) for name in SHARED}
-        self.results = ResultCells(settings.out, key, lambda results: accuracy_report(results).to_markdown(RESULTS))
+        self.results = ResultCells(settings.out, key, report)
 
     def run_task(self, task: Task, seed: int, body: Path) -> None:
         """The dense detector of a task, then all its compressed forms."""
@@ -212,6 +212,11 @@ class Experiment:
         for name in models[1:]:
             entries[name]["speedup"] = ledger.speedup(DENSE, name).to_dict()
         return {"models": entries, "seed": seed, "image_size": GRAPH_SIZE}
+
+
+def report(results: ResultCells) -> str:
+    """The tables; no HTML."""
+    return accuracy_report(results).to_markdown(results.path.parent)
 
 
 if __name__ == "__main__":

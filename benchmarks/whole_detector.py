@@ -24,7 +24,7 @@ from norton_deploy.cost.turns import time_in_turns
 
 from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, sgemm_gmacs_per_s, timing_table
-from benchmarks.lib.whole_detector_report import EAGER, ONNX, whole_detector_report
+from benchmarks.lib.whole_detector_report import EAGER, ONNX, report
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Predictor, read_image
 from norton_deploy.inference.torch_backend import TorchPredictor
@@ -72,7 +72,7 @@ def main(settings: Settings) -> int:
         cells[f"detections {count}"] = partial(measure_scaling, "keypoint", changed, models)
     for batch in settings.batches:
         cells[f"batch {batch}"] = partial(measure_scaling, "box", settings, models, batch)
-    return ResultCells(settings.out, key, whole_detector_report).measure_all(cells)
+    return ResultCells(settings.out, key, report).measure_all(cells)
 
 
 def measure_task(task: Task, settings: Settings, models: RandomDetectors) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def _precisions(cells: Sequence[Cell]) -> str:
 
 
 def accuracy_table(cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> Table:
-    """One row per way of training a task's detectors: means over the seeds, the seeds' own values in brackets; then the paper's rows."""
+    """One row per way of training a task's detectors: means over the seeds, the seeds' own values in brackets; then
+    the paper's rows."""
     training = ("Model", "Fine-tuning", "Peak lr", "Distillation")
     boxes = () if task == "box" else ("Box AP / AP50",)
     figures = ("AP", "AP50", "AR", *boxes, "Retention", "MACs (CR)", "Params (CR)", "FPS", "Speed-up")

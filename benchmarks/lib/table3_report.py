@@ -17,20 +17,20 @@ METHOD = """\
 Images of {image_size} pixels, {rounds} rounds in which all models take turns, {proposals} proposals and {detections} \
 detections per image for every model. Δ is the median end-to-end time of one image, decoding included; FPS = 1000 / Δ. \
 MACs are counted without mask or keypoint head, as the paper's are. With random weights every (proposal, class) pair \
-passes the score threshold of 0, so that eager mode runs NMS over some 90,000 boxes, which a trained detector does not; \
-the stage tables show that time as postprocess, and the graphs' decoding keeps the best candidates only. The paper's \
-rows were measured by its authors on an RTX 3060, not here."""
+passes the score threshold of 0, so that eager mode runs NMS over some 90,000 boxes, which a trained detector does \
+not; the stage tables show that time as postprocess, and the graphs' decoding keeps the best candidates only. The \
+paper's rows were measured by its authors on an RTX 3060, not here."""
 
 
-def table3_report(results: ResultCells) -> Report:
+def report(results: ResultCells) -> Report:
     """All measured tasks."""
     settings = results.settings
-    report = Report("Table III: dense and NORTON detectors, measured")
-    report.blocks.append(Paragraph(METHOD.format(**{**settings, "image_size": tuple(settings["image_size"])})))
+    made = Report("Table III: dense and NORTON detectors, measured")
+    made.blocks.append(Paragraph(METHOD.format(**{**settings, "image_size": tuple(settings["image_size"])})))
     if settings["small"]:
-        report.blocks.append(Paragraph("Narrow heads (--small): a trial of the benchmark, not Table III's models."))
+        made.blocks.append(Paragraph("Narrow heads (--small): a trial of the benchmark, not Table III's models."))
     for task, cell in results.cells.items():
-        report.blocks += [
+        made.blocks += [
             Heading(f"{MODEL_NAMES[task]} ({task})"),  # type: ignore[index]
             Paragraph(f"Weights: {cell['weights']}. Images: {cell['images']}."),
             detector_table(detector_rows(cell), "Table III's form", paper=task),  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def table3_report(results: ResultCells) -> Report:
             verdict_table(cell),
             provenance_table(cell["provenance"]),
         ]
-    return report
+    return made
 
 
 def detector_rows(cell: dict[str, Any]) -> list[DetectorRow]:

@@ -25,21 +25,21 @@ The sgemm share is the model's MACs per second over the machine's own rate for f
 the same run."""
 
 
-def whole_detector_report(results: ResultCells) -> Report:
+def report(results: ResultCells) -> Report:
     """All measured cells and their plots, which are written beside the results."""
     settings, cells = results.settings, results.cells
-    report = Report("Compression of whole detectors, measured end to end")
-    report.blocks.append(Paragraph(METHOD.format(**{**settings, "image_size": tuple(settings["image_size"])})))
+    made = Report("Compression of whole detectors, measured end to end")
+    made.blocks.append(Paragraph(METHOD.format(**{**settings, "image_size": tuple(settings["image_size"])})))
     for task, name in MODEL_NAMES.items():
         if task in cells:
-            report.blocks += task_blocks(name, cells[task])
+            made.blocks += task_blocks(name, cells[task])
     for kind, title in SCALING.items():
         if rows := scaling_rows(cells, kind):
-            report.blocks += [Heading(f"Growth: {title}"), scaling_table(title, rows)]
-    report.blocks += [Picture(path, path.stem.replace("_", " ")) for path in draw_plots(cells, results.path)]
+            made.blocks += [Heading(f"Growth: {title}"), scaling_table(title, rows)]
+    made.blocks += [Picture(path, path.stem.replace("_", " ")) for path in draw_plots(cells, results.path)]
     first = next(iter(cells.values()))
-    report.blocks += [Heading("Machine and versions"), provenance_table(first["provenance"])]
-    return report
+    made.blocks += [Heading("Machine and versions"), provenance_table(first["provenance"])]
+    return made
 
 
 def task_blocks(name: str, cell: Cell) -> list[Block]:

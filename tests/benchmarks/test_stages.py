@@ -66,13 +66,13 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     import cv2
     import numpy as np
     import torch
+    from norton_deploy.inference.loading import load_predictor
 
     from benchmarks.lib.stages import STAGES, split_stages
     from norton_deploy.compression.lower_model import lower_model
     from norton_deploy.data.synthetic.scene import draw_scene
     from norton_deploy.export.onnx_export import export_onnx
     from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
-    from norton_deploy.inference.predictor import load_predictor
     from norton_deploy.inference.torch_backend import TorchPredictor
     from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
     from norton_deploy.structures import Categories
