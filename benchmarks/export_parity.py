@@ -27,7 +27,7 @@ from norton_deploy.checkpoints.checkpoint import read_header
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Target
 from norton_deploy.inference.predictor import Image, read_image

@@ -26,8 +26,8 @@ from benchmarks.lib.training_runs import CONFIGS, LAST, read_recipe, train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.object_crops import write_crops
-from norton_deploy.data.synthetic.dataset import write_dataset
+from norton_deploy.data.classification import write_crops
+from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.latency import measure_alternating

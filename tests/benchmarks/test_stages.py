@@ -70,7 +70,7 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
 
     from benchmarks.lib.stages import STAGES, split_stages
     from norton_deploy.compression.lower_model import lower_model
-    from norton_deploy.data.synthetic.scene import draw_scene
+    from norton_deploy.data.synthetic import draw_scene
     from norton_deploy.export.onnx_export import export_onnx
     from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
     from norton_deploy.inference.torch_backend import TorchPredictor
