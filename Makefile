@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test test-all check format clean
 
 setup: $(INSTALLED)
 
@@ -18,8 +18,12 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py --out runs/demo
 
+# A worker for each core, a thread for each worker. `test` leaves out what takes minutes; `test-all` is what CI runs.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 20 --cov norton_deploy
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -25,8 +25,8 @@ from benchmarks.lib.table3_accuracy_report import DENSE, LATENCY, TRAINED, accur
 from benchmarks.lib.training_runs import CONFIGS, LAST, read_recipe, train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.cost.complexity import complexity_of
-from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.classification import write_crops
+from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan

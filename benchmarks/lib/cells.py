@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from matplotlib.figure import Figure
-
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import ResultFile, atomic_write
@@ -20,6 +18,7 @@ from norton_deploy.reporting.tables import Table
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from matplotlib.figure import Figure
 
 S = TypeVar("S", bound="DataclassInstance")
 Cell = dict[str, Any]
@@ -113,7 +112,7 @@ def spread(times_ms: Sequence[float]) -> dict[str, float]:
     return {"median": median(times_ms), "min": min(times_ms), "max": max(times_ms)}
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_figure(figure: "Figure", path: Path) -> Path:
     """Write a figure as PNG; returns its path."""
     with atomic_write(path) as stream:
         figure.savefig(stream, format="png")

@@ -15,6 +15,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import MultiScaleRoIAlign
 
+from norton_deploy.compression.cpd_block import CPDBlock
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -132,7 +134,7 @@ def classifier_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     layers: list[tuple[str, str | None]] = []
     for part in ("features", "classifier"):
         for index, layer in model.get_submodule(part).named_children():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear | CPDBlock):
                 layers.append((f"{part}.{index}", None))
             elif isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
                 layers[-1] = (layers[-1][0], f"{part}.{index}")

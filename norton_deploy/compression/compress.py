@@ -5,7 +5,7 @@ backbone inside a detector, and a detector's plan gives its backbone part to a c
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import cast
 
@@ -23,7 +23,7 @@ from norton_deploy.compression.surgery import (
     replace_submodule,
 )
 from norton_deploy.errors import UserError
-from norton_deploy.method.cp import CPFactors, decompose_filters, max_rank
+from norton_deploy.method.cp import decompose_filters, max_rank
 from norton_deploy.method.filter_choices import FilterChoice, choose_by_angles
 from norton_deploy.method.plan import CompressionPlan
 
@@ -112,29 +112,33 @@ def compress(
     plan = fit_plan(model, plan)
     small = copy.deepcopy(model)
     report = progress or (lambda name: None)
-    factors: dict[str, CPFactors] = {}
     for name, rank in plan.ranks.items():
         conv = _convolution(model, name)
-        factors[name] = decompose_filters(conv.weight.detach(), rank, seed=seed, starts=starts)
-        replace_submodule(small, name, CPDBlock.from_factors(factors[name], conv))
+        factors = decompose_filters(conv.weight.detach(), rank, seed=seed, starts=starts)
+        replace_submodule(small, name, CPDBlock.from_factors(factors, conv))
         report(name)
     kept = {} if kept is None else kept
     groups = channel_groups(model)
-    for name, count in plan.keep.items():
-        layers = [model.get_submodule(producer) for producer in groups[name].producers]
-        if count == output_width(layers[0]):
-            continue
-        filters = [
-            factors[producer] if producer in factors else filter_rows(layer)
-            for producer, layer in zip(groups[name].producers, layers, strict=True)
-        ]
-        kept[name] = choose(filters, count)
-        report(name)
+    kept.update(_chosen_filters(small, groups, plan.keep, choose, report))
     _cut_groups(small, groups, kept)
     for name, layer in model.named_modules():
         if any(not parameter.requires_grad for parameter in layer.parameters(recurse=False)):
             small.get_submodule(name).requires_grad_(False)
     return small.train(model.training)
+
+
+def prune(model: nn.Module, keep: Mapping[str, int], *, choose: FilterChoice = choose_by_angles) -> nn.Module:
+    """Phase 2 of `compress` alone, on a copy of a model that may have been decomposed and fine-tuned before.
+
+    Args:
+        model: classifier or detector; it is not changed.
+        keep: kept filters of every group to prune, as in a plan.
+        choose: see `compress`.
+    """
+    small = copy.deepcopy(model)
+    groups = channel_groups(small)
+    _cut_groups(small, groups, _chosen_filters(small, groups, keep, choose, lambda name: None))
+    return small
 
 
 def apply_structure(model: nn.Module, plan: CompressionPlan) -> nn.Module:
@@ -165,6 +169,26 @@ def apply_structure(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     }
     _cut_groups(model, groups, kept)
     return model
+
+
+def _chosen_filters(
+    model: nn.Module,
+    groups: dict[str, ChannelGroup],
+    keep: Mapping[str, int],
+    choose: FilterChoice,
+    report: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """Group -> filters to keep, int64 [O'] ascending, of all groups that lose any."""
+    kept = {}
+    for name, count in keep.items():
+        layers = [model.get_submodule(producer) for producer in groups[name].producers]
+        if count == output_width(layers[0]):
+            continue
+        kept[name] = choose(
+            [layer.factors() if isinstance(layer, CPDBlock) else filter_rows(layer) for layer in layers], count
+        )
+        report(name)
+    return kept
 
 
 def _cut_groups(model: nn.Module, groups: dict[str, ChannelGroup], kept: dict[str, Tensor]) -> None:

@@ -81,8 +81,47 @@ class Axis(NamedTuple):
         return nothing.reshape(nothing.shape[0], -1, PIECES)
 
 
+class Tables(NamedTuple):
+    """The search's constants for maps of S values, float32.
+
+    Attributes:
+        cuts: [3], where a block's pieces begin in it.
+        left_cells: [3], the cell of the doubled map left of each piece, in its block.
+        piece_cells: [3, 4, 4], `PIECE_CELLS` as weights.
+        controls: [3 U + 1, S + 4], `BLOCK_HULL` for each block of the extended map.
+        piece_hull: [16, 100], `PIECE_HULL` along both axes.
+    """
+
+    cuts: Tensor
+    left_cells: Tensor
+    piece_cells: Tensor
+    controls: Tensor
+    piece_hull: Tensor
+
+
+def search_tables(size: int) -> Tables:
+    """The constants for maps of `size` values. A module keeps them as buffers: a CUDA graph cannot make them."""
+    hull = [
+        [y * x / 64**2 for y in y_weights for x in x_weights] for y_weights in PIECE_HULL for x_weights in PIECE_HULL
+    ]
+    return Tables(
+        torch.tensor([0.0, 0.25, 0.75]),
+        torch.tensor([-0.25, 0.25, 0.75]),
+        torch.tensor(PIECE_CELLS) / 4,
+        block_controls(size),
+        torch.tensor(hull).T.contiguous(),
+    )
+
+
 def best_pixel(
-    maps: Tensor, columns: Tensor, rows: Tensor, largest_side: int, *, blocks: int = 32, pieces: int = 16
+    maps: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    largest_side: int,
+    *,
+    blocks: int = 32,
+    pieces: int = 16,
+    tables: Tables | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Argmax of each map, doubled bilinearly and then resized to [rows, columns] as torchvision does.
 
@@ -91,16 +130,21 @@ def best_pixel(
         columns, rows: [N], whole numbers of pixels, at least 1.
         largest_side: no RoI has more columns or rows.
         blocks, pieces: how many survive each step of the search (see the module).
+        tables: `search_tables(S)` on the maps' device; None makes them.
 
     Returns:
         x, y (whole pixels as floats) and the value there, each [N, K].
     """
     count, keypoints, size = maps.shape[:3]
     extended = F.pad(maps, (BORDER, BORDER, BORDER, BORDER), mode="replicate")
-    x_axis, y_axis = lay_out(columns, size, largest_side), lay_out(rows, size, largest_side)
+    if tables is None:
+        tables = Tables(*(table.to(maps.device) for table in search_tables(size)))
+    x_axis, y_axis = (lay_out(pixels, size, largest_side, tables) for pixels in (columns, rows))
     bound, y_block, x_block = best_blocks(extended, x_axis, y_axis, blocks)
     values = block_values(extended, x_axis, y_axis, y_block, x_block)
-    bound, slot, y_piece, x_piece = best_pieces(values, bound, x_axis, y_axis, y_block, x_block, pieces)
+    bound, slot, y_piece, x_piece = best_pieces(
+        values, bound, x_axis, y_axis, y_block, x_block, pieces, tables.piece_hull
+    )
 
     # A piece without pixels has weights that sum to 1 as well: values far below all others keep it out.
     values = take_rows(values, slot) + torch.where(bound < NOWHERE / 2, NOWHERE, 0.0).reshape(-1, 1)
@@ -148,7 +192,14 @@ def block_values(extended: Tensor, x_axis: Axis, y_axis: Axis, y_block: Tensor, 
 
 
 def best_pieces(
-    values: Tensor, block_bound: Tensor, x_axis: Axis, y_axis: Axis, y_block: Tensor, x_block: Tensor, pieces: int
+    values: Tensor,
+    block_bound: Tensor,
+    x_axis: Axis,
+    y_axis: Axis,
+    y_block: Tensor,
+    x_block: Tensor,
+    pieces: int,
+    hull: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pieces of the kept blocks that have the highest bounds.
 
@@ -156,16 +207,14 @@ def best_pieces(
         values: [N, K * Q, 16] of `block_values`.
         block_bound, y_block, x_block: [N, K, Q] of `best_blocks`.
         pieces: P, at most.
+        hull: `Tables.piece_hull`.
 
     Returns:
         bound; row of `values`; row and column of the piece among all 3 U of an axis: each [N, K, P].
     """
     count, keypoints, found = block_bound.shape
     side = len(PIECE_HULL)
-    hull = [
-        [y * x / 64**2 for y in y_weights for x in x_weights] for y_weights in PIECE_HULL for x_weights in PIECE_HULL
-    ]
-    controls = (values.reshape(-1, 16) @ torch.tensor(hull, device=values.device).T).reshape(-1, 1, side, side)
+    controls = (values.reshape(-1, 16) @ hull).reshape(-1, 1, side, side)
     bound = F.max_pool2d(controls, kernel_size=PIECES + 1, stride=PIECES).reshape(-1, PIECES, PIECES)
     bound = bound.minimum(block_bound.reshape(-1, 1, 1))
     y_outside, x_outside = take_rows(y_axis.emptiness(), y_block), take_rows(x_axis.emptiness(), x_block)
@@ -200,7 +249,7 @@ def divide(index: Tensor, by: int) -> tuple[Tensor, Tensor]:
     return quotient, index - quotient * by
 
 
-def lay_out(pixels: Tensor, size: int, largest: int) -> Axis:
+def lay_out(pixels: Tensor, size: int, largest: int, tables: Tables) -> Axis:
     """Lay the pixels of one axis out on the map.
 
     On an axis of more than S pixels block u is the map's interval from u - 1 to u. On a shorter one, where an
@@ -210,6 +259,7 @@ def lay_out(pixels: Tensor, size: int, largest: int) -> Axis:
         pixels: [N], whole numbers.
         size: S, values of the map.
         largest: no entry of `pixels` is larger.
+        tables: `search_tables(size)`.
     """
     device, dtype = pixels.device, pixels.dtype
     target = pixels[:, None]
@@ -222,7 +272,7 @@ def lay_out(pixels: Tensor, size: int, largest: int) -> Axis:
     share = at - torch.floor(at)
     cut_few = torch.stack([block + 0 * target, block + (share < 0.25), block + (share < 0.75)], dim=-1)
     # Pixels lie at multiples of 1 / (8 S) from the cuts: a little less than that decides the ties.
-    cuts = block[..., None] - 1 + torch.tensor([0.0, 0.25, 0.75], device=device, dtype=dtype)
+    cuts = block[..., None] - 1 + tables.cuts
     cut_many = torch.ceil((cuts + 0.5) * target[..., None] / size - 0.5 - 1 / (16 * size))
     first = torch.where(few[..., None], cut_few, cut_many).flatten(1).clamp(min=0)
     first = first.minimum(target)
@@ -232,31 +282,31 @@ def lay_out(pixels: Tensor, size: int, largest: int) -> Axis:
     within = torch.minimum(first[..., None] + torch.arange(piece_side, device=device, dtype=dtype), last[..., None])
     left_of_piece = left.repeat_interleave(PIECES, dim=1)
     # Cells of the doubled map lie at 1/4 and 3/4; the one left of a piece is at -1/4, 1/4 or 3/4 of its block.
-    left_cell = torch.tensor([-0.25, 0.25, 0.75], device=device, dtype=dtype).repeat(block_count)
+    left_cell = tables.left_cells.repeat(block_count)
     offset = 2 * (map_position(within, target[..., None], size) - (left_of_piece + left_cell)[..., None])
     taps = torch.arange(-1, 3, device=device, dtype=dtype)
     # Within 0..1 but for rounding, and for what stands in pieces without pixels, whose weights must sum to 1 too.
     offset = offset.clamp(min=0, max=1)
     cells = cubic(offset[..., None] - taps).reshape(-1, block_count, PIECES, piece_side, 4)
-    weights = cells @ (torch.tensor(PIECE_CELLS, device=device, dtype=dtype) / 4)
+    weights = cells @ tables.piece_cells
 
     first_of_block, last_of_block = first[:, ::PIECES], last[:, PIECES - 1 :: PIECES]
     sample = torch.arange(PIECES, device=device, dtype=dtype)
     samples = torch.minimum(first_of_block[..., None] + sample, last_of_block[..., None]).flatten(1).clamp(min=0)
     samples = torch.cat([samples, target - 1], dim=1)
     exact = map_weights(samples, target, size)
-    controls = torch.where(target[..., None] <= PIECES * size, exact, block_controls(size, device))
+    controls = torch.where(target[..., None] <= PIECES * size, exact, tables.controls)
     tap = (left + (BORDER - 1)).clamp(min=0, max=size + 2 * BORDER - 4).to(torch.int64)
     return Axis(tap, controls, first, last, weights.reshape(-1, block_count * PIECES, piece_side, 4))
 
 
-def block_controls(size: int, device: torch.device) -> Tensor:
+def block_controls(size: int) -> Tensor:
     """[3 U + 1, S + 4]: `BLOCK_HULL` for each block of the extended map; one constant, not traced step by step."""
     controls = [[0.0] * (size + 2 * BORDER) for _ in range(PIECES * (size + 1) + 1)]
     for block in range(size + 1):
         for index, weights in enumerate(BLOCK_HULL):
             controls[PIECES * block + index][block : block + 4] = [weight / 64 for weight in weights]
-    return torch.tensor(controls, device=device)
+    return torch.tensor(controls)
 
 
 def map_position(pixels: Tensor, target: Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from norton_deploy.export.static_boxes import at_least, clip_boxes, decode_boxes, gather_rows
+from norton_deploy.export.static_boxes import at_least, box_limits, clip_boxes, decode_boxes, gather_rows
 from norton_deploy.export.static_nms import StaticNMS
 
 MIN_BOX_SIZE = 1e-2
@@ -51,6 +51,9 @@ class ChannelsFirstHead(nn.Module):
 class StaticBoxHead(nn.Module):
     """Class scores and boxes of all proposals, reduced to `max_detections` per image."""
 
+    delta_weights: Tensor
+    limits: Tensor
+
     def __init__(
         self,
         roi_heads: RoIHeads,
@@ -74,10 +77,11 @@ class StaticBoxHead(nn.Module):
         is_mlp = isinstance(head, TwoMLPHead)
         self.head = ChannelsLastMLPHead(head, pooled_size) if is_mlp else ChannelsFirstHead(head)
         self.predictor = roi_heads.box_predictor
-        self.coder = roi_heads.box_coder
+        self.largest_log = float(roi_heads.box_coder.bbox_xform_clip)
+        self.register_buffer("delta_weights", torch.tensor(roi_heads.box_coder.weights), persistent=False)
+        self.register_buffer("limits", box_limits(image_size), persistent=False)
         self.score_thresh = float(roi_heads.score_thresh)
         self.nms_thresh = float(roi_heads.nms_thresh)
-        self.image_size = image_size
         self.max_detections = max_detections
         self.candidates = candidates
         self.nms = nms
@@ -112,8 +116,8 @@ class StaticBoxHead(nn.Module):
         label = index - proposal * foreground + 1
         chosen = gather_rows(deltas.reshape(batch, count * classes, 4), proposal * classes + label)
         reference = gather_rows(proposals, proposal)
-        decoded = decode_boxes(chosen, reference, self.coder.weights, self.coder.bbox_xform_clip)
-        boxes = clip_boxes(decoded, self.image_size)
+        decoded = decode_boxes(chosen, reference, self.delta_weights, self.largest_log)
+        boxes = clip_boxes(decoded, self.limits)
         valid = (best > self.score_thresh) & at_least(boxes, MIN_BOX_SIZE)
         keep, converged = self.nms(boxes, valid, label - 1, foreground, self.nms_thresh)
 

@@ -1,21 +1,22 @@
 """Box arithmetic on fixed shapes: decode, clip, size test, IoU, gathering by index; all in fp32.
 
+Limits and weights come as tensors, buffers of whoever calls: a tensor made from numbers on the way is a copy from the
+host, which waits for the GPU and which a CUDA graph cannot record.
+
 Boxes are xyxy in pixels of the graph's image. fp32 is not a preference: an area of 800 x 800 overflows fp16.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float], clip: float) -> Tensor:
+def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Tensor, clip: float) -> Tensor:
     """Apply regression deltas to reference boxes, as torchvision's `BoxCoder.decode_single`.
 
     Args:
         deltas: [..., 4], (dx, dy, dw, dh) scaled by `weights`.
         boxes: [..., 4], the reference boxes.
-        weights: the coder's four weights.
+        weights: [4], the coder's.
         clip: upper limit of dw and dh (`bbox_xform_clip`).
 
     Returns:
@@ -23,16 +24,21 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float], clip: 
     """
     low, high = boxes[..., :2], boxes[..., 2:]
     size = high - low
-    scaled = deltas / deltas.new_tensor(list(weights))
+    scaled = deltas / weights
     centre = scaled[..., :2] * size + (low + 0.5 * size)
     half = 0.5 * (torch.exp(scaled[..., 2:].clamp(max=clip)) * size)
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Clip boxes [..., 4] to the image of `image_size` (height, width)."""
+def box_limits(image_size: tuple[int, int]) -> Tensor:
+    """[4], the largest coordinates of a box in an image of `image_size` (height, width)."""
     height, width = image_size
-    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+    return torch.tensor([width, height, width, height], dtype=torch.float32)
+
+
+def clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
+    """Clip boxes [..., 4] to the image that `limits` (of `box_limits`) belong to."""
+    return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def at_least(boxes: Tensor, min_size: float) -> Tensor:

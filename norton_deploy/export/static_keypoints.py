@@ -7,7 +7,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.heatmap_argmax import best_pixel
+from norton_deploy.export.heatmap_argmax import Tables, best_pixel, search_tables
 from norton_deploy.models.keypoint_predictor import NormalisedKeypointPredictor
 
 UP_SCALE = 2
@@ -20,11 +20,12 @@ class StaticKeypointHead(nn.Module):
     It works on the predictor's maps before they are doubled: the heatmaps themselves are never needed.
     """
 
-    def __init__(self, roi_heads: RoIHeads, image_size: tuple[int, int]) -> None:
+    def __init__(self, roi_heads: RoIHeads, image_size: tuple[int, int], map_size: int = 28) -> None:
         """
         Args:
             roi_heads: supplies the keypoint head and predictor.
             image_size: (height, width) in pixels; no RoI is larger.
+            map_size: S, side of the maps that the head makes, torchvision's by default.
 
         Raises:
             UserError: the predictor is not torchvision's.
@@ -41,6 +42,8 @@ class StaticKeypointHead(nn.Module):
         self.by_probability = isinstance(predictor, NormalisedKeypointPredictor)
         self.low_resolution = predictor.kps_score_lowres
         self.largest_side = max(image_size)
+        for name, table in search_tables(map_size)._asdict().items():
+            self.register_buffer(f"table_{name}", table, persistent=False)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled RoIs [N, P_h, P_w, C] -> maps float32 [N, K, S, S], half as fine as the heatmaps."""
@@ -68,7 +71,8 @@ class StaticKeypointHead(nn.Module):
         x1, y1, x2, y2 = boxes[:, None, :].unbind(-1)
         width, height = (x2 - x1).clamp(min=1), (y2 - y1).clamp(min=1)
         columns, rows = torch.ceil(width), torch.ceil(height)
-        x, y, score = best_pixel(maps, columns[:, 0], rows[:, 0], self.largest_side)
+        tables = Tables(*(self.get_buffer(f"table_{name}") for name in Tables._fields))
+        x, y, score = best_pixel(maps, columns[:, 0], rows[:, 0], self.largest_side, tables=tables)
         x = (x + 0.5) * (width / columns) + x1
         y = (y + 0.5) * (height / rows) + y1
         return torch.stack([x, y, score.exp() if self.by_probability else score], dim=-1)

@@ -17,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from norton_deploy.errors import UserError
 from norton_deploy.export.frame_resize import FrameResize
 from norton_deploy.export.static_box_head import StaticBoxHead
-from norton_deploy.export.static_keypoints import StaticKeypointHead
+from norton_deploy.export.static_keypoints import UP_SCALE, StaticKeypointHead
 from norton_deploy.export.static_masks import StaticMaskHead
 from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, StaticNMS
 from norton_deploy.export.static_roi_align import StaticRoIAlign
@@ -139,7 +139,8 @@ class StaticRCNN(nn.Module):
             self.mask_head = StaticMaskHead(heads)
         elif self.task == "keypoint":
             self.task_pool = self.roi_align(heads.keypoint_roi_pool, sizes)
-            self.keypoint_head = StaticKeypointHead(heads, settings.image_size)
+            map_size = UP_SCALE * self.task_pool.output_size[0]
+            self.keypoint_head = StaticKeypointHead(heads, settings.image_size, map_size)
         self.check_topk()
         self.eval().requires_grad_(False)
 

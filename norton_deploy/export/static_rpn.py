@@ -11,7 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.static_boxes import at_least, clip_boxes, decode_boxes, gather_rows
+from norton_deploy.export.static_boxes import at_least, box_limits, clip_boxes, decode_boxes, gather_rows
 from norton_deploy.export.static_nms import StaticNMS
 
 PADDED_LOGIT = -1.0e4
@@ -20,6 +20,9 @@ PADDED_LOGIT = -1.0e4
 
 class StaticRPN(nn.Module):
     """A detector's region proposal network for one padded image size."""
+
+    delta_weights: Tensor
+    limits: Tensor
 
     def __init__(
         self,
@@ -43,8 +46,9 @@ class StaticRPN(nn.Module):
         super().__init__()
         self.head = rpn.head
         self.nms = nms
-        self.image_size = image_size
-        self.coder = rpn.box_coder
+        self.largest_log = float(rpn.box_coder.bbox_xform_clip)
+        self.register_buffer("delta_weights", torch.tensor(rpn.box_coder.weights), persistent=False)
+        self.register_buffer("limits", box_limits(image_size), persistent=False)
         self.nms_thresh = float(rpn.nms_thresh)
         self.score_thresh = float(rpn.score_thresh)
         self.min_size = float(rpn.min_size)
@@ -112,8 +116,7 @@ class StaticRPN(nn.Module):
             best.append(F.pad(level_best, (0, padding), value=PADDED_LOGIT))
             chosen.append(F.pad(level_chosen, (0, 0, 0, padding)))
             anchors.append(F.pad(level_anchors.reshape(batch, count, 4), (0, 0, 0, padding)))
-        coder = self.coder
-        decoded = decode_boxes(torch.stack(chosen, 1), torch.stack(anchors, 1), coder.weights, coder.bbox_xform_clip)
-        boxes = clip_boxes(decoded, self.image_size)
+        decoded = decode_boxes(torch.stack(chosen, 1), torch.stack(anchors, 1), self.delta_weights, self.largest_log)
+        boxes = clip_boxes(decoded, self.limits)
         scores = torch.sigmoid(torch.stack(best, dim=1))
         return boxes, scores, at_least(boxes, self.min_size) & (scores >= self.score_thresh)

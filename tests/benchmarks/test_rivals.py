@@ -31,10 +31,9 @@ def test_the_error_is_that_of_tensorly(kind: str, ranks: tuple[int, ...]) -> Non
     import tensorly
     from tensorly.decomposition import parafac, partial_tucker
 
-    tensorly.set_backend("pytorch")
     weight = weight_of(12, 10, 3, 3)
     factors = decompose_layer(weight, kind, ranks, starts=1, sweeps=400, tolerance=1e-7)  # type: ignore[arg-type]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tensorly.backend_context("pytorch", local_threadsafe=True):
         warnings.simplefilter("ignore")
         if kind == "tucker2":
             (core, matrices), _ = partial_tucker(weight, ranks, modes=[0, 1], n_iter_max=400, tol=1e-9)

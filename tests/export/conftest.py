@@ -1,9 +1,8 @@
-"""Exported graphs of reduced detectors, each made once per test session."""
+"""Exported graphs of reduced detectors, each made once for all workers."""
 
 import copy
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,19 +23,19 @@ Exported = tuple[FasterRCNN, Path]
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+def exported(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[..., Exported]:
     """(task, target, precision, compressed) -> the detector and its graph (batch 2, 12 unrolled NMS steps)."""
-    folder = tmp_path_factory.mktemp("graphs")
 
-    @cache
     def make(task: Task, target: Target, precision: Precision = "fp32", compressed: bool = False) -> Exported:
         model = compressed_detector(task) if compressed else reduced_detector(task)
-        settings = GraphSettings(IMAGE_SIZE, batch=2, target=target, nms_iterations=12)
-        graph = StaticRCNN(lower_model(copy.deepcopy(model)), settings)
-        if precision == "fp16":
-            to_fp16(graph)
-        path = folder / f"{task}_{target}_{precision}_{compressed}.onnx"
-        export_onnx(graph, path, categories=CATEGORIES, precision=precision, weights_sha256=weights_digest(model))
-        return model, path
+
+        def export(path: Path) -> None:
+            settings = GraphSettings(IMAGE_SIZE, batch=2, target=target, nms_iterations=12)
+            graph = StaticRCNN(lower_model(copy.deepcopy(model)), settings)
+            if precision == "fp16":
+                to_fp16(graph)
+            export_onnx(graph, path, categories=CATEGORIES, precision=precision, weights_sha256=weights_digest(model))
+
+        return model, once(f"{task}_{target}_{precision}_{compressed}.onnx", export)
 
     return make

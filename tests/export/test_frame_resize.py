@@ -3,7 +3,6 @@
 import copy
 import platform
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +30,17 @@ FRAME_SIZE = (135, 240)
 Export = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+@pytest.fixture(scope="session")
+def export(once: Callable[[str, Callable[[Path], None]], Path]) -> Export:
     """(task, input_size, target) -> a graph behind the host's letterbox (None), or one that takes frames."""
-    folder = tmp_path_factory.mktemp("frames")
 
-    @cache
     def make(task: Task, input_size: tuple[int, int] | None, target: Target = "onnxruntime") -> Path:
-        settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=input_size)
-        graph = StaticRCNN(lower_model(copy.deepcopy(reduced_detector(task))), settings)
-        path = folder / f"{task}-{target}-{input_size is None}.onnx"
-        export_onnx(graph, path, categories=CATEGORIES)
-        return path
+        def write(path: Path) -> None:
+            settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=input_size)
+            graph = StaticRCNN(lower_model(copy.deepcopy(reduced_detector(task))), settings)
+            export_onnx(graph, path, categories=CATEGORIES)
+
+        return once(f"frames-{task}-{target}-{input_size is None}.onnx", write)
 
     return make
 

@@ -3,7 +3,7 @@ import torch
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from norton_deploy.export.static_boxes import at_least, clip_boxes, decode_boxes, gather_rows, pairwise_iou
+from norton_deploy.export.static_boxes import at_least, box_limits, clip_boxes, decode_boxes, gather_rows, pairwise_iou
 
 
 def random_boxes(*shape: int, side: float = 100.0, seed: int = 0) -> torch.Tensor:
@@ -18,12 +18,12 @@ def test_decode_equals_torchvision_also_past_the_clip(weights: tuple[float, floa
     deltas = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)) * 6
     coder = BoxCoder(weights)
     expected = coder.decode_single(deltas, boxes)
-    torch.testing.assert_close(decode_boxes(deltas, boxes, weights, coder.bbox_xform_clip), expected)
+    torch.testing.assert_close(decode_boxes(deltas, boxes, torch.tensor(weights), coder.bbox_xform_clip), expected)
 
 
 def test_clip_and_size() -> None:
     boxes = random_boxes(40, side=300.0) - 100
-    torch.testing.assert_close(clip_boxes(boxes, (90, 150)), clip_boxes_to_image(boxes, (90, 150)))
+    torch.testing.assert_close(clip_boxes(boxes, box_limits((90, 150))), clip_boxes_to_image(boxes, (90, 150)))
     sized = torch.tensor([[0.0, 0, 2, 3], [0, 0, 3, 2], [0, 0, 3, 3]])
     assert at_least(sized, 2.5).tolist() == [False, False, True]
 

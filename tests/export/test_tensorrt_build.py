@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,16 @@ from norton_deploy.structures import TASKS, Task
 needs_rtx = pytest.mark.skipif(not tensorrt_build.is_installed("tensorrt-rtx"), reason="tensorrt_rtx is not installed")
 
 
+QUICK = ("mask", "fp16", True)
+"""The one of twelve that belongs to the quick tests."""
+ENGINES = [
+    pytest.param(*engine, marks=() if engine == QUICK else pytest.mark.slow)
+    for engine in product(TASKS, ("fp32", "fp16"), (False, True))
+]
+
+
 @needs_rtx
-@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "precision", "compressed"), ENGINES)
 def test_rtx_engine_is_built_for_an_rtx_3060(
     task: Task, precision: str, compressed: bool, exported: Callable, tmp_path: Path
 ) -> None:
