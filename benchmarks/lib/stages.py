@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from torch import nn
 
 from norton_deploy.cost.complexity import Complexity
 from norton_deploy.errors import UserError
@@ -29,6 +29,7 @@ HEADS = ("box_roi_pool", "box_head", "box_predictor", "mask_roi_pool", "mask_hea
          "keypoint_roi_pool", "keypoint_head", "keypoint_predictor")  # fmt: skip
 OUTER_STAGES = {"decode_ms": "decode", "preprocess_ms": "preprocess", "copy_ms": "copy",
                 "postprocess_ms": "postprocess"}  # fmt: skip
+STAGE_OF_LAYER = {"backbone.body.": "backbone", "backbone.fpn.": "fpn_rpn", "rpn.": "fpn_rpn", "roi_heads.": "heads"}
 EVENT_SUFFIX = "_kernel_time"
 LAYOUT_SUFFIX = "_nchwc"
 # In the order of the data flow: whatever a boundary needs that no earlier one needed is its stage.
@@ -81,65 +82,46 @@ def split_stages(predictor: Predictor, images: Sequence[Path], *, calls: int) ->
     raise UserError(f"{predictor.name}: stages of backend '{predictor.backend}' cannot be told apart")
 
 
-class _ModuleClock:
-    """Adds up the time between a module's pre-hook and hook under a stage's name."""
-
-    def __init__(self, synchronise: Callable[[], None]) -> None:
-        self.total_ms = dict.fromkeys(STAGES, 0.0)
-        self._synchronise = synchronise
-        self._handles: list[Any] = []
-        self._started = 0.0
-
-    def watch(self, module: nn.Module, stage: str) -> None:
-        def before(*_: Any) -> None:
-            self._synchronise()
-            self._started = time.perf_counter()
-
-        def after(*_: Any) -> None:
-            self._synchronise()
-            self.total_ms[stage] += (time.perf_counter() - self._started) * 1e3
-
-        self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 def _split_torch(predictor: TorchPredictor, images: Sequence[Path], calls: int) -> StageSplit:
     model: Any = predictor.model
-    device = predictor.torch_device
+    total_ms = dict.fromkeys(STAGES, 0.0)
+    proposals: list[int] = []
+    started = 0.0
 
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def synchronised() -> float:
+        if predictor.torch_device.type == "cuda":
+            torch.cuda.synchronize(predictor.torch_device)
+        return time.perf_counter()
+
+    def before(*_: Any) -> None:
+        nonlocal started
+        started = synchronised()
+
+    def after(stage: str, *_: Any) -> None:
+        total_ms[stage] += (synchronised() - started) * 1e3
 
     predictor.predict_files([images[0]])
-    proposals: list[int] = []
-    counter = model.rpn.register_forward_hook(lambda _m, _i, output: proposals.append(len(output[0][0])))
-    clock = _ModuleClock(synchronise)
-    clock.watch(model.transform, "preprocess")
-    clock.watch(model.backbone.body, "backbone")
-    clock.watch(model.backbone.fpn, "fpn_rpn")
-    clock.watch(model.rpn, "fpn_rpn")
-    for name in HEADS:
-        module = getattr(model.roi_heads, name, None)
+    watched = [(model.transform, "preprocess"), (model.backbone.body, "backbone"), (model.backbone.fpn, "fpn_rpn")]
+    watched += [(model.rpn, "fpn_rpn"), *((getattr(model.roi_heads, name, None), "heads") for name in HEADS)]
+    handles = [model.rpn.register_forward_hook(lambda _m, _i, output: proposals.append(len(output[0][0])))]
+    for module, stage in watched:
         if module is not None:
-            clock.watch(module, "heads")
+            hooks = module.register_forward_pre_hook(before), module.register_forward_hook(partial(after, stage))
+            handles += hooks
     try:
         for call in range(calls):
-            before_ms = sum(clock.total_ms.values())
+            before_ms = sum(total_ms.values())
             predictor.predict_files([images[call % len(images)]])
             timing = vars(predictor.timing)
-            inside_ms = sum(clock.total_ms.values()) - before_ms
+            inside_ms = sum(total_ms.values()) - before_ms
             for field, stage in OUTER_STAGES.items():
-                clock.total_ms[stage] += timing[field]
+                total_ms[stage] += timing[field]
             # What the model does outside these modules: box selection, heatmap decoding, mask pasting.
-            clock.total_ms["postprocess"] += timing["infer_ms"] - inside_ms
+            total_ms["postprocess"] += timing["infer_ms"] - inside_ms
     finally:
-        clock.close()
-        counter.remove()
-    stages_ms = {stage: total / calls for stage, total in clock.total_ms.items()}
+        for handle in handles:
+            handle.remove()
+    stages_ms = {stage: total / calls for stage, total in total_ms.items()}
     return StageSplit(stages_ms, "torch module hooks, synchronised", float(np.mean(proposals)))
 
 
@@ -175,16 +157,12 @@ def stage_macs(complexity: Complexity) -> dict[str, int]:
     Raises:
         UserError: not a detector's layers.
     """
-    totals = dict.fromkeys(("backbone", "fpn_rpn", "heads"), 0)
+    totals = dict.fromkeys(STAGE_OF_LAYER.values(), 0)
     for layer in complexity.layers:
-        if layer.name.startswith("backbone.body."):
-            totals["backbone"] += layer.macs
-        elif layer.name.startswith(("backbone.fpn.", "rpn.")):
-            totals["fpn_rpn"] += layer.macs
-        elif layer.name.startswith("roi_heads."):
-            totals["heads"] += layer.macs
-        else:
+        stage = next((stage for prefix, stage in STAGE_OF_LAYER.items() if layer.name.startswith(prefix)), None)
+        if stage is None:
             raise UserError(f"layer '{layer.name}': not part of a two-stage detector")
+        totals[stage] += layer.macs
     return totals
 
 
