@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.lower_model import lower_model
@@ -368,6 +369,15 @@ def eager_call(
             return model(planes)
 
     return call
+
+
+def as_torchvision(model: Any) -> Any:
+    """A copy with torchvision's own frozen BatchNorm, which gives float32 under autocast."""
+    plain = copy.deepcopy(model)
+    for layer in plain.modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            layer.__class__ = FrozenBatchNorm2d
+    return plain
 
 
 def without_pasting(model: Any) -> Any:

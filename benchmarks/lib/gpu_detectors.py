@@ -20,6 +20,7 @@ from benchmarks.lib.gpu_bench import (
     Skipped,
     Variant,
     arithmetic,
+    as_torchvision,
     eager_call,
     event_ms,
     explain,
@@ -145,7 +146,7 @@ def table3(bench: Bench, task: Task) -> dict[str, Any]:
     """One row of Table III: static modules in CUDA graphs and torchvision's eager detector, all in turn."""
     if task not in bench.tasks:
         raise Skipped("left out of --smoke")
-    dense = bench.model(task, "dense")
+    dense = as_torchvision(bench.model(task, "dense"))
     calls: dict[str, Any] = {"eager dense fp32": eager_call(bench, dense, "fp32", search=True)}
     calls["eager dense tf32"] = eager_call(bench, dense, "tf32", search=True)
     calls["eager dense fp16 autocast"] = eager_call(bench, dense, "fp32", autocast=True, search=True)

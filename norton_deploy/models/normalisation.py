@@ -11,11 +11,30 @@ from collections.abc import Callable
 from math import gcd
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
 Norm = Literal["frozen", "batch", "sync", "group"]
 GROUPS = 32
+
+
+class TypedFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """`FrozenBatchNorm2d` whose result has its input's type.
+
+    torchvision's gives float32 for half-precision inputs, so that under autocast twice the bytes go through every
+    activation and residual sum after it. PyTorch's BatchNorm with the same fixed statistics computes in float32
+    too, but in one pass and without changing the type.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape and type; in the layer's own type exactly torchvision's result."""
+        if x.dtype == self.weight.dtype:
+            result: Tensor = super().forward(x)
+            return result
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
 
 
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
@@ -24,7 +43,7 @@ def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
 
 
 NORM_LAYERS: dict[Norm, Callable[..., nn.Module]] = {
-    "frozen": FrozenBatchNorm2d,
+    "frozen": TypedFrozenBatchNorm2d,
     "batch": nn.BatchNorm2d,
     "sync": nn.SyncBatchNorm,
     "group": group_norm,

@@ -26,6 +26,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_it_runs_resumes_and_repeats_what_failed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, state = tmp_path / "cifar.json", tmp_path / "state"
     settings = cifar_gpu.Settings(data=images, out=out, state=state, device="cpu", smoke=True, workers=0)
