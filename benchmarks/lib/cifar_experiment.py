@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from benchmarks.lib.result_cells import Cell
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.lib.resident_training import Colours, Loss, ResidentSettings, logits_of, top1_of, train_resident
-from benchmarks.lib.result_cells import Cell
 from norton_deploy.compression.compress import apply_structure, compress
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.resident_images import read_resident_images
