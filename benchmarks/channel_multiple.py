@@ -19,18 +19,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from norton_deploy.cost.layer_shapes import layer_calls
-from norton_deploy.cost.session import make_session
-from norton_deploy.cost.turns import time_in_turns
 from torch import Tensor, nn
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
 from benchmarks.lib.random_detectors import PLANS, WorkSettings, timing_table
 from norton_deploy.compression.channel_groups import channel_groups
 from norton_deploy.compression.compress import fit_plan
-from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import lower_model
 from norton_deploy.compression.surgery import output_width
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
+from norton_deploy.cost.layer_shapes import layer_calls
+from norton_deploy.cost.session import make_session
+from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.export.onnx_export import OPSET
 from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.inference.predictor import Image, Predictor, read_image

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from norton_deploy.cost.turns import paired_speedup, time_in_turns
 from scipy.linalg import subspace_angles
 from tensorly import cp_to_tensor
 from tensorly.decomposition import parafac
 from torch import Tensor
 
 from benchmarks.lib.cells import RESULTS, ResultCells, interval, page, run, settings_of, spread, tabulate
+from norton_deploy.cost.turns import paired_speedup, time_in_turns
 from norton_deploy.method.cp import CPFactors, decompose_filters, layer_nmse, nmse
 from norton_deploy.method.filter_selection import select_filters
 from norton_deploy.method.subspace_angles import pabs_distance

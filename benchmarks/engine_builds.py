@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
-
 from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulate
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Precision
 from norton_deploy.export.tensorrt_build import build_or_explain
+from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.structures import TASKS, Task
 
 

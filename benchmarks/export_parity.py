@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
-
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, tabulate
 from norton_deploy.checkpoints.checkpoint import read_header
 from norton_deploy.checkpoints.open_model import open_model
@@ -31,6 +29,7 @@ from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Target
 from norton_deploy.inference.predictor import Image, read_image
+from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.structures import TASKS, Task
 
 KINDS = ("dense", "NORTON")

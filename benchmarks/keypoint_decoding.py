@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from norton_deploy.cost.session import make_session
-from norton_deploy.cost.turns import time_in_turns
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints
 
 from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulate
+from norton_deploy.cost.session import make_session
+from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.export.heatmap_argmax import best_pixel
 from norton_deploy.export.onnx_export import OPSET
 

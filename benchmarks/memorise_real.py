@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from norton_deploy.inference.loading import load_predictor
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -35,6 +34,7 @@ from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.inference.drawing import draw_detections
+from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.structures import Categories, Detections
@@ -125,7 +125,7 @@ def train_cell(settings: Settings, data: Path, out: Path, **given: Any) -> dict[
         data=data,
         seed=settings.seed,
         precision=settings.precision,
-        detector={"min_size": side, "max_size": 2 * side},
+        detector={"image": {"min_size": side, "max_size": 2 * side}},
         **given,
     )
     figures = train_once(recipe)

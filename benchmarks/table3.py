@@ -36,14 +36,14 @@ from benchmarks.lib.table3_report import (
     report,
 )
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.compression.lower_model import lower_model
-from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.latency import macs_ceiling, measure_alternating
 from norton_deploy.structures import TASKS, Categories, Task
@@ -105,8 +105,9 @@ def trained_pair(settings: Settings) -> tuple[Task, nn.Module, nn.Module, Catego
 
 def random_pair(task: Task, settings: Settings, images: Sequence[Path]) -> tuple[nn.Module, nn.Module, Categories]:
     """A dense detector with seeded random weights and what `plan` makes of it."""
-    narrow = {"fpn_channels": 32, "box_features": 64, "mask_channels": (32,), "keypoint_channels": (32,)}
-    shape = replace(DetectorSettings(), **(narrow if settings.small else {}))  # type: ignore[arg-type]
+    heads = RoiSettings(box_features=64, mask_channels=(32,), keypoint_channels=(32,))
+    narrow = DetectorSettings(backbone=BackboneSettings(fpn_channels=32), roi=heads)
+    shape = narrow if settings.small else DetectorSettings()
     dense, categories = settings.random_detector(task, images, shape)
     return dense, settings.compressed(dense, CompressionPlan.load(settings.plan), images), categories
 

@@ -16,9 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from norton_deploy.inference.loading import load_predictor
-from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
-
 from benchmarks.lib.cells import RESULTS, ResultCells, run
 from benchmarks.lib.narrow_plan import compress_narrow
 from benchmarks.lib.table3_accuracy_report import DENSE, LATENCY, TRAINED, accuracy_report
@@ -29,7 +26,9 @@ from norton_deploy.data.classification import write_crops
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
+from norton_deploy.inference.loading import load_predictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.structures import TASKS, Task
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings

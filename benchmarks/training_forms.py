@@ -17,11 +17,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from norton_deploy.cost.turns import time_in_turns
 from torch import Tensor, nn
 
 from benchmarks.lib.cells import RESULTS, ResultCells, interval, page, run, tabulate
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.training import cpu_forms
 

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.lib.result_cells import Cell
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.lib.cells import Cell
 from benchmarks.lib.resident_training import Colours, Loss, ResidentSettings, logits_of, top1_of, train_resident
 from norton_deploy.compression.compress import apply_structure, compress
 from norton_deploy.cost.complexity import count_complexity

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from norton_deploy.checkpoints.digest import tensors_digest
 from torch import Tensor, nn
 
 from benchmarks.lib.training_runs import train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.reestimate import reestimate_batch_norm
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.classification import ClassificationFolder
@@ -22,7 +22,6 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.reporting.tables import PRECISION_NAMES
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings
 from norton_deploy.training.initial_weights import InitialModel
@@ -85,10 +84,10 @@ class Recovery:
 
     def __init__(self, recovery: RecoverySettings) -> None:
         checkpoint = load_checkpoint(recovery.model)
-        if not isinstance(checkpoint.header.settings, ClassifierSettings) or checkpoint.header.plan is not None:
+        if checkpoint.header.task != "cls" or checkpoint.header.plan is not None:
             raise UserError(f"{recovery.model}: expected a dense classifier")
         self.recovery, self.dense, self.header = recovery, checkpoint.model, checkpoint.header
-        self.settings: ClassifierSettings = checkpoint.header.settings
+        self.settings = checkpoint.header.classifier
         self.val = ClassificationFolder(
             recovery.data,
             "val",

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint
+from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.compression.channel_groups import channel_groups
 from norton_deploy.compression.compress import fit_plan
 from norton_deploy.compression.surgery import output_width
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import provenance
 
 
@@ -55,9 +55,7 @@ def compress_narrow(
         refit: images of the layer-wise least squares; 0 leaves it out.
         reestimate: images of new BatchNorm statistics; 0 leaves them.
     """
-    settings = dense.header.settings
-    assert isinstance(settings, DetectorSettings) and dense.header.task != "cls"
-    full = build_dense_detector(dense.header.task, DetectorSettings(num_classes=settings.num_classes))
+    full = DetectorSettings(num_classes=dense.header.detector.num_classes).build(dense.header.task)
     return compress_checkpoint(
         dense,
         narrow_plan(plan, dense.model, full),

@@ -10,19 +10,19 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from norton_deploy.cost.turns import time_in_turns
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.compress import compress
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
+from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.search.end_to_end import Workload
 from norton_deploy.structures import Categories, Task
@@ -84,7 +84,7 @@ class WorkSettings:
         """A dense detector with seeded random weights, calibrated and equalised, and its categories."""
         classes = 2 if task == "keypoint" else 91
         torch.manual_seed(0)
-        model = build_dense_detector(task, replace(shape or DetectorSettings(), num_classes=classes))
+        model = replace(shape or DetectorSettings(), num_classes=classes).build(task)
         labels = tuple(range(1, classes))
         categories = Categories(labels, labels, tuple(f"class {label}" for label in labels))
         return self._made_equal(model, images), categories

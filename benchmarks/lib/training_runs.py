@@ -14,8 +14,7 @@ from norton_deploy.reporting.provenance import provenance
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
 from norton_deploy.training.detector_training import DetectorTrainingSettings, train_detector
 from norton_deploy.training.initial_weights import InitialModel
-from norton_deploy.training.resume import check_identity
-from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.run_folder import RunFolder, check_identity
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,7 +25,7 @@ LAST = "last.safetensors"
 
 
 def read_recipe(settings_class: type[S], name: str, **given: Any) -> S:
-    """configs/train/NAME.yaml with some fields replaced, those of a nested mapping one by one; None leaves a field out.
+    """configs/train/NAME.yaml with some fields replaced, those of nested mappings one by one.
 
     Raises:
         UserError: the recipe is not there, or a field is wrong.
@@ -34,12 +33,14 @@ def read_recipe(settings_class: type[S], name: str, **given: Any) -> S:
     path = CONFIGS / "train" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"{path}: not found; run the benchmark from the repository's root folder")
-    values = read_yaml(path)
-    for field, value in given.items():
-        if isinstance(value, dict):
-            value = {**values.get(field, {}), **value}
-        values[field] = value
-    return from_mapping(settings_class, {name: value for name, value in values.items() if value is not None}, str(path))
+    return from_mapping(settings_class, _merged(read_yaml(path), given), str(path))
+
+
+def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    changed = {
+        name: _merged(values.get(name, {}), new) if isinstance(new, dict) else new for name, new in given.items()
+    }
+    return {**values, **changed}
 
 
 def train_once(

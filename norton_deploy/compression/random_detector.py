@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from norton_deploy.compression.compress import build_detector
 from norton_deploy.compression.reestimate import reestimate_batch_norm
-from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings
