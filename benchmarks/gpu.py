@@ -159,7 +159,7 @@ def report(results: ResultCells) -> str:
         for name, row in rows.items():
             ratio = row["speedup over eager dense fp32"]["ratio"]
             lines.append(f"{task} {name}: {row['median_ms']:.2f} ms, {ratio:.2f} x")
-    return "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def device_works(bench: Bench) -> bool:
