@@ -32,8 +32,8 @@ from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.cost.form_tuning import CPU, TimingTable, tune_blocks
 from norton_deploy.cost.layer_calls import layer_calls
 from norton_deploy.errors import UserError
-from norton_deploy.export.fixed_sampling import fix_sampling
 from norton_deploy.export.onnx_export import OPSET
+from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.predictor import Image, Predictor, read_image
 from norton_deploy.method.plan import CompressionPlan

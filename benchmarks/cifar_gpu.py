@@ -33,7 +33,6 @@ from benchmarks.lib.cifar_experiment import (
 from benchmarks.lib.result_cells import Cell, ResultCells
 from norton_deploy.compression.compress import prune
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.gpu_forms import use_gpu_forms
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse

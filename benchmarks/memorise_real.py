@@ -35,9 +35,10 @@ from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.inference.drawing import draw_detections
-from norton_deploy.inference.predictor import load_predictor, read_image
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
 from norton_deploy.structures import Categories, Detections
@@ -93,7 +94,12 @@ def main() -> int:
     if not CONFIG.is_file():
         raise UserError(f"{CONFIG}: not found; run the benchmark from the repository's root folder")
     data = same_images_twice(settings)
-    sizes = ("--detector.min_size", str(settings.short_side), "--detector.max_size", str(2 * settings.short_side))
+    sizes = (
+        "--detector.image.min_size",
+        str(settings.short_side),
+        "--detector.image.max_size",
+        str(2 * settings.short_side),
+    )
     run = ("--seed", str(settings.seed), "--precision", settings.precision)
     shape = ("--config", str(CONFIG), "--data", str(data), *run, *sizes)
     dense = settings.work / "dense"
@@ -174,8 +180,7 @@ def same_images_twice(settings: Settings) -> Path:
 def compress(steps: Steps, settings: Settings, plan: Path, dense: Path, out: Path) -> None:
     """The dense detector by the plan in its widths, refitted on the images without their labels."""
     loaded = load_checkpoint(dense)
-    assert isinstance(loaded.header.settings, DetectorSettings)
-    full = build_dense_detector("mask", DetectorSettings(num_classes=loaded.header.settings.num_classes))
+    full = DetectorSettings(num_classes=loaded.header.settings.num_classes).build("mask")
     narrow_plan(CompressionPlan.load(plan), loaded.model, full).save(out / "plan.yaml")
     images = str(settings.data / "train2017")
     argv = ["--model", str(dense), "--plan", str(out / "plan.yaml"), "--refit", images, "--reestimate", images]
@@ -186,9 +191,8 @@ def read_cell(folder: Path) -> dict[str, Any]:
     """Scores and size of a trained detector."""
     figures = json.loads((folder / "metrics.json").read_text())
     loaded = load_checkpoint(folder / "last.safetensors")
-    assert isinstance(loaded.header.settings, DetectorSettings)
-    size = loaded.header.settings.min_size
-    counts = count_complexity(loaded.model, (size, size), proposals=loaded.header.settings.rpn_post_nms[1])
+    found = loaded.header.settings
+    counts = count_complexity(loaded.model, found.input_size, proposals=found.proposals)
     return {
         "steps": figures["steps"],
         "metrics": figures["metrics"],

@@ -12,10 +12,11 @@ import torch
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.checkpoints.published_weights import published_categories
+from norton_deploy.compression.random_detector import calibrate_random_detector
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
-from norton_deploy.export.random_weights import calibrate_random_detector
+from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Task
 
@@ -37,7 +38,9 @@ def main() -> int:
     settings = parse_settings(Settings, prog="random_detector", description=__doc__ or "")
     torch.manual_seed(0)
     classes = 2 if settings.task == "keypoint" else 91
-    shape = DetectorSettings(norm="batch", num_classes=classes, score_threshold=0.0)
+    shape = DetectorSettings(
+        num_classes=classes, backbone=BackboneSettings(norm="batch"), roi=RoiSettings(score_threshold=0.0)
+    )
     model = build_dense_detector(settings.task, shape)
     calibrate_random_detector(model, list(read_images(settings.images, 2)), shape)
     header = CheckpointHeader(settings.task, shape, None, published_categories(settings.task, classes))

@@ -22,7 +22,7 @@ from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
 
@@ -66,9 +66,9 @@ def main() -> int:
     results = read_results(settings)
     dense = load_checkpoint(settings.model)
     task, shape = dense.header.task, dense.header.settings
-    if task == "cls" or not isinstance(shape, DetectorSettings) or dense.header.plan is not None:
+    if task == "cls" or dense.header.plan is not None:
         raise UserError(f"{settings.model}: expected a dense detector")
-    full = build_dense_detector(task, DetectorSettings(num_classes=shape.num_classes))
+    full = DetectorSettings(num_classes=shape.num_classes).build(task)
     plans = {path.stem: CompressionPlan.load(path) for path in settings.plans}
     if settings.gentle:
         body = CompressionPlan.load(PLANS / "table3.yaml")

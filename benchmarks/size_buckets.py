@@ -20,7 +20,8 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import primary_iou_type
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.files import atomic_write
-from norton_deploy.inference.predictor import Predictor, load_predictor
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Predictor
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.compression import cpu_forms as small_maps
 from norton_deploy.config import parse_settings
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
+from norton_deploy.training import cpu_forms
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS = ((256, 8), (512, 4), (512, 2))  # channels, height and width of the map
@@ -49,15 +49,15 @@ def main() -> int:
     """Run the benchmark."""
     settings = parse_settings(Settings, prog="small_maps", description=__doc__ or "")
     torch.set_num_threads(settings.threads)
-    threshold = small_maps.LARGEST_MAP
+    threshold = cpu_forms.LARGEST_MAP
     entries = []
     for channels, side in LAYERS:
-        small_maps.LARGEST_MAP = max(threshold, side**2)  # so that the product is taken whatever the map
+        cpu_forms.LARGEST_MAP = max(threshold, side**2)  # so that the product is taken whatever the map
         images = torch.randn(settings.images, channels, side, side)
         layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         name = f"{channels} -> {channels}, {side} x {side}"
         entries.append({"name": name, "used": side**2 <= threshold, **measure(layer, images, settings.repeats)})
-    small_maps.LARGEST_MAP = threshold
+    cpu_forms.LARGEST_MAP = threshold
     images = torch.randn(settings.images, 3, *VGG.image_size)
     whole = measure(build_dense_classifier(VGG), images, settings.repeats)
     entries.append({"name": "all of VGG-16-BN, 32 x 32", "used": True, **whole})
@@ -73,8 +73,7 @@ def main() -> int:
 def measure(model: nn.Module, images: Tensor, repeats: int) -> dict[str, Any]:
     """Times of a model's step with convolutions, and with products in their place."""
     model = model.train().to(memory_format=torch.channels_last)
-    products = copy.deepcopy(model)
-    small_maps.use_products_on_small_maps(products)
+    [products] = cpu_forms.use_cpu_forms(nn.Sequential(copy.deepcopy(model)))
     images = images.to(memory_format=torch.channels_last).requires_grad_()
     forms = {"convolution": model, "product": products}
     times_ms: dict[str, list[float]] = {form: [] for form in forms}

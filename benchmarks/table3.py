@@ -46,6 +46,7 @@ from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.latency import macs_ceiling, measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
@@ -171,10 +172,14 @@ def prepare_images(source: Path | None, image_size: tuple[int, int], work: Path)
 
 def detector_settings(settings: Settings) -> DetectorSettings:
     """Torchvision's detector with Table III's image size; `small` narrows everything but the body."""
-    full = DetectorSettings(min_size=min(settings.image_size), max_size=max(settings.image_size))
+    full = DetectorSettings(image=ImageSettings(min_size=min(settings.image_size), max_size=max(settings.image_size)))
     if not settings.small:
         return full
-    return replace(full, fpn_channels=32, box_features=64, mask_channels=(32,), keypoint_channels=(32,))
+    return replace(
+        full,
+        backbone=replace(full.backbone, fpn_channels=32),
+        roi=replace(full.roi, box_features=64, mask_channels=(32,), keypoint_channels=(32,)),
+    )
 
 
 def trained_pair(settings: Settings) -> tuple[Task, nn.Module, nn.Module, Categories]:

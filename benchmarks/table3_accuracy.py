@@ -27,9 +27,10 @@ from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
-from norton_deploy.inference.predictor import Predictor, load_predictor
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Predictor
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.structures import TASKS, Task
@@ -171,9 +172,8 @@ class Experiment:
         if name in self.results["cells"]:
             return
         loaded = load_checkpoint(out / "last.safetensors")
-        assert isinstance(loaded.header.settings, DetectorSettings)
-        size, proposals = loaded.header.settings.min_size, loaded.header.settings.rpn_post_nms[1]
-        counts = count_complexity(loaded.model, (size, size), proposals=proposals)
+        found = loaded.header.settings
+        counts = count_complexity(loaded.model, found.input_size, proposals=found.proposals)
         figures = json.loads((out / "metrics.json").read_text())
         self.results["cells"][name] = {
             **asdict(cell),
@@ -191,9 +191,7 @@ class Experiment:
     def compress(self, trained: Path, plan: str, out: Path) -> None:
         """Compress a trained detector by a plan in its widths, with the recovery of the settings."""
         dense = load_checkpoint(trained)
-        assert dense.header.task != "cls" and isinstance(dense.header.settings, DetectorSettings)
-        classes = dense.header.settings.num_classes
-        full = build_dense_detector(dense.header.task, DetectorSettings(num_classes=classes))
+        full = DetectorSettings(num_classes=dense.header.settings.num_classes).build(dense.header.task)
         loaded = CompressionPlan.load(CONFIGS / "plans" / f"{plan}.yaml")
         narrow_plan(loaded, dense.model, full).save(out.parent / "plan.yaml")  # anew: the step compares its contents
         argv = ["--model", str(trained), "--plan", str(out.parent / "plan.yaml"), "--out", str(out)]

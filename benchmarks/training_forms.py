@@ -1,7 +1,7 @@
 """CPDBlock in training: the paper's three convolutions against one with the recomposed weight.
 
-Both compute the same function of the same factors (`CPDBlock.forward`); the block takes the second where
-`CPDBlock.trains_as_one` expects it to be quicker. Here both are timed, forward and backward, in alternation, for
+Both compute the same function of the same factors; with `cpu_forms` a block takes the second where
+`CpuBlock.trains_as_one` expects it to be quicker. Here both are timed, forward and backward, in alternation, for
 layers of VGG-16 on CIFAR-10 and of a ResNet-50 on 192 px images, at several ranks, in float32 and in bfloat16.
 
     python benchmarks/training_forms.py
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.cpu_forms import convolve
 from norton_deploy.config import parse_settings
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
+from norton_deploy.training.cpu_forms import CpuBlock, convolve
 
 RESULTS = Path(__file__).parent / "results"
 # Channels, height and width of the maps, images in a batch.
@@ -76,7 +76,7 @@ def measure(layer: tuple[int, int, int], rank: int, precision: str, repeats: int
     x = torch.randn(images, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
     times_ms: dict[str, list[float]] = {"three": [], "one": []}
     with torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[precision]):
-        takes_one = block.trains_as_one(x)
+        takes_one = CpuBlock.sharing(block).trains_as_one(x)
         for _ in range(repeats + 2):
             for form in times_ms:
                 started = time.perf_counter()
@@ -98,7 +98,7 @@ def measure(layer: tuple[int, int, int], rank: int, precision: str, repeats: int
 def step(block: CPDBlock, x: Tensor, form: str) -> None:
     """Forward and backward in a form."""
     if form == "three":
-        y = block.eval()(x)
+        y = block(x)
     else:
         y = convolve(x, block.dense_weight(), None, block.stride, block.padding, block.dilation)
     torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))

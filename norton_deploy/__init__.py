@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from norton_deploy.compression.cpd_block import CPDBlock
     from norton_deploy.cost.complexity import count_complexity
     from norton_deploy.errors import UserError
-    from norton_deploy.inference.predictor import load_predictor
+    from norton_deploy.inference.loading import load_predictor
     from norton_deploy.method.cp import CPFactors, decompose_filters
     from norton_deploy.method.filter_selection import select_filters
     from norton_deploy.method.plan import CompressionPlan
@@ -41,7 +41,7 @@ _HOME = {
     "count_complexity": "cost.complexity",
     "decompose_filters": "method.cp",
     "load_checkpoint": "checkpoints.checkpoint",
-    "load_predictor": "inference.predictor",
+    "load_predictor": "inference.loading",
     "pabs_distance": "method.subspace_angles",
     "save_checkpoint": "checkpoints.checkpoint",
     "select_filters": "method.filter_selection",

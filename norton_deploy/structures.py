@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import supervision
 
 Task = Literal["box", "mask", "keypoint"]
+ModelTask = Literal["cls", "box", "mask", "keypoint"]
 MaskPaste = Literal["whole_pixels", "subpixel"]
 TASKS: tuple[Task, ...] = ("box", "mask", "keypoint")
 

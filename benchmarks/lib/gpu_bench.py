@@ -21,10 +21,11 @@ from torchvision.ops import FrozenBatchNorm2d
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.lower_model import lower_model
 from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.random_detector import calibrate_random_detector
 from norton_deploy.export.precision import to_fp16
-from norton_deploy.export.random_weights import calibrate_random_detector
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import TASKS, Task
 
@@ -139,11 +140,9 @@ class Bench:
         count = (2 * self.proposals, self.proposals)
         return DetectorSettings(
             num_classes=2 if task == "keypoint" else 91,
-            min_size=min(self.image_size),
-            max_size=max(self.image_size),
-            rpn_pre_nms=count,
-            rpn_post_nms=count,
-            detections_per_image=self.detections,
+            image=ImageSettings(min_size=min(self.image_size), max_size=max(self.image_size)),
+            rpn=RpnSettings(pre_nms=count, post_nms=count),
+            roi=RoiSettings(detections_per_image=self.detections),
         )
 
     def start(self, task: Task, plan: str) -> Future[nn.Module]:

@@ -283,11 +283,9 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
     """Latency and throughput of one variant at its batch."""
     from norton_deploy.export.letterbox import Letterbox
     from norton_deploy.inference.static_graph import decode_outputs
-    from norton_deploy.structures import Categories
 
     slots = [Slot(bench, replace(variant, slot=index)) for index in (1, 2)]
     labels = (1,) if variant.task == "keypoint" else tuple(range(1, 91))
-    categories = Categories(labels, labels, tuple(str(label) for label in labels))
     letterbox = Letterbox.fit(bench.image_size, bench.image_size)
     to_outputs, to_detections = [], []
     for _ in range(2 if bench.smoke else 20):
@@ -296,7 +294,7 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
         slots[0].wait()
         to_outputs.append((time.perf_counter() - started) * 1e3)
         arrays: Any = {name: value.numpy() for name, value in slots[0].found.items()}
-        found = [decode_outputs(arrays, index, letterbox, categories, 0.0) for index in range(variant.batch)]
+        found = [decode_outputs(arrays, index, letterbox, labels, "whole_pixels") for index in range(variant.batch)]
         to_detections.append((time.perf_counter() - started) * 1e3)
     calls = 4 if bench.smoke else 60
     flying = {}

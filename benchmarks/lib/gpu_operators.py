@@ -14,8 +14,7 @@ from torchvision.ops import batched_nms, roi_align
 from lib.gpu_bench import Bench, Graph, Variant, arithmetic, capture, event_ms, explain, spread, time_in_turn
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lowering import Form, lower_block
-from norton_deploy.export.static_boxes import pairwise_iou
-from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, nms_unrolled
+from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, nms_unrolled, pairwise_iou
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 
 FORMS: tuple[Form, ...] = ("separable", "grouped", "dense")

@@ -11,15 +11,13 @@ import torch
 
 from lib.gpu_bench import Bench, Graph, Precision, Variant, arithmetic, explain, static_module
 from norton_deploy.export.static_rcnn import GraphSettings
-from norton_deploy.parity.eager_stages import EagerStages, without_resize
+from norton_deploy.parity.eager_stages import EagerStages
 from norton_deploy.parity.gate import (
     TOLERANCES,
     ParityReport,
-    compare_final,
+    compare_detections,
     compare_stages,
-    detections_of,
-    pair,
-    record_pairing,
+    decoded,
 )
 from norton_deploy.structures import Detections, Task
 
@@ -51,8 +49,7 @@ def judge(bench: Bench, subject: Subject, precision: Precision) -> dict[str, Any
     """Stages of the first frames against eager mode on this machine's CPU, detections of all against the references."""
     limits = TOLERANCES["fp32" if precision == "fp32" else "fp16"]
     report = ParityReport(subject.name, precision)
-    reference = without_resize(subject.model, subject.image_size, int(subject.model.roi_heads.detections_per_img))
-    eager = EagerStages(reference, subject.image_size)
+    eager = EagerStages(subject.model, subject.image_size, int(subject.model.roi_heads.detections_per_img))
     frames = scenes(bench, subject, 8 if subject.prepared is not None and not bench.smoke else 1)
     expected = references(bench, subject, len(frames))
     variant = Variant("box", "", precision, layout="NHWC" if precision == "fp16" else "NCHW")
@@ -70,15 +67,13 @@ def judge(bench: Bench, subject: Subject, precision: Precision) -> dict[str, Any
             report.inexact[flag] += int(not outputs[flag].all())
         report.images += 1
         ambiguous = compare_stages(report, eager, batch, stages, direct | stages, limits)
-        compare_final(report, eager, batch, direct, {"mask_paste": static.mask_paste}, limits, ambiguous)
+        pairs = [("final", eager.whole(batch), direct)]
         if expected is not None:
-            found = detections_of(outputs, 0, eager.image_size, mask_paste=static.mask_paste)
-            pairing = pair(eager, expected[index], found, limits)
-            if ambiguous is not None and pairing.keypoint_px is not None:
-                pairing.keypoint_px[ambiguous[0, pairing.pairs[:, 1]]] = 0.0
-            record_pairing(
-                report, "graph, against the prepared references", pairing, len(expected[index]) + len(found), limits
-            )
+            pairs.append(("graph, against the prepared references", [expected[index]], outputs))
+        for name, reference, arrays in pairs:
+            found = decoded(arrays, eager, static.mask_paste)
+            report.detections += len(found[0]) if name == "final" else 0
+            compare_detections(report, name, eager, reference, found, limits, ambiguous)
     return report.to_dict()
 
 
@@ -129,7 +124,7 @@ def prepare(folder: Path, count: int = 8) -> None:
     np.savez_compressed(folder / "scenes.npz", scenes=frames)
     for task in PACKAGED_TASKS:
         model: Any = load_checkpoint(packaged_detector(task)).model
-        eager = EagerStages(without_resize(model, size, int(model.roi_heads.detections_per_img)), size)
+        eager = EagerStages(model, size, int(model.roi_heads.detections_per_img))
         arrays: dict[str, Any] = {}
         for index, found in enumerate(eager.whole(frames)):
             arrays |= {f"{index}.{key}": getattr(found, key) for key in ("boxes", "scores", "labels")}

@@ -20,7 +20,6 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
 from norton_deploy.training.initial_weights import InitialModel
 from norton_deploy.training.run_folder import RunFolder
@@ -86,10 +85,10 @@ class Recovery:
 
     def __init__(self, recovery: RecoverySettings) -> None:
         checkpoint = load_checkpoint(recovery.model)
-        if not isinstance(checkpoint.header.settings, ClassifierSettings) or checkpoint.header.plan is not None:
+        if checkpoint.header.task != "cls" or checkpoint.header.plan is not None:
             raise UserError(f"{recovery.model}: expected a dense classifier")
         self.recovery, self.dense, self.header = recovery, checkpoint.model, checkpoint.header
-        self.settings: ClassifierSettings = checkpoint.header.settings
+        self.settings = checkpoint.header.classifier
         self.val = ClassificationFolder(
             recovery.data,
             "val",
@@ -213,6 +212,7 @@ class Recovery:
             weight_decay=recovery.weight_decay,
             clip_norm=recovery.clip_norm,
             precision=recovery.precision,
+            cpu_forms=True,
             evaluate_every=0,
             state_every=100,
             workers=recovery.workers,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,12 +19,21 @@ from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.structures import METADATA_KEY, TASKS, Categories
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detectors import DetectorSettings, ModelSettings
+from norton_deploy.structures import METADATA_KEY, TASKS, Categories, ModelTask
 
-FORMAT_VERSION = 1
-CheckpointTask = Literal["cls", "box", "mask", "keypoint"]
+FORMAT_VERSION = 2
+GROUPS_OF_FORMAT_1 = {
+    "backbone": "backbone norm norm_eps trainable_layers zero_init_residual fpn_channels",
+    "rpn": "anchor_sizes anchor_ratios rpn_pre_nms rpn_post_nms rpn_nms_threshold rpn_batch_per_image",
+    "roi": "canonical_scale box_features mask_channels keypoint_channels roi_batch_per_image roi_positive_fraction "
+    "score_threshold nms_threshold detections_per_image",
+    "image": "min_size max_size train_short_sides image_mean image_std",
+    "detectron2": "stride_in_1x1 level_strides anchor_rounding anchor_offset roi_align_aligned roi_sampling_ratio "
+    "box_delta_weights proposal_min_size image_resize mask_paste keypoint_score",
+}
+"""Where format 1 kept all settings of a detector beside each other: the group of each today."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +51,34 @@ class CheckpointHeader:
             left, ascending; None when all are, or nobody knows.
     """
 
-    task: CheckpointTask
-    settings: DetectorSettings | ClassifierSettings
+    task: ModelTask
+    settings: ModelSettings
     plan: CompressionPlan | None
     categories: Categories
     lineage: tuple[dict[str, str], ...] = ()
     pyramid_channels: tuple[int, ...] | None = None
+
+    @property
+    def detector(self) -> DetectorSettings:
+        """A detector's settings.
+
+        Raises:
+            UserError: it is a classifier.
+        """
+        if not isinstance(self.settings, DetectorSettings):
+            raise UserError(f"expected a detector, found the classifier {self.settings.architecture}")
+        return self.settings
+
+    @property
+    def classifier(self) -> ClassifierSettings:
+        """A classifier's settings.
+
+        Raises:
+            UserError: it is a detector.
+        """
+        if not isinstance(self.settings, ClassifierSettings):
+            raise UserError(f"expected a classifier, found a {self.task} detector")
+        return self.settings
 
     def made_by(self, command: str, source: str | Path | None = None, **changes: Any) -> "CheckpointHeader":
         """This header with one more lineage entry, and with `changes` to its fields."""
@@ -69,25 +100,27 @@ class CheckpointHeader:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "CheckpointHeader":
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; also reads format 1.
 
         Raises:
             UserError: a newer format or a broken field, named with `source`.
         """
-        if values.get("format") != FORMAT_VERSION:
+        if values.get("format") not in (1, FORMAT_VERSION):
             raise UserError(
                 f"{source}: checkpoint format {values.get('format')!r}, this version reads "
-                f"{FORMAT_VERSION}; use the norton_deploy version that wrote it"
+                f"1 and {FORMAT_VERSION}; use the norton_deploy version that wrote it"
             )
         task = values.get("task")
         if task not in ("cls", *TASKS):
             raise UserError(f"{source}: header: unknown task {task!r}")
         try:
             settings_class: Any = ClassifierSettings if task == "cls" else DetectorSettings
-            plan, channels = values["plan"], values.get("pyramid_channels")
+            plan, channels, settings = values["plan"], values.get("pyramid_channels"), values["settings"]
+            if values["format"] == 1 and task != "cls":
+                settings = settings_of_format_1(settings)
             return cls(
                 task,
-                from_mapping(settings_class, values["settings"], f"{source}: header: settings"),
+                from_mapping(settings_class, settings, f"{source}: header: settings"),
                 None if plan is None else CompressionPlan.from_dict(plan, f"{source}: header: plan"),
                 Categories.from_list(values["categories"]),
                 tuple(values["lineage"]),
@@ -95,6 +128,19 @@ class CheckpointHeader:
             )
         except KeyError as error:
             raise UserError(f"{source}: header: the field {error} is missing") from error
+
+
+def settings_of_format_1(flat: dict[str, Any]) -> dict[str, Any]:
+    """A detector's settings as format 1 has them, all beside each other, in today's groups."""
+    group_of = {name: group for group, names in GROUPS_OF_FORMAT_1.items() for name in names.split()}
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name not in group_of:
+            nested[name] = value
+        else:
+            today = "architecture" if name == "backbone" else name.removeprefix(f"{group_of[name]}_")
+            nested.setdefault(group_of[name], {})[today] = value
+    return nested
 
 
 @dataclass(frozen=True)
@@ -174,11 +220,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def build_structure(header: CheckpointHeader) -> nn.Module:
     """The model of a header with meaningless weights; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        if isinstance(header.settings, ClassifierSettings):
-            model = build_dense_classifier(header.settings)
-        else:
-            assert header.task != "cls"
-            model = build_dense_detector(header.task, header.settings)
+        model = header.settings.build(header.task)
         return model if header.plan is None else apply_structure(model, header.plan)
 
 

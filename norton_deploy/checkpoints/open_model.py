@@ -19,8 +19,8 @@ from norton_deploy.checkpoints.published_weights import (
     published_categories,
 )
 from norton_deploy.errors import UserError
-from norton_deploy.models.classifiers import Architecture, ClassifierSettings, build_dense_classifier
-from norton_deploy.models.detectors import build_dense_detector
+from norton_deploy.models.classifiers import Architecture, ClassifierSettings
+from norton_deploy.models.detectors import ModelSettings
 
 
 def open_model(model: str, weights: str = "none") -> Checkpoint:
@@ -52,16 +52,16 @@ def _from_architecture(architecture: Architecture, weights: str) -> Checkpoint:
         settings = ClassifierSettings(
             architecture, num_classes=10 if architecture == "vgg16_bn" else 1000, image_size=size
         )
-        return Checkpoint(build_dense_classifier(settings), _classifier_header(settings, _numbered(settings)))
+        return Checkpoint(settings.build(), _classifier_header(settings, _numbered(settings)))
     if weights == "imagenet":
         settings = ClassifierSettings(architecture)
-        model = build_dense_classifier(settings)
+        model = settings.build()
         load_weights(model, download_imagenet(architecture), "imagenet weights")
         return Checkpoint(model.eval(), _classifier_header(settings, _imagenet_names()))
     loaded = load_checkpoint(weights) if weights.endswith(".safetensors") else _from_published(weights)
     found = loaded.header.settings
-    if not isinstance(found, ClassifierSettings) or found.architecture != architecture:
-        name = found.architecture if isinstance(found, ClassifierSettings) else f"a {loaded.header.task} detector"
+    if loaded.header.task != "cls" or found.architecture != architecture:
+        name = found.architecture if loaded.header.task == "cls" else f"a {loaded.header.task} detector"
         raise UserError(f"{weights}: holds {name}, not {architecture}")
     return loaded
 
@@ -69,23 +69,20 @@ def _from_architecture(architecture: Architecture, weights: str) -> Checkpoint:
 def _from_published(path: str) -> Checkpoint:
     tensors = current_names(read_tensors(path))
     task, settings = identify(tensors, path)
-    if isinstance(settings, ClassifierSettings):
-        model = build_dense_classifier(settings)
-        names = _imagenet_names() if settings.num_classes == 1000 else _numbered(settings)
-        header = _classifier_header(settings, names)
+    if task == "cls":
+        categories = class_categories(_imagenet_names() if settings.num_classes == 1000 else _numbered(settings))
     else:
-        assert task is not None
-        model = build_dense_detector(task, settings)
-        header = CheckpointHeader(task, settings, None, published_categories(task, settings.num_classes))
+        categories = published_categories(task, settings.num_classes)
+    model = settings.build(task)
     load_weights(model, tensors, path)
-    return Checkpoint(model.eval(), header)
+    return Checkpoint(model.eval(), CheckpointHeader(task, settings, None, categories))
 
 
 def _classifier_header(settings: ClassifierSettings, names: Sequence[str]) -> CheckpointHeader:
     return CheckpointHeader("cls", settings, None, class_categories(names))
 
 
-def _numbered(settings: ClassifierSettings) -> list[str]:
+def _numbered(settings: ModelSettings) -> list[str]:
     return [f"class {index}" for index in range(settings.num_classes)]
 
 

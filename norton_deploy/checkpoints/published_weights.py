@@ -13,8 +13,9 @@ from torchvision.models.detection import (
 
 from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings
-from norton_deploy.models.detectors import DetectorSettings
-from norton_deploy.structures import Categories, Task
+from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
+from norton_deploy.models.detectors import DetectorSettings, ModelSettings
+from norton_deploy.structures import Categories, ModelTask
 
 _RESNET_DEPTHS: dict[tuple[int, bool], Architecture] = {
     (2, False): "resnet18",
@@ -34,11 +35,11 @@ _PUBLISHED_DETECTORS = (
 _PUBLISHED_FILES = tuple(weights.url.rpartition("/")[2] for weights in _PUBLISHED_DETECTORS)
 
 
-def identify(tensors: dict[str, Tensor], source: str) -> tuple[Task | None, DetectorSettings | ClassifierSettings]:
+def identify(tensors: dict[str, Tensor], source: str) -> tuple[ModelTask, ModelSettings]:
     """What torchvision model a state_dict is of, from its names and shapes.
 
     Returns:
-        (task, settings); the task is None for a classifier. Numbers that a state_dict cannot show (thresholds,
+        (task, settings). Numbers that a state_dict cannot show (thresholds,
         anchors, image size) are torchvision's defaults; the epsilon of frozen BatchNorm is 0 for the files that
         torchvision publishes, which are known by their names, and 1e-5 otherwise.
 
@@ -49,10 +50,10 @@ def identify(tensors: dict[str, Tensor], source: str) -> tuple[Task | None, Dete
         depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layer3."))
         key = (depth, "layer1.0.conv3.weight" in tensors)
         if key in _RESNET_DEPTHS:
-            return None, ClassifierSettings(_RESNET_DEPTHS[key], num_classes=len(tensors["fc.weight"]))
+            return "cls", ClassifierSettings(_RESNET_DEPTHS[key], num_classes=len(tensors["fc.weight"]))
     if "features.0.weight" in tensors and "classifier.3.weight" in tensors and "features.1.weight" in tensors:
         classes = len(tensors["classifier.3.weight"])
-        return None, ClassifierSettings("vgg16_bn", num_classes=classes, image_size=(32, 32))
+        return "cls", ClassifierSettings("vgg16_bn", num_classes=classes, image_size=(32, 32))
     if "roi_heads.box_predictor.cls_score.weight" not in tensors:
         first = next(iter(tensors), "none")
         raise UserError(
@@ -61,11 +62,11 @@ def identify(tensors: dict[str, Tensor], source: str) -> tuple[Task | None, Dete
         )
     settings = DetectorSettings(
         num_classes=len(tensors["roi_heads.box_predictor.cls_score.weight"]),
-        fpn_channels=len(tensors["backbone.fpn.inner_blocks.0.0.weight"])
-        if "backbone.fpn.inner_blocks.0.0.weight" in tensors
-        else len(tensors["backbone.fpn.inner_blocks.0.weight"]),
-        box_features=len(tensors["roi_heads.box_head.fc6.weight"]),
-        norm_eps=0.0 if Path(source).name in _PUBLISHED_FILES else 1e-5,
+        backbone=BackboneSettings(
+            fpn_channels=len(tensors["backbone.fpn.inner_blocks.0.0.weight"]),
+            norm_eps=0.0 if Path(source).name in _PUBLISHED_FILES else 1e-5,
+        ),
+        roi=RoiSettings(box_features=len(tensors["roi_heads.box_head.fc6.weight"])),
     )
     if "roi_heads.mask_predictor.conv5_mask.weight" in tensors:
         return "mask", settings
@@ -91,7 +92,7 @@ def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def published_categories(task: Task, num_classes: int) -> Categories:
+def published_categories(task: ModelTask, num_classes: int) -> Categories:
     """COCO's categories where the number of classes is that of torchvision's weights, else numbered ones."""
     weights = KeypointRCNN_ResNet50_FPN_Weights if task == "keypoint" else FasterRCNN_ResNet50_FPN_Weights
     names = weights.DEFAULT.meta["categories"]

@@ -14,6 +14,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings
+from norton_deploy.models.detector_parts import BackboneSettings
 from norton_deploy.models.detectors import DetectorSettings
 
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = settings.image_size or ((32, 32) if vgg else (224, 224))
     else:
         classes = settings.num_classes or (2 if settings.task == "keypoint" else 91)
-        detector = DetectorSettings(num_classes=classes, backbone=settings.arch)
+        detector = DetectorSettings(num_classes=classes, backbone=BackboneSettings(settings.arch))
         dense, small = build_detector(settings.task, detector), build_detector(settings.task, detector, plan)
         size = settings.image_size or (800, 800)
     counts = [

@@ -10,7 +10,7 @@ from typing import NoReturn
 from torch import Tensor
 from tqdm import tqdm
 
-from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import save_checkpoint
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.compression.compress import compress, fit_plan
@@ -25,7 +25,6 @@ from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.method.filter_choices import choose_by_angles
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.method.subspace_angles import Measure
-from norton_deploy.models.detectors import DetectorSettings
 
 WHOLE_DETECTOR = "rcnn"
 """Architecture of plans that name a detector's pyramid and heads too."""
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.weights == "none" and not Path(settings.model).is_file():
         print(f"note: the weights of {settings.model} are random (--weights none)", file=sys.stderr)
     found = dense.header.settings
-    own = found.backbone if isinstance(found, DetectorSettings) else found.architecture
+    own = found.architecture
     if plan.architecture not in (own, WHOLE_DETECTOR):
         raise UserError(f"{settings.plan}: a plan for {plan.architecture}, and {settings.model} is a {own}")
     fitted = fit_plan(dense.model, plan)
@@ -114,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pyramid_channels=None if pyramid is None else tuple(pyramid.tolist()),
     )
     save_checkpoint(settings.out, small, header)
-    size = _input_size(dense.header)
-    proposals = found.rpn_post_nms[1] if isinstance(found, DetectorSettings) else 0
+    size, proposals = found.input_size, found.proposals
     before, after = (count_complexity(model, size, proposals=proposals) for model in (dense.model, small))
     figures = {
         "image_size": size,
@@ -139,9 +137,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _advance(bar: "tqdm[NoReturn]", layer: str) -> None:
     bar.set_postfix_str(layer)
     bar.update()
-
-
-def _input_size(header: CheckpointHeader) -> tuple[int, int]:
-    """The (height, width) at which a model's complexity is stated."""
-    found = header.settings
-    return (found.min_size, found.min_size) if isinstance(found, DetectorSettings) else found.image_size

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from norton_deploy.checkpoints.packaged import PackagedTask, packaged_detector
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file, refuse_same_file
-from norton_deploy.inference.predictor import load_predictor
+from norton_deploy.inference.loading import load_predictor
 from norton_deploy.video.pipeline import VideoPipeline
 from norton_deploy.video.sinks import VideoFile, Window
 from norton_deploy.video.sources import open_source
@@ -23,8 +21,6 @@ from norton_deploy.video.sources import open_source
 SYNTHETIC_FRAMES = 250
 SMALLEST_SIDE = 32
 INTERRUPTED = 130
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, a service manager's stop and a closed terminal end the demo after the current frame."""
 
 
 @dataclass
@@ -78,24 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = open_source(settings.source, settings.image_size)
     with VideoFile(settings.out, source.fps) as output:
         pipeline = VideoPipeline(
-            source,
-            models,
-            output,
-            window=window,
-            score_threshold=settings.score_threshold,
-            max_frames=limit,
+            source, models, output, window=window, score_threshold=settings.score_threshold, max_frames=limit
         )
-
-        def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-            pipeline.interrupt()
-
-        previous = {number: signal.signal(number, on_interrupt) for number in STOP_SIGNALS}
-        try:
-            summary = pipeline.run()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        summary = pipeline.run_until_stopped()
     if output.frames == 0:
         raise UserError(f"{settings.source}: not one frame could be shown ({summary['ended']})")
     write_json(summary, settings.json)

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import PartialState
 
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
-from norton_deploy.data.coco import CocoDetection
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.coco_metrics import metrics_table, table3_scores
-from norton_deploy.evaluation.detector_evaluation import evaluate_detector, write_results
+from norton_deploy.evaluation.coco_metrics import metrics_table
+from norton_deploy.evaluation.detector_evaluation import evaluate_file, write_results
 from norton_deploy.files import check_output_file
-from norton_deploy.inference.predictor import load_predictor
 from norton_deploy.structures import Task
 
 
@@ -65,48 +62,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{name}: expected at least {least}, got {value}")
     check_output_file(settings.results, "--results")
     check_output_file(settings.json, "--json")
-    use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    state = PartialState(cpu=use_cpu)
-    device = settings.device or ("cpu" if use_cpu else str(state.device))
-    predictor = load_predictor(settings.model, device=device)
-    if predictor.task != settings.task:
-        raise UserError(f"{settings.model}: a detector for task '{predictor.task}', --task is '{settings.task}'")
-    dataset = CocoDetection(
+    found = evaluate_file(
+        settings.model,
         settings.data,
-        settings.split,
         settings.task,
-        categories=predictor.categories,
-        skip_bad=settings.skip_bad,
-    )
-    evaluation = evaluate_detector(
-        predictor,
-        dataset,
+        split=settings.split,
+        device=settings.device,
         limit=settings.limit,
         batch_size=settings.batch_size,
         workers=settings.workers,
+        skip_bad=settings.skip_bad,
         progress=settings.progress,
     )
-    if not state.is_main_process:
+    if not PartialState().is_main_process:
         return 0
-    files = {} if settings.results is None else write_results(settings.results, evaluation.results, dataset)
+    evaluation, files = found.evaluation, {}
+    if settings.results is not None:
+        files = write_results(settings.results, evaluation.results, found.dataset)
     report = sys.stderr if str(settings.json) == "-" else sys.stdout  # '-' keeps stdout for the JSON
     for iou_type, path in files.items():
         print(f"{iou_type} results: {path}", file=report)
-    images = len(dataset) if settings.limit is None else min(settings.limit, len(dataset))
-    table = metrics_table(settings.task, evaluation.metrics)
-    print(f"{settings.model} on {images} images of {settings.data} ({settings.split})\n{table}", file=report)
-    average_precision, average_recall = table3_scores(settings.task, evaluation.metrics)
-    write_json(
-        {
-            "task": settings.task,
-            "model": str(settings.model),
-            "backend": predictor.backend,
-            "device": predictor.device,
-            "images": images,
-            "table3": {"AP": average_precision, "AR": average_recall},
-            "metrics": evaluation.metrics,
-            "results": {iou_type: str(path) for iou_type, path in files.items()},
-        },
-        settings.json,
-    )
+    print(f"{settings.model} on {found.images} images of {settings.data} ({settings.split})", file=report)
+    print(metrics_table(settings.task, evaluation.metrics), file=report)
+    figures = found.to_dict() | {"results": {iou_type: str(path) for iou_type, path in files.items()}}
+    write_json(figures, settings.json)
     return 0

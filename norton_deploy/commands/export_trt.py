@@ -5,26 +5,28 @@ commands that finish on the target are printed, and the exit status is 3.
 """
 
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.commands import write_json
-from norton_deploy.commands.export_onnx import ExportSettings, export_checked
+from tyro.conf import Suppress
+
+from norton_deploy.commands import export_onnx, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
-from norton_deploy.export.tensorrt_build import Engine, EngineUnavailableError, build_engine, target_commands
+from norton_deploy.export.contract import Target
+from norton_deploy.export.tensorrt_build import Engine, build_or_explain
 from norton_deploy.files import check_output_file
 
 ENGINE_NOT_BUILT = 3
 
 
-@dataclass(kw_only=True)
-class Settings(ExportSettings):
+@dataclass(frozen=True, kw_only=True)
+class Settings(export_onnx.Settings):
     """Settings of export_trt."""
 
+    target: Suppress[Target] = "tensorrt"
     engine: Engine = "tensorrt-rtx"
     """tensorrt-rtx (built here, GPU or not) or tensorrt (built on the GPU that runs it)."""
     compute_capability: str | None = None
@@ -38,31 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="export_trt", description=__doc__ or "")
     check_output_file(settings.out, "--out", ".engine")
     check_output_file(settings.json, "--json")
-    report: dict[str, Any] = {}
-    if settings.onnx is not None:
-        if settings.model is not None or settings.plan is not None:
-            raise UserError("--onnx: give either a graph or a model, not both")
-        graph = settings.onnx
-    else:
+    if settings.onnx is not None and (settings.model is not None or settings.plan is not None):
+        raise UserError("--onnx: give either a graph or a model, not both")
+    graph, report = settings.onnx, dict[str, Any]()
+    if graph is None:
         graph = settings.out.with_suffix(".onnx")
-        report = export_checked(settings, "tensorrt", graph)
-    started = time.perf_counter()
-    try:
-        manifest = build_engine(
-            graph, settings.out, engine=settings.engine, compute_capability=settings.compute_capability
-        )
-    except EngineUnavailableError as error:
-        commands = target_commands(graph, settings.out, settings.engine)
-        print(f"{settings.out}: not built, {error}", file=sys.stderr)
-        print(f"{graph} is ready; on the target run the first (the second only to time the engine):", file=sys.stderr)
-        print("\n".join(f"  {command}" for command in commands), file=sys.stderr)
-        write_json(report | {"engine": None, "reason": str(error), "target_commands": commands}, settings.json)
-        return ENGINE_NOT_BUILT
-    build_s = time.perf_counter() - started
-    print(
-        f"{settings.out}: {settings.engine} {manifest['engine_version']} for compute capability "
-        f"{manifest['compute_capability']}, built in {build_s:.0f} s; not run here",
-        file=sys.stderr,
+        report = export_onnx.run_export(replace(settings, target="tensorrt"), graph).to_dict()
+    build = build_or_explain(
+        graph, settings.out, engine=settings.engine, compute_capability=settings.compute_capability
     )
-    write_json(report | {"engine": str(settings.out), "manifest": manifest, "build_s": build_s}, settings.json)
-    return 0
+    print(build.text(), file=sys.stderr)
+    write_json(report | build.to_dict(), settings.json)
+    return 0 if build.manifest is not None else ENGINE_NOT_BUILT

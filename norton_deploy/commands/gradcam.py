@@ -19,7 +19,6 @@ from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file
-from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.reporting.gradcam import (
     Question,
     ask_classifier,
@@ -128,11 +127,10 @@ def open_models(settings: Settings) -> dict[str, Checkpoint]:
 
 def ask(models: dict[str, Checkpoint], image: torch.Tensor, settings: Settings) -> Question | None:
     """What the models are to explain in an image."""
-    found = models[DENSE].header.settings
-    if isinstance(found, ClassifierSettings):
+    if models[DENSE].header.task == "cls":
         if settings.box is not None:
             raise UserError("--box: goes with detectors, not with a classifier")
-        return ask_classifier(models[DENSE].model, image, found)
+        return ask_classifier(models[DENSE].model, image, models[DENSE].header.classifier)
     if settings.box is not None:
         (left, top, right, bottom), (height, width) = settings.box, image.shape[-2:]
         if not (max(left, 0) < min(right, width) and max(top, 0) < min(bottom, height)):

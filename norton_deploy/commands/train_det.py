@@ -8,16 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from torch import nn
 
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.evaluation.coco_metrics import metrics_table
-from norton_deploy.evaluation.detector_evaluation import Detector
-from norton_deploy.inference.torch_backend import TorchPredictor
-from norton_deploy.structures import Categories, Task
 from norton_deploy.training.detector_training import DetectorTrainingSettings, train_detector
 from norton_deploy.training.run_folder import RunFolder
 
@@ -35,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="train_det", description=__doc__ or "")
     result = train_detector(
         settings,
-        detector_of_model=wrap_detector,
         command=command_line("train_det", argv),
         announce=lambda message: print(message, file=sys.stderr),
     )
@@ -47,8 +41,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = {"steps": result.steps, "metrics": result.metrics, "checkpoint": str(folder.best)}
         write_json(figures, settings.json)
     return 0
-
-
-def wrap_detector(model: nn.Module, task: Task, categories: Categories, device: torch.device) -> Detector:
-    """Make a model in training callable for evaluation."""
-    return TorchPredictor(model, task, categories, device=str(device))

@@ -5,20 +5,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.compression.cpu_forms import convolve, is_bfloat16_on_cpu
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import CPFactors, decompose_filters, max_rank
 
 Pair = tuple[int, int]
 Padding = Pair | Literal["same"]
-MOVED_CHANNEL_COST = 300
-"""What a channel costs on its way through a block's two depthwise convolutions and the sum, which move memory rather
-than compute: as much as so many input channels of the pointwise convolution. Chosen on a CPU; how well it chooses is in
-benchmarks/results/training_forms.md."""
-MOVED_CHANNEL_COST_BFLOAT16 = 900
-"""The same in bfloat16 on a CPU with AMX, where products are cheaper and memory is not."""
-RECOMPOSED_WEIGHT_COST_BFLOAT16 = 540
-"""What recomposing a weight and its gradient costs there: as much as a convolution with it at so many positions."""
 
 
 class CPDBlock(nn.Module):
@@ -130,26 +121,6 @@ class CPDBlock(nn.Module):
         A, B, C = self._factor_views()
         return torch.einsum("ohr,owr,oir->oihw", A, B, C)
 
-    @property
-    def is_quicker_dense(self) -> bool:
-        """Whether one convolution with `dense_weight` should take less time than the block's three.
-
-        So it is at high ranks, where R * O channels pass through the block: the same function and the same
-        gradients of the factors, several times as fast at rank 8 on a CPU.
-        """
-        kernel_h, kernel_w = self.kernel_size
-        return self.rank * (self.in_channels + MOVED_CHANNEL_COST) > self.in_channels * kernel_h * kernel_w
-
-    def trains_as_one(self, x: Tensor) -> bool:
-        """Whether training runs one convolution for the input [N, I, H, W]: where that should take less time."""
-        if not is_bfloat16_on_cpu(x):
-            return self.is_quicker_dense
-        kernel_h, kernel_w = self.kernel_size
-        positions = x.shape[0] * x.shape[2] * x.shape[3]
-        three = self.rank * (self.in_channels + MOVED_CHANNEL_COST_BFLOAT16) * positions
-        one = self.in_channels * kernel_h * kernel_w * (positions + RECOMPOSED_WEIGHT_COST_BFLOAT16)
-        return three > one
-
     def select_filters(self, index: Tensor) -> "CPDBlock":
         """A new block with the output filters `index` [O'] only."""
         bias = None if self.bias is None else self.bias[index]
@@ -164,9 +135,7 @@ class CPDBlock(nn.Module):
         return self._build(self.factors().select_inputs(index), self, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, I, H, W] -> [N, O, H', W'] (eq. 4-7), in training as one convolution where that is quicker."""
-        if self.training and self.trains_as_one(x):
-            return convolve(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
+        """[N, I, H, W] -> [N, O, H', W'] (eq. 4-7)."""
         x = self.vertical(self.horizontal(self.pointwise(x)))
         if self.rank > 1:
             x = _sum_over_terms(x, self.rank)

@@ -12,6 +12,10 @@ from norton_deploy.compression.lowering import Form, Norm, fold_norm, lower_bloc
 from norton_deploy.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
+MOVED_CHANNEL_COST = 300
+"""What a channel costs on its way through a block's two depthwise convolutions and the sum, which move memory rather
+than compute: as much as so many input channels of the pointwise convolution. Chosen on a CPU; how well it chooses is in
+benchmarks/results/training_forms.md."""
 
 
 def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | None = None) -> M:
@@ -48,10 +52,19 @@ def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | No
 def quickest_forms(model: nn.Module) -> dict[str, Form]:
     """Name of every CPDBlock -> the form that should run quickest in PyTorch, by its rank and width; not measured."""
     return {
-        name: "dense" if block.is_quicker_dense else "grouped"
+        name: "dense" if is_quicker_dense(block) else "grouped"
         for name, block in model.named_modules()
         if isinstance(block, CPDBlock)
     }
+
+
+def is_quicker_dense(block: CPDBlock) -> bool:
+    """Whether one convolution with a block's `dense_weight` should take less time on a CPU than the block's three.
+
+    So it is at high ranks, where R * O channels pass through the block.
+    """
+    kernel_h, kernel_w = block.kernel_size
+    return block.rank * (block.in_channels + MOVED_CHANNEL_COST) > block.in_channels * kernel_h * kernel_w
 
 
 def _lower_children(parent: nn.Module, prefix: str, form: Form, forms: Mapping[str, Form]) -> None:

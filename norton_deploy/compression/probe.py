@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import normalize, resize
 
 from norton_deploy.compression.compress import is_detector
-from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.detectors import ModelSettings
 
 BATCH = 8
 BOXES_PER_IMAGE = 64
@@ -41,7 +39,7 @@ class Probe:
 def make_probes(
     dense: nn.Module,
     images: Iterable[Tensor],
-    settings: ClassifierSettings | DetectorSettings,
+    settings: ModelSettings,
     *,
     batch: int = BATCH,
     boxes: int = BOXES_PER_IMAGE,
@@ -57,12 +55,11 @@ def make_probes(
     """
     stream = iter(images)
     while part := list(islice(stream, batch)):
-        if isinstance(settings, ClassifierSettings):
-            resized = torch.stack([resize(image, list(settings.image_size), antialias=True) for image in part])
-            yield Probe(normalize(resized, list(settings.image_mean), list(settings.image_std)))
+        prepared = settings.prepare(part)
+        if not is_detector(dense):
+            yield Probe(prepared.tensors)
             continue
         detector: Any = dense
-        prepared, _ = detector.transform(part)
         proposals, _ = detector.rpn(prepared, detector.backbone(prepared.tensors))
         sizes = tuple((int(height), int(width)) for height, width in prepared.image_sizes)
         yield Probe(prepared.tensors, sizes, tuple(found[:boxes].clone() for found in proposals))

@@ -2,25 +2,21 @@
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.transforms.v2.functional import normalize, resize
 
+from norton_deploy.compression.compress import is_detector
 from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.errors import UserError
-from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.detectors import ModelSettings
 
 BATCH = 16
 
 
 @torch.no_grad()
-def reestimate_batch_norm(
-    model: nn.Module, images: Iterable[Tensor], settings: ClassifierSettings | DetectorSettings
-) -> int:
+def reestimate_batch_norm(model: nn.Module, images: Iterable[Tensor], settings: ModelSettings) -> int:
     """Replace the mean and variance of every BatchNorm by their averages over `images`, in place.
 
     Frozen BatchNorm is re-estimated too and stays frozen. Of a detector only the backbone runs: its heads have no
@@ -29,7 +25,7 @@ def reestimate_batch_norm(
     Args:
         model: classifier or detector.
         images: float [3, H, W], 0..1 RGB, of any sizes; they are taken 16 at a time.
-        settings: of the model; a classifier's images are resized to its input size and normalised by them.
+        settings: of the model; they prepare the images.
 
     Returns:
         The number of images used.
@@ -48,18 +44,14 @@ def reestimate_batch_norm(
         layer.reset_running_stats()
         layer.momentum = None  # A plain average over all batches.
         layer.train()
+    network = model.get_submodule("backbone") if is_detector(model) else model
     count = 0
     stream = iter(images)
     while batch := list(islice(stream, BATCH)):
-        if isinstance(settings, DetectorSettings):
-            detector: Any = model
-            prepared = detector.transform(batch)[0]
-            # The part that all images fill: the padding of the smaller ones would count as image.
-            height, width = (min(sides) for sides in zip(*prepared.image_sizes, strict=True))
-            detector.backbone(prepared.tensors[:, :, :height, :width])
-        else:
-            resized = torch.stack([resize(image, list(settings.image_size), antialias=True) for image in batch])
-            model(normalize(resized, list(settings.image_mean), list(settings.image_std)))
+        prepared = settings.prepare(batch)
+        # The part that all images fill: the padding of the smaller ones would count as image.
+        height, width = (min(sides) for sides in zip(*prepared.image_sizes, strict=True))
+        network(prepared.tensors[:, :, :height, :width])
         count += len(batch)
     for layer, momentum in zip(live, momenta, strict=True):
         layer.momentum = momentum

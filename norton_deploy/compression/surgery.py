@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.models.normalisation import GROUPS
+from norton_deploy.models.classifiers import GROUPS
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
 

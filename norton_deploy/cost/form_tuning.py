@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -157,21 +156,14 @@ def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str) ->
     Raises:
         UserError: the provider did not start.
     """
-    import onnxruntime
+    from norton_deploy.cost.session import make_session
 
     with tempfile.TemporaryDirectory() as folder:
         sessions, feeds = [], []
         for index, form in enumerate(forms):
             content, example = layer_graph(shape, form)
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
-            options.enable_profiling = provider == CPU
-            options.profile_file_prefix = str(Path(folder) / str(index))
-            session = onnxruntime.InferenceSession(content, options, providers=[provider])
-            if session.get_providers()[0] != provider:
-                raise UserError(f"execution provider {provider} did not start; is there a GPU with a matching CUDA?")
-            sessions.append(session)
+            profile = Path(folder) / str(index) if provider == CPU else None
+            sessions.append(make_session(content, providers=[provider], profile_prefix=profile))
             feeds.append({"input": example})
         for session, feed in zip(sessions, feeds, strict=True):
             session.run(None, feed)  # The first run allocates.

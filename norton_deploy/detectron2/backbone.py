@@ -9,7 +9,6 @@ from norton_deploy.compression.compress import BODY
 from norton_deploy.detectron2.config import Detectron2Config
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings
 
 BACKBONE = "backbone."
@@ -54,21 +53,28 @@ def backbone_structure(config: Detectron2Config) -> tuple[DetectorSettings, Comp
 
 def _settings_of(header: CheckpointHeader, settings: DetectorSettings, config: Detectron2Config) -> DetectorSettings:
     """The settings with what only the checkpoint knows; what both know must agree."""
-    found, path = header.settings, config["MODEL.NORTON.WEIGHTS"]
-    architecture = found.architecture if isinstance(found, ClassifierSettings) else found.backbone
-    if architecture != settings.backbone:
-        raise UserError(f"{config.source}: MODEL.RESNETS.DEPTH gives {settings.backbone}, but {path} is {architecture}")
-    pixels = [(found.image_mean, settings.image_mean), (found.image_std, settings.image_std)]
-    if not all(np.allclose(mine, given, rtol=0, atol=PIXEL_TOLERANCE) for mine, given in pixels):
-        mean, std = ([round(255 * value, 3) for value in values] for values in (found.image_mean, found.image_std))
+    path, architecture = config["MODEL.NORTON.WEIGHTS"], header.settings.architecture
+    if architecture != settings.architecture:
+        raise UserError(
+            f"{config.source}: MODEL.RESNETS.DEPTH gives {settings.architecture}, but {path} is {architecture}"
+        )
+    pixels = header.classifier.pixels if header.task == "cls" else header.detector.image.pixels
+    if not np.allclose(pixels, settings.image.pixels, rtol=0, atol=PIXEL_TOLERANCE):
+        mean, std = ([round(255 * value, 3) for value in values] for values in pixels)
         raise UserError(
             f"{config.source}: the pixels' mean and std are not those of {path}; set INPUT.FORMAT: RGB, "
             f"MODEL.PIXEL_MEAN: {mean}, MODEL.PIXEL_STD: {std}"
         )
-    if isinstance(found, ClassifierSettings):
+    if header.task == "cls":
         return settings
-    if found.fpn_channels != settings.fpn_channels:
+    found, expected = header.detector, settings.backbone
+    if found.backbone.fpn_channels != expected.fpn_channels:
         raise UserError(
-            f"{config.source}: MODEL.FPN.OUT_CHANNELS is {settings.fpn_channels}, but {path} has {found.fpn_channels}"
+            f"{config.source}: MODEL.FPN.OUT_CHANNELS is {expected.fpn_channels}, but {path} has "
+            f"{found.backbone.fpn_channels}"
         )
-    return replace(settings, stride_in_1x1=found.stride_in_1x1, norm_eps=found.norm_eps)
+    return replace(
+        settings,
+        detectron2=replace(settings.detectron2, stride_in_1x1=found.detectron2.stride_in_1x1),
+        backbone=replace(expected, norm_eps=found.backbone.norm_eps),
+    )

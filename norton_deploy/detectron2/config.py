@@ -12,8 +12,8 @@ import yaml
 from norton_deploy.config import from_mapping
 from norton_deploy.detectron2.keys import DEFAULTS, REQUIRED, REQUIRED_KEYPOINT, REQUIRED_MASK
 from norton_deploy.errors import UserError
+from norton_deploy.models.classifiers import Norm
 from norton_deploy.models.detectors import DetectorSettings
-from norton_deploy.models.normalisation import Norm
 from norton_deploy.structures import Task
 
 NORTON_BACKBONE = "build_norton_resnet_fpn_backbone"
@@ -68,42 +68,52 @@ class Detectron2Config:
         values = {
             "num_classes": self["MODEL.ROI_HEADS.NUM_CLASSES"] + 1,
             "num_keypoints": self["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"],
-            "backbone": f"resnet{self['MODEL.RESNETS.DEPTH']}",
-            "norm": self._one_of("MODEL.RESNETS.NORM", NORMS),
-            "trainable_layers": 5 - self["MODEL.BACKBONE.FREEZE_AT"],
-            "fpn_channels": self["MODEL.FPN.OUT_CHANNELS"],
-            "box_features": self["MODEL.ROI_BOX_HEAD.FC_DIM"],
-            "mask_channels": (self["MODEL.ROI_MASK_HEAD.CONV_DIM"],) * self["MODEL.ROI_MASK_HEAD.NUM_CONV"],
-            "keypoint_channels": self["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS"],
-            "anchor_sizes": self._anchor_sizes(),
-            "anchor_ratios": self._anchor_ratios(),
-            "min_size": self["INPUT.MIN_SIZE_TEST"],
-            "max_size": self["INPUT.MAX_SIZE_TEST"],
-            "train_short_sides": self._train_short_sides(),
-            "image_mean": [value / 255 for value in self["MODEL.PIXEL_MEAN"]][::order],
-            "image_std": [value / 255 for value in self["MODEL.PIXEL_STD"]][::order],
-            "rpn_pre_nms": (self["MODEL.RPN.PRE_NMS_TOPK_TRAIN"], self["MODEL.RPN.PRE_NMS_TOPK_TEST"]),
-            "rpn_post_nms": (self["MODEL.RPN.POST_NMS_TOPK_TRAIN"], self["MODEL.RPN.POST_NMS_TOPK_TEST"]),
-            "rpn_nms_threshold": self["MODEL.RPN.NMS_THRESH"],
-            "rpn_batch_per_image": self["MODEL.RPN.BATCH_SIZE_PER_IMAGE"],
-            "roi_batch_per_image": self["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"],
-            "roi_positive_fraction": self["MODEL.ROI_HEADS.POSITIVE_FRACTION"],
-            "score_threshold": self["MODEL.ROI_HEADS.SCORE_THRESH_TEST"],
-            "nms_threshold": self["MODEL.ROI_HEADS.NMS_THRESH_TEST"],
-            "detections_per_image": self["TEST.DETECTIONS_PER_IMAGE"],
-            # This project's backbone strides in its 3x3 convolutions.
-            "stride_in_1x1": self["MODEL.RESNETS.STRIDE_IN_1X1"] and not self.is_norton,
-            "level_strides": STRIDES,
-            "anchor_rounding": False,
-            "anchor_offset": self["MODEL.ANCHOR_GENERATOR.OFFSET"],
-            "roi_align_aligned": self._agreed([f"MODEL.ROI_{head}_HEAD.POOLER_TYPE" for head in pools], POOLERS),
-            "roi_sampling_ratio": self._agreed([f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO" for head in pools]),
-            "box_delta_weights": self["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"],
-            # Detectron2 keeps what is strictly larger. Subnormal numbers may be flushed to zero.
-            "proposal_min_size": max(float(smallest), float(np.finfo(np.float32).tiny)),
-            "image_resize": "antialiased",
-            "mask_paste": "subpixel",
-            "keypoint_score": "probability",
+            "backbone": {
+                "architecture": f"resnet{self['MODEL.RESNETS.DEPTH']}",
+                "norm": self._one_of("MODEL.RESNETS.NORM", NORMS),
+                "trainable_layers": 5 - self["MODEL.BACKBONE.FREEZE_AT"],
+                "fpn_channels": self["MODEL.FPN.OUT_CHANNELS"],
+            },
+            "rpn": {
+                "anchor_sizes": self._anchor_sizes(),
+                "anchor_ratios": self._anchor_ratios(),
+                "pre_nms": (self["MODEL.RPN.PRE_NMS_TOPK_TRAIN"], self["MODEL.RPN.PRE_NMS_TOPK_TEST"]),
+                "post_nms": (self["MODEL.RPN.POST_NMS_TOPK_TRAIN"], self["MODEL.RPN.POST_NMS_TOPK_TEST"]),
+                "nms_threshold": self["MODEL.RPN.NMS_THRESH"],
+                "batch_per_image": self["MODEL.RPN.BATCH_SIZE_PER_IMAGE"],
+            },
+            "roi": {
+                "box_features": self["MODEL.ROI_BOX_HEAD.FC_DIM"],
+                "mask_channels": (self["MODEL.ROI_MASK_HEAD.CONV_DIM"],) * self["MODEL.ROI_MASK_HEAD.NUM_CONV"],
+                "keypoint_channels": self["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS"],
+                "batch_per_image": self["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"],
+                "positive_fraction": self["MODEL.ROI_HEADS.POSITIVE_FRACTION"],
+                "score_threshold": self["MODEL.ROI_HEADS.SCORE_THRESH_TEST"],
+                "nms_threshold": self["MODEL.ROI_HEADS.NMS_THRESH_TEST"],
+                "detections_per_image": self["TEST.DETECTIONS_PER_IMAGE"],
+            },
+            "image": {
+                "min_size": self["INPUT.MIN_SIZE_TEST"],
+                "max_size": self["INPUT.MAX_SIZE_TEST"],
+                "train_short_sides": self._train_short_sides(),
+                "mean": [value / 255 for value in self["MODEL.PIXEL_MEAN"]][::order],
+                "std": [value / 255 for value in self["MODEL.PIXEL_STD"]][::order],
+            },
+            "detectron2": {
+                # This project's backbone strides in its 3x3 convolutions.
+                "stride_in_1x1": self["MODEL.RESNETS.STRIDE_IN_1X1"] and not self.is_norton,
+                "level_strides": STRIDES,
+                "anchor_rounding": False,
+                "anchor_offset": self["MODEL.ANCHOR_GENERATOR.OFFSET"],
+                "roi_align_aligned": self._agreed([f"MODEL.ROI_{head}_HEAD.POOLER_TYPE" for head in pools], POOLERS),
+                "roi_sampling_ratio": self._agreed([f"MODEL.ROI_{head}_HEAD.POOLER_SAMPLING_RATIO" for head in pools]),
+                "box_delta_weights": self["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"],
+                # Detectron2 keeps what is strictly larger. Subnormal numbers may be flushed to zero.
+                "proposal_min_size": max(float(smallest), float(np.finfo(np.float32).tiny)),
+                "image_resize": "antialiased",
+                "mask_paste": "subpixel",
+                "keypoint_score": "probability",
+            },
         }
         return from_mapping(DetectorSettings, values, self.source)
 

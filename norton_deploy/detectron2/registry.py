@@ -28,7 +28,7 @@ from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.detectron2.backbone import BACKBONE, backbone_structure
 from norton_deploy.detectron2.config import NORTON_BACKBONE, STRIDES, Detectron2Config, config_of
 from norton_deploy.detectron2.weights import swap_red_and_blue
-from norton_deploy.models.detectors import FREEZING_ORDER, build_dense_detector, freeze_stages
+from norton_deploy.models.detector_parts import FREEZING_ORDER, freeze_stages
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 CLASSIFICATION_LAYER = "fc."
@@ -93,7 +93,7 @@ def _detector_with_backbone(config: Detectron2Config) -> tuple[Any, int]:
     """A detector of ours with the backbone that a configuration describes, and how many parts of it are trained."""
     settings, plan = backbone_structure(config)
     # The heads are Detectron2's; small ones here save memory.
-    model: nn.Module = build_dense_detector("box", replace(settings, num_classes=2, box_features=1))
+    model: nn.Module = replace(settings, num_classes=2, roi=replace(settings.roi, box_features=1)).build("box")
     path = config["MODEL.NORTON.WEIGHTS"]
     source = load_checkpoint(path) if path else None
     if source is not None:
@@ -110,7 +110,7 @@ def _detector_with_backbone(config: Detectron2Config) -> tuple[Any, int]:
         model = compress(model, plan)
     if config["INPUT.FORMAT"] == "BGR":
         _read_bgr(model.get_submodule(f"{BODY}conv1"))
-    return model, settings.trainable_layers
+    return model, settings.backbone.trainable_layers
 
 
 def _read_bgr(stem: nn.Module) -> None:

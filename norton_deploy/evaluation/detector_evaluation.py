@@ -5,10 +5,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -17,6 +15,7 @@ from tqdm import tqdm
 
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.loading import iterate
+from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import (
     IOU_TYPES,
     IouType,
@@ -24,11 +23,13 @@ from norton_deploy.evaluation.coco_metrics import (
     evaluate_coco,
     primary_iou_type,
     results_of_type,
+    table3_scores,
 )
 from norton_deploy.files import atomic_write
-from norton_deploy.structures import Categories, Detections
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.structures import Categories, Detections, Task
 
-Image = npt.NDArray[np.uint8]
 # images: uint8 RGB [H, W, 3] of any sizes -> one Detections per image, in its pixels
 Detector = Callable[[Sequence[Image]], Sequence[Detections]]
 
@@ -39,6 +40,36 @@ class DetectorEvaluation:
 
     metrics: dict[str, Metrics]
     results: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FileEvaluation:
+    """A model file on a dataset.
+
+    Attributes:
+        predictor: the loaded model.
+        dataset: the split.
+        images: how many of its images were seen.
+        evaluation: what came out.
+    """
+
+    predictor: Predictor
+    dataset: CocoDetection
+    images: int
+    evaluation: DetectorEvaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without the detections."""
+        average_precision, average_recall = table3_scores(self.dataset.task, self.evaluation.metrics)
+        return {
+            "task": self.dataset.task,
+            "model": self.predictor.name,
+            "backend": self.predictor.backend,
+            "device": self.predictor.device,
+            "images": self.images,
+            "table3": {"AP": average_precision, "AR": average_recall},
+            "metrics": self.evaluation.metrics,
+        }
 
 
 class _Pixels(Dataset[tuple[int, Image]]):
@@ -114,6 +145,45 @@ def evaluate_detector(
     if state.is_main_process:
         metrics = [evaluate_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], results), image_ids)]
     return DetectorEvaluation(broadcast_object_list(metrics)[0], results)
+
+
+def evaluate_file(
+    model: Path | Sequence[Path],
+    data: Path,
+    task: Task,
+    *,
+    split: Literal["train", "val"] = "val",
+    device: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    workers: int = 0,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> FileEvaluation:
+    """Score a checkpoint, a graph or an engine on a dataset; on one process or many.
+
+    Args:
+        model: see `load_predictor`.
+        data: folder in COCO-2017's layout.
+        task: box, mask or keypoint, which the model must be for.
+        split: train or val.
+        device: cpu, cuda or cuda:N; by default each process takes a GPU of its own if there are any.
+        limit, batch_size, workers, progress: see `evaluate_detector`.
+        skip_bad: leave out bad images and annotations with one counted warning instead of stopping.
+
+    Raises:
+        UserError: a bad file or dataset, or a model of another task.
+    """
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=use_cpu)
+    predictor = load_predictor(model, device=device or ("cpu" if use_cpu else str(state.device)))
+    if predictor.task != task:
+        raise UserError(f"{predictor.name}: a detector for task '{predictor.task}', --task is '{task}'")
+    dataset = CocoDetection(data, split, task, categories=predictor.categories, skip_bad=skip_bad)
+    evaluation = evaluate_detector(
+        predictor, dataset, limit=limit, batch_size=batch_size, workers=workers, progress=progress
+    )
+    return FileEvaluation(predictor, dataset, len(range(len(dataset))[:limit]), evaluation)
 
 
 def _detections(detect: Detector, loader: DataLoader[Any]) -> Iterator[tuple[int, Detections]]:

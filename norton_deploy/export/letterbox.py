@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -69,6 +70,27 @@ class Letterbox:
     def keypoints_to_image(self, keypoints: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Keypoints [N, K, 3] (x, y in canvas pixels, score) -> image pixels, scores unchanged."""
         return (keypoints * np.array([*self.factors, 1.0], np.float32)).astype(np.float32)
+
+
+def place_images(images: Sequence[npt.NDArray[np.uint8]], canvases: npt.NDArray[np.uint8]) -> list[Letterbox]:
+    """Scale each image [H, W, 3] into its canvas of [B, Hc, Wc, 3] (written in place); further canvases become blank.
+
+    Returns:
+        How each image lies in its canvas.
+    """
+    canvas_size = (canvases.shape[1], canvases.shape[2])
+    letterboxes = [Letterbox.fit((image.shape[0], image.shape[1]), canvas_size) for image in images]
+    for letterbox, image, canvas in zip(letterboxes, images, canvases, strict=False):
+        letterbox.place(image, canvas)
+    canvases[len(images) :] = PADDING_COLOUR
+    return letterboxes
+
+
+def letterboxed(images: Sequence[npt.NDArray[np.uint8]], canvas_size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Images [H, W, 3] of any sizes -> canvases [B, Hc, Wc, 3]."""
+    canvases = np.empty((len(images), *canvas_size, 3), np.uint8)
+    place_images(images, canvases)
+    return canvases
 
 
 def clip_boxes(boxes: npt.NDArray[np.float32], image_size: tuple[int, int]) -> npt.NDArray[np.float32]:

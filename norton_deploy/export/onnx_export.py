@@ -12,21 +12,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.contract import INPUT_NAME, GraphContract, OutputTensor, Precision
 from norton_deploy.export.static_rcnn import StaticRCNN
 from norton_deploy.files import atomic_write
 from norton_deploy.structures import METADATA_KEY, Categories
 
 OPSET = 20
-METADATA_FORMAT = 1
 STAGE_PREFIX = "stage/"
-INPUT_NAME = "images"
-Precision = Literal["fp32", "fp16"]
 
 
 class _WithStages(nn.Module):
@@ -54,7 +52,7 @@ def export_onnx(
     precision: Precision = "fp32",
     weights_sha256: str = "",
     letterbox: bool = True,
-) -> dict[str, Any]:
+) -> GraphContract:
     """Write `detector` to `path`, whole or not at all.
 
     Args:
@@ -79,7 +77,7 @@ def export_onnx(
     simplify(model)
     outputs = [value for value in model.graph.outputs if not str(value.name).startswith(STAGE_PREFIX)]
     contract = describe(detector, outputs, categories, precision, weights_sha256, letterbox)
-    model.metadata_props[METADATA_KEY] = json.dumps(contract)
+    model.metadata_props[METADATA_KEY] = json.dumps(contract.to_json())
     try:
         proto = onnx_ir.to_proto(model)
         proto.graph.value_info.extend(proto.graph.output[len(outputs) :])
@@ -92,7 +90,7 @@ def export_onnx(
     return contract
 
 
-def read_contract(path: str | Path) -> dict[str, Any]:
+def read_contract(path: str | Path) -> GraphContract:
     """The contract in an exported file's metadata.
 
     Raises:
@@ -109,8 +107,21 @@ def read_contract(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not an ONNX file") from error
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
-            return dict(json.loads(entry.value))
+            return GraphContract.parse(entry.value, str(path))
     raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
+
+
+def with_stage_outputs(onnx_path: str | Path) -> bytes:
+    """The graph with its stage tensors as further outputs."""
+    import onnx
+
+    model = onnx.load_model(onnx_path)
+    stages = [value for value in model.graph.value_info if value.name.startswith(STAGE_PREFIX)]
+    if not stages:
+        raise UserError(f"{onnx_path}: its stage tensors are gone; check the file as export_onnx wrote it")
+    model.graph.output.extend(stages)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:
@@ -178,7 +189,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def nms_keep_in_onnx(boxes: Any, valid: Any, groups: Any, group_count: int, iou_threshold: float) -> Any:
-    """ONNX form of `norton_deploy.export.static_nms.nms_native`, for the exporter's translation table."""
+    """ONNX form of `norton_deploy.export.static_boxes.nms_native`, for the exporter's translation table."""
     import numpy as np
     from onnxscript import opset20 as op
 
@@ -211,34 +222,32 @@ def describe(
     precision: Precision,
     weights_sha256: str,
     letterbox: bool,
-) -> dict[str, Any]:
-    """The graph's contract, as JSON values; `outputs` are the graph's output values."""
+) -> GraphContract:
+    """The graph's contract; `outputs` are the graph's output values."""
     settings = detector.settings
-    layout = "NHWC RGB" if settings.input_dtype == "uint8" else "NCHW RGB 0..1"
-    return {
-        "format": METADATA_FORMAT,
-        "task": detector.task,
-        "image_size": list(settings.image_size),
-        "input_size": list(settings.input_size or settings.image_size),
-        "batch": settings.batch,
-        "max_detections": detector.max_detections,
-        "score_threshold": detector.box_head.score_thresh,
-        "categories": categories.to_list(),
-        "input": {"name": INPUT_NAME, "dtype": settings.input_dtype, "layout": layout},
-        "outputs": [
-            {
-                "name": str(value.name),
-                "dtype": str(value.dtype).rpartition(".")[2].lower(),
-                "shape": [int(side) for side in value.shape],
-            }
+    return GraphContract(
+        task=detector.task,
+        image_size=settings.image_size,
+        input_size=settings.input_size or settings.image_size,
+        batch=settings.batch,
+        max_detections=detector.max_detections,
+        categories=categories,
+        input_dtype=settings.input_dtype,
+        outputs=tuple(
+            OutputTensor(
+                str(value.name),
+                str(value.dtype).rpartition(".")[2].lower(),
+                tuple(int(side) for side in value.shape),
+            )
             for value in outputs
-        ],
-        "target": settings.target,
-        "precision": precision,
-        "weights_sha256": weights_sha256,
-        "resize": "graph" if settings.input_size is not None else "letterbox" if letterbox else "none",
-        "mask_paste": detector.mask_paste,
-    }
+        ),
+        target=settings.target,
+        precision=precision,
+        resize="graph" if settings.input_size is not None else "letterbox" if letterbox else "none",
+        weights_sha256=weights_sha256,
+        score_threshold=detector.box_head.score_thresh,
+        mask_paste=detector.mask_paste,
+    )
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -6,7 +6,7 @@ model's own. No operator's output shape depends on data (the `onnxruntime` targe
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,16 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.contract import InputDtype, Target
 from norton_deploy.export.frame_resize import FrameResize
-from norton_deploy.export.static_box_head import StaticBoxHead
-from norton_deploy.export.static_keypoints import UP_SCALE, StaticKeypointHead
-from norton_deploy.export.static_masks import StaticMaskHead
-from norton_deploy.export.static_nms import DEFAULT_ITERATIONS, StaticNMS
+from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, StaticNMS
+from norton_deploy.export.static_heads import UP_SCALE, StaticBoxHead, StaticKeypointHead, StaticMaskHead
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 from norton_deploy.export.static_rpn import StaticRPN
-from norton_deploy.models.image_transform import DetectorTransform
+from norton_deploy.models.detectron2_layers import DetectorTransform
 from norton_deploy.structures import MaskPaste, Task
 
-Target = Literal["onnxruntime", "tensorrt"]
-InputDtype = Literal["uint8", "float32"]
-TARGETS: tuple[Target, ...] = ("onnxruntime", "tensorrt")
+TARGETS: tuple[Target, ...] = get_args(Target)
 TENSORRT_LARGEST_TOPK = 3840
 
 
@@ -69,6 +66,11 @@ class GraphSettings:
             raise UserError(f"input_size: frames are resized as uint8, but input_dtype is '{self.input_dtype}'")
 
 
+def task_of(model: GeneralizedRCNN) -> Task:
+    """What a detector's heads find."""
+    return "mask" if model.roi_heads.has_mask() else "keypoint" if model.roi_heads.has_keypoint() else "box"
+
+
 class StaticRCNN(nn.Module):
     """The whole detector, from pixels to padded detections.
 
@@ -98,7 +100,7 @@ class StaticRCNN(nn.Module):
             raise UserError("the detector is in training mode; call .eval() before making a static graph")
         heads, transform = model.roi_heads, model.transform
         self.settings = settings
-        self.task: Task = "mask" if heads.has_mask() else "keypoint" if heads.has_keypoint() else "box"
+        self.task = task_of(model)
         self.max_detections = settings.max_detections or int(heads.detections_per_img)
         height, width = settings.image_size
         divisor = int(transform.size_divisible)

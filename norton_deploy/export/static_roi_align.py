@@ -3,17 +3,25 @@
 Bilinear sampling is separable, and so is torchvision's border rule, so a RoI of P x P bins with S x S samples
 each needs the 2PS x 2PS grid of its taps and two weighted sums over it. All pyramid levels lie in one table of
 channels-last rows, so that each RoI reads from its own level without any data-dependent shape.
+
+With a sampling ratio of 0 (Detectron2's default) a cell is sampled once for each pixel that it spans on its feature
+map, so that a large RoI needs more samples than a small one. A graph of fixed shapes cannot do that; it takes 2 samples
+per axis (`fix_sampling`). `norton_deploy.parity.sampling_effect` measures what that changes.
 """
+
+import copy
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops.poolers import MultiScaleRoIAlign, _setup_scales
 
 from norton_deploy.errors import UserError
-from norton_deploy.models.pyramid_roi_align import PyramidRoIAlign
+from norton_deploy.models.detectron2_layers import PyramidRoIAlign
 
 GATHER_CHUNK = 256
 """RoIs gathered at once; 784 rows of 256 fp32 channels each, 1000 RoIs in one piece would take 800 MB."""
+EXPORTED_SAMPLES = 2
 
 
 class StaticRoIAlign(nn.Module):
@@ -50,7 +58,7 @@ class StaticRoIAlign(nn.Module):
         if pooler.sampling_ratio <= 0:
             raise UserError(
                 "RoI pooling: the sampling ratio is adaptive (<= 0), its number of samples depends on the box; "
-                "fix it (norton_deploy.export.fixed_sampling), torchvision's default is 2"
+                "fix it (fix_sampling), torchvision's default is 2"
             )
         self.levels = [name for name in feature_sizes if name in pooler.featmap_names]
         if not self.levels:
@@ -160,3 +168,21 @@ class StaticRoIAlign(nn.Module):
         taps = torch.stack([floor, torch.minimum(floor + 1, last)], dim=-1)
         weights = torch.stack([inside * (1 - fraction), inside * fraction], dim=-1)
         return taps.flatten(1).to(torch.int64), weights.flatten(1)
+
+
+def is_adaptive(model: GeneralizedRCNN) -> bool:
+    """Whether any RoI pooling of a detector takes a number of samples that depends on the box."""
+    return any(pooler.sampling_ratio <= 0 for pooler in _poolers(model))
+
+
+def fix_sampling(model: GeneralizedRCNN, samples: int = EXPORTED_SAMPLES) -> GeneralizedRCNN:
+    """A copy of a detector whose adaptive RoI poolings take `samples` samples per cell and axis."""
+    fixed = copy.deepcopy(model)
+    for pooler in _poolers(fixed):
+        if pooler.sampling_ratio <= 0:
+            pooler.sampling_ratio = samples
+    return fixed
+
+
+def _poolers(model: GeneralizedRCNN) -> list[MultiScaleRoIAlign]:
+    return [layer for layer in model.modules() if isinstance(layer, MultiScaleRoIAlign)]

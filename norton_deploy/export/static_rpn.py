@@ -11,8 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.static_boxes import at_least, box_limits, clip_boxes, decode_boxes, gather_rows
-from norton_deploy.export.static_nms import StaticNMS
+from norton_deploy.export.static_boxes import StaticNMS, at_least, box_limits, clip_boxes, decode_boxes, gather_rows
 
 PADDED_LOGIT = -1.0e4
 """Score of a padded row; its box is empty, so `min_size` removes it."""

@@ -5,25 +5,140 @@ flag to choose one. TensorRT-RTX compiles ahead of time on any machine, without 
 therefore needs the GPU that will run the engine.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import json
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
+from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.files import atomic_write, sha256_of
 
 Engine = Literal["tensorrt", "tensorrt-rtx"]
 MODULE_OF_ENGINE: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+PORTABLE = "portable"
 
 
 class EngineUnavailableError(Exception):
     """The engine cannot be built on this machine; the message says in one line what is missing."""
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """What stands beside an engine, as JSON.
+
+    Attributes:
+        engine: which engine it is for.
+        engine_version: version of the engine that built it; no other can load it.
+        compute_capability: of the GPU that it was built for, as "86", or "portable".
+        norton_deploy_version: of this package.
+        graph_sha256, engine_sha256: digests of the files.
+        contract: of the graph.
+    """
+
+    engine: Engine
+    engine_version: str
+    compute_capability: str | None
+    norton_deploy_version: str
+    graph_sha256: str
+    engine_sha256: str
+    contract: GraphContract
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; `load` reads them."""
+        return {"format": MANIFEST_FORMAT} | vars(self) | {"contract": self.contract.to_json()}
+
+    @classmethod
+    def load(cls, engine_path: str | Path) -> EngineManifest:
+        """Read an engine's manifest and check the engine against it; call it before deserialising anything.
+
+        Raises:
+            UserError: engine or manifest is missing or broken, or the engine is not the one that was built.
+        """
+        path = manifest_path(engine_path)
+        if not Path(engine_path).is_file():
+            raise UserError(f"{engine_path}: no such engine")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields.pop("format") != MANIFEST_FORMAT:
+                raise UserError(f"{path}: a manifest of another version; build the engine again")
+            contract = GraphContract.from_json(fields.pop("contract"), str(path))
+        except OSError as error:
+            raise UserError(f"{path}: no manifest beside the engine; build it with export_trt") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not an engine manifest ({error}); build the engine again") from error
+        manifest = from_mapping(cls, fields | {"contract": contract}, str(path))
+        if sha256_of(engine_path) != manifest.engine_sha256:
+            raise UserError(
+                f"{engine_path}: its SHA-256 is not the manifest's; it was changed or replaced, build it again"
+            )
+        return manifest
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """An engine that was built, or what to do on the machine that can build it.
+
+    Attributes:
+        graph, file: the ONNX file and the engine.
+        engine: which.
+        manifest: None where it was not built.
+        reason: why it was not built, "" where it was.
+        build_s: how long it took.
+    """
+
+    graph: Path
+    file: Path
+    engine: Engine
+    manifest: EngineManifest | None
+    reason: str = ""
+    build_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        if self.manifest is None:
+            commands = target_commands(self.graph, self.file, self.engine)
+            return {"engine": None, "reason": self.reason, "target_commands": commands}
+        return {"engine": str(self.file), "manifest": self.manifest.to_json(), "build_s": self.build_s}
+
+    def text(self) -> str:
+        """For people."""
+        if self.manifest is None:
+            own, nvidia = target_commands(self.graph, self.file, self.engine)
+            return (
+                f"{self.file}: not built, {self.reason}\n{self.graph} is ready; on the target run the first "
+                f"(the second only to time the engine):\n  {own}\n  {nvidia}"
+            )
+        return (
+            f"{self.file}: {self.engine} {self.manifest.engine_version} for compute capability "
+            f"{self.manifest.compute_capability}, built in {self.build_s:.0f} s; not run here"
+        )
+
+
+def build_or_explain(
+    onnx_path: Path, engine_path: Path, *, engine: Engine = "tensorrt-rtx", compute_capability: str | None = None
+) -> EngineBuild:
+    """`build_engine` where this machine can, otherwise how it is done on one that can.
+
+    Raises:
+        UserError: as `build_engine`.
+    """
+    started = time.perf_counter()
+    try:
+        manifest = build_engine(onnx_path, engine_path, engine=engine, compute_capability=compute_capability)
+    except EngineUnavailableError as error:
+        return EngineBuild(onnx_path, engine_path, engine, None, str(error))
+    return EngineBuild(onnx_path, engine_path, engine, manifest, build_s=time.perf_counter() - started)
 
 
 def build_engine(
@@ -32,7 +147,7 @@ def build_engine(
     *,
     engine: Engine = "tensorrt-rtx",
     compute_capability: str | None = None,
-) -> dict[str, Any]:
+) -> EngineManifest:
     """Build an engine and write it, and its manifest, whole or not at all.
 
     Args:
@@ -42,16 +157,13 @@ def build_engine(
         compute_capability: "86" for 8.6, and so on. None: TensorRT-RTX makes a portable engine (8.0, 8.6, 8.9,
             12.0 and later), TensorRT takes the GPU of this machine.
 
-    Returns:
-        The manifest.
-
     Raises:
         EngineUnavailableError: the engine's package or GPU is not there.
         UserError: the graph has the wrong target, cannot be parsed or built, or the capability is unknown.
     """
     contract = read_contract(onnx_path)
-    if contract["target"] != "tensorrt":
-        raise UserError(f"{onnx_path}: built for target '{contract['target']}'; export it with target tensorrt")
+    if contract.target != "tensorrt":
+        raise UserError(f"{onnx_path}: built for target '{contract.target}'; export it with target tensorrt")
     package = engine_package(engine)
     if engine == "tensorrt":
         require_gpu(compute_capability)
@@ -59,53 +171,23 @@ def build_engine(
     plan = _build(package, log, Path(onnx_path), compute_capability if engine == "tensorrt-rtx" else None)
     with atomic_write(engine_path) as stream:
         stream.write(plan)
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "engine": engine,
-        "engine_version": str(package.__version__),
-        "compute_capability": compute_capability or ("portable" if engine == "tensorrt-rtx" else local_capability()),
-        "precision": contract["precision"],
-        "norton_deploy_version": version("norton-deploy"),
-        "sha256": {
-            "weights": contract["weights_sha256"],
-            "graph": sha256_of(onnx_path),
-            "engine": sha256_of(engine_path),
-        },
-        "contract": contract,
-    }
+    manifest = EngineManifest(
+        engine=engine,
+        engine_version=str(package.__version__),
+        compute_capability=compute_capability or (PORTABLE if engine == "tensorrt-rtx" else local_capability()),
+        norton_deploy_version=version("norton-deploy"),
+        graph_sha256=sha256_of(onnx_path),
+        engine_sha256=sha256_of(engine_path),
+        contract=contract,
+    )
     with atomic_write(manifest_path(engine_path), "w") as stream:
-        stream.write(json.dumps(manifest, indent=2) + "\n")
+        stream.write(json.dumps(manifest.to_json(), indent=2) + "\n")
     return manifest
 
 
 def manifest_path(engine_path: str | Path) -> Path:
     """The manifest of `model.engine` is `model.engine.json`."""
     return Path(f"{engine_path}.json")
-
-
-def load_manifest(engine_path: str | Path) -> dict[str, Any]:
-    """Read an engine's manifest and check the engine against it; call it before deserialising anything.
-
-    Raises:
-        UserError: engine or manifest is missing or broken, or the engine is not the one that was built.
-    """
-    path = manifest_path(engine_path)
-    if not Path(engine_path).is_file():
-        raise UserError(f"{engine_path}: no such engine")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        recorded = manifest["sha256"]["engine"]
-        known = manifest["format"] == MANIFEST_FORMAT and manifest["engine"] in MODULE_OF_ENGINE
-        contract = manifest["contract"]
-    except OSError as error:
-        raise UserError(f"{path}: no manifest beside the engine; build it with export_trt") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an engine manifest ({error}); build the engine again") from error
-    if not known or not isinstance(contract, dict):
-        raise UserError(f"{path}: a manifest of another version; build the engine again")
-    if sha256_of(engine_path) != recorded:
-        raise UserError(f"{engine_path}: its SHA-256 is not the manifest's; it was changed or replaced, build it again")
-    return dict(manifest)
 
 
 def engine_package(engine: Engine) -> ModuleType:

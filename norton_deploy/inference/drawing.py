@@ -1,14 +1,30 @@
-"""Drawing detections with supervision: boxes, labels, masks, skeletons."""
+"""Drawing detections with supervision: boxes, labels, masks, skeletons; models side by side; files of images."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
 import numpy as np
 import supervision as sv
+from tqdm import tqdm
 
-from norton_deploy.inference.predictor import Image
+from norton_deploy.errors import UserError
+from norton_deploy.files import atomic_write
+from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.structures import Categories, Detections
 
 COCO_KEYPOINTS = 17
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+BAR_HEIGHT = 24
+BAR_COLOUR = (30, 30, 30)
+TEXT_COLOUR = (255, 255, 255)
+TEXT_SIZE_PX = 13
 
 
 def draw_detections(image: Image, detections: Detections, categories: Categories) -> Image:
@@ -56,3 +72,122 @@ def _key_points(keypoints: np.ndarray, class_id: np.ndarray | None) -> sv.KeyPoi
     """[N, K, 3] -> supervision's; it takes a point at (0, 0) as missing."""
     visible = keypoints[:, :, 2:] > 0
     return sv.KeyPoints(xy=np.where(visible, keypoints[:, :, :2], 0).astype(np.float32), class_id=class_id)
+
+
+def compose_panels(
+    image: Image,
+    detections: Sequence[Detections],
+    categories: Sequence[Categories],
+    headings: Sequence[str],
+    fps: float | None,
+    latency_ms: Sequence[float],
+) -> Image:
+    """The models' views of one frame side by side.
+
+    Bars above and below hold the text, so that nothing of the frame is covered.
+
+    Args:
+        image: the frame, uint8 RGB [H, W, 3].
+        detections: of each model.
+        categories: of each model.
+        headings: of the panels.
+        fps: frames per second of the whole pipeline, None while unknown.
+        latency_ms: recent capture-to-display times of the whole pipeline.
+
+    Returns:
+        uint8 RGB [H + 48, W * panels, 3], one row or column more where that would be odd (video codecs
+        want even sides).
+    """
+    panels = [
+        np.vstack([_bar(image.shape[1], heading), draw_detections(image, found, names)])
+        for found, names, heading in zip(detections, categories, headings, strict=True)
+    ]
+    joined = np.hstack(panels)
+    footer = "pipeline: measuring"
+    if fps is not None and latency_ms:
+        p50, p95 = np.percentile(latency_ms, [50, 95])
+        footer = f"pipeline: {fps:.1f} FPS, capture to display p50 {p50:.0f} ms, p95 {p95:.0f} ms"
+    composed = np.vstack([joined, _bar(joined.shape[1], footer)])
+    padding = [(0, composed.shape[0] % 2), (0, composed.shape[1] % 2), (0, 0)]
+    return np.pad(composed, padding).astype(np.uint8)
+
+
+def _bar(width: int, text: str) -> Image:
+    """A dark bar uint8 RGB [24, width, 3] with one line of text, made smaller where it would not fit."""
+    bar = np.full((BAR_HEIGHT, width, 3), BAR_COLOUR, np.uint8)
+    scale = cv2.getFontScaleFromHeight(FONT, TEXT_SIZE_PX, 1)
+    text_width = cv2.getTextSize(text, FONT, scale, 1)[0][0]
+    scale *= min(1.0, (width - 12) / text_width)
+    cv2.putText(bar, text, (6, 17), FONT, scale, TEXT_COLOUR, 1, cv2.LINE_AA)
+    return bar
+
+
+@dataclass(frozen=True)
+class AnnotatedImages:
+    """What became of image files.
+
+    Attributes:
+        images, detections: how many.
+        mean_ms: mean time of each stage.
+        bad: why the other files could not be read.
+    """
+
+    images: int
+    detections: int
+    mean_ms: dict[str, float]
+    bad: list[UserError]
+
+
+def annotate_images(
+    predictor: Predictor, files: Sequence[Path], out: Path, *, draw_threshold: float = 0.5
+) -> AnnotatedImages:
+    """Detect in image files; writes out/ID_NAME.jpg with the detections drawn, and all of them as COCO's
+    out/detections.json. Files that cannot be read are left out; after an interruption the JSON has what came before.
+
+    Raises:
+        UserError: no file can be read, or the folder cannot be written to.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    stages_ms: list[dict[str, float]] = []
+    bad: list[UserError] = []
+    names = predictor.categories
+    try:
+        for image_id, file in zip(image_ids(files), tqdm(files, unit="image", file=sys.stderr), strict=True):
+            try:
+                [(image, detections)] = predictor.predict_files([file])
+            except UserError as error:
+                bad.append(error)
+                continue
+            stages_ms.append(vars(predictor.timing).copy())
+            height, width = detections.image_size
+            images.append({"id": image_id, "file_name": str(file), "height": height, "width": width})
+            for entry in detections.to_coco_results(image_id, names):
+                _, _, box_width, box_height = entry["bbox"]
+                annotations.append({"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0, **entry})
+            drawn = detections[detections.scores >= draw_threshold]
+            write_image(out / f"{image_id:06d}_{file.stem}.jpg", draw_detections(image, drawn, names))
+    finally:
+        if images:
+            kinds = [{"id": number, "name": name} for number, name in zip(names.ids, names.names, strict=True)]
+            with atomic_write(out / "detections.json", "w") as stream:
+                json.dump({"images": images, "annotations": annotations, "categories": kinds}, stream, indent=2)
+    if not images:
+        raise bad[0]
+    mean_ms = {stage: sum(row[stage] for row in stages_ms) / len(stages_ms) for stage in stages_ms[0]}
+    return AnnotatedImages(len(images), len(annotations), mean_ms, bad)
+
+
+def image_ids(files: Sequence[Path]) -> list[int]:
+    """COCO's own ids where all files are named by distinct numbers (000000000139.jpg), else 1, 2, 3, ..."""
+    stems = [file.stem for file in files]
+    if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(files):
+        return [int(stem) for stem in stems]
+    return list(range(1, len(files) + 1))
+
+
+def write_image(path: Path, image: Image) -> None:
+    """Write uint8 RGB [H, W, 3] as JPEG, whole or not at all."""
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
+    with atomic_write(path) as stream:
+        stream.write(encoded.tobytes())

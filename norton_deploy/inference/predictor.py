@@ -19,12 +19,6 @@ from norton_deploy.structures import Categories, Detections, Task
 Backend = Literal["torch", "onnxruntime", "tensorrt"]
 Image = npt.NDArray[np.uint8]
 
-BACKEND_OF_SUFFIX: dict[str, Backend] = {
-    ".safetensors": "torch",
-    ".onnx": "onnxruntime",
-    ".engine": "tensorrt",
-}
-
 
 @dataclass
 class StageTiming:
@@ -142,77 +136,3 @@ def read_image(path: str | Path) -> Image:
     if image is None:
         raise UserError(f"{path}: not an image that OpenCV can decode")
     return np.asarray(image, np.uint8)
-
-
-def load_predictor(
-    path: str | Path | Sequence[str | Path],
-    *,
-    score_threshold: float | None = None,
-    device: str | None = None,
-    providers: Sequence[str] | None = None,
-) -> Predictor:
-    """Load a model file: a checkpoint (`.safetensors`), a graph (`.onnx`) or a TensorRT engine (`.engine`).
-
-    Args:
-        path: one file; or several `.onnx`/`.engine` files, or a folder of them, that differ in image size:
-            each image then goes to the one whose aspect ratio is nearest.
-        score_threshold: detections below it are dropped, 0..1; None keeps the model's own threshold.
-        device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one. An engine needs a GPU.
-        providers: ONNX Runtime's execution providers, in order of preference, e.g.
-            ["TensorrtExecutionProvider", "CUDAExecutionProvider"]; by default that of `device`.
-
-    Raises:
-        UserError: a missing or foreign file, a package, device or provider that is not there, or a
-            threshold that the exported graph cannot honour.
-    """
-    if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
-        raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
-    files = _model_files(path)
-    predictors = [_load_one(file, score_threshold, device, providers) for file in files]
-    if len(predictors) == 1:
-        return predictors[0]
-    from norton_deploy.inference.size_buckets import SizeBucketPredictor
-
-    return SizeBucketPredictor(predictors)
-
-
-def _model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    if isinstance(path, (str, Path)):
-        folder = Path(path)
-        if not folder.is_dir():
-            return [folder]
-        found = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*.engine"))
-        if not found:
-            raise UserError(f"{folder}: no .onnx or .engine file in this folder")
-        return found
-    files = [Path(entry) for entry in path]
-    if not files:
-        raise UserError("load_predictor: the list of model files is empty")
-    return files
-
-
-def _load_one(
-    file: Path,
-    score_threshold: float | None,
-    device: str | None,
-    providers: Sequence[str] | None,
-) -> Predictor:
-    """Load one file; a backend is imported only when it is asked for."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such model file")
-    backend = BACKEND_OF_SUFFIX.get(file.suffix)
-    if backend is None:
-        raise UserError(f"{file}: unknown kind of model file; expected {', '.join(BACKEND_OF_SUFFIX)}")
-    if providers is not None and backend != "onnxruntime":
-        raise UserError(f"{file}: providers are ONNX Runtime's; a {file.suffix} file has none")
-    if backend == "torch":
-        from norton_deploy.inference.torch_backend import TorchPredictor
-
-        return TorchPredictor.load(file, score_threshold, device)
-    if backend == "onnxruntime":
-        from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-
-        return OnnxRuntimePredictor(file, score_threshold, device, providers)
-    from norton_deploy.inference.tensorrt_backend import TensorRTPredictor
-
-    return TensorRTPredictor(file, score_threshold, device)

@@ -1,24 +1,33 @@
-"""What every exported graph shares: fixed input shape, letterboxing, padded batches, decoding the outputs."""
+"""What every exported graph shares: fixed input shape, letterboxing, padded batches, decoding the outputs. NumPy only.
+
+Masks come box by box and are pasted into the image here, with torchvision's or Detectron2's semantic.
+`torchvision.models.detection.roi_heads.paste_masks_in_image` pads each mask by one zero on all sides, expands
+its box by the same ratio, truncates the box to whole pixels and resizes the mask to it bilinearly. A bilinear
+resize is a product with hat weights along each axis, so a mask costs two small matrix products, and only the
+pixels of its own box are ever touched. Detectron2 truncates nothing ("subpixel"): it samples the mask at the
+centres of the image's pixels, with zeros around the mask.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
-from norton_deploy.export.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
-from norton_deploy.inference.mask_paste import paste_masks
-from norton_deploy.inference.predictor import Image, Predictor
-from norton_deploy.structures import Categories, Detections, MaskPaste
+from norton_deploy.export.letterbox import Letterbox, clip_boxes, place_images
+from norton_deploy.inference.predictor import Image, Predictor, StageTiming
+from norton_deploy.structures import Detections, MaskPaste
 
 logger = logging.getLogger(__name__)
 Outputs = dict[str, npt.NDArray[np.generic]]
+PADDING = 1
+"""Zeros around a mask where it is pasted at whole pixels."""
 
 
 class StaticGraphPredictor(Predictor):
@@ -46,11 +55,12 @@ class StaticGraphPredictor(Predictor):
         self.task = contract.task
         self.categories = contract.categories
         self.input_size = contract.input_size
+        self.timing = StageTiming()
         self._score_threshold = 0.0 if score_threshold is None else score_threshold
         self._canvas = np.empty((contract.batch, *contract.input_size, 3), np.uint8)
 
     @abstractmethod
-    def _run(self, batch: npt.NDArray[np.generic]) -> Outputs:
+    def run(self, batch: npt.NDArray[np.generic]) -> Outputs:
         """Run the graph on one full batch (shape and dtype of the contract), return its outputs by name.
 
         Adds its time to `self.timing.copy_ms` and `self.timing.infer_ms`.
@@ -62,26 +72,18 @@ class StaticGraphPredictor(Predictor):
         for first in range(0, len(images), batch_size):
             started = time.perf_counter()
             chunk = images[first : first + batch_size]
-            letterboxes = [self._letterbox(image) for image in chunk]
-            for letterbox, image, canvas in zip(letterboxes, chunk, self._canvas, strict=False):
-                letterbox.place(image, canvas)
-            self._canvas[len(chunk) :] = PADDING_COLOUR
+            for image in chunk:
+                self._check_size((image.shape[0], image.shape[1]))
+            letterboxes = place_images(chunk, self._canvas)
             batch = to_graph_input(self._canvas, self.contract.input_dtype)
             self.timing.add("preprocess_ms", started)
-            outputs = self._run(batch)
+            outputs = self.run(batch)
             started = time.perf_counter()
             self._check_flags(outputs)
             for index, letterbox in enumerate(letterboxes):
-                detections.append(
-                    decode_outputs(
-                        outputs,
-                        index,
-                        letterbox,
-                        self.categories,
-                        self._score_threshold,
-                        self.contract.mask_paste,
-                    )
-                )
+                labels, mask_paste = self.categories.labels, self.contract.mask_paste
+                found = decode_outputs(outputs, index, letterbox, labels, mask_paste, self._score_threshold)
+                detections.append(found)
             self.timing.add("postprocess_ms", started)
         return detections
 
@@ -97,22 +99,20 @@ class StaticGraphPredictor(Predictor):
             )
         self.inexact_batches += bool(failed)
 
-    def _letterbox(self, image: Image) -> Letterbox:
-        """How an image lies in the graph's input: as it is, unless the graph's contract leaves resizing to us."""
-        image_size = image.shape[0], image.shape[1]
+    def _check_size(self, image_size: tuple[int, int]) -> None:
+        """Only a graph whose contract leaves resizing to us takes images of another size than its input's."""
         contract = self.contract
-        if contract.resize != "letterbox" and image_size != contract.input_size:
-            height, width = contract.input_size
-            advice = (
-                f"export with --input-size {image_size[0]} {image_size[1]}, or without it for any size"
-                if contract.resize == "graph"
-                else "resize them or export with letterboxing"
-            )
-            raise UserError(
-                f"{self.name}: takes images of exactly {height}x{width} (height x width), "
-                f"got {image_size[0]}x{image_size[1]}; {advice}"
-            )
-        return Letterbox.fit(image_size, contract.input_size)
+        if contract.resize == "letterbox" or image_size == contract.input_size:
+            return
+        (height, width), given = contract.input_size, f"{image_size[0]}x{image_size[1]}"
+        advice = (
+            f"export with --input-size {image_size[0]} {image_size[1]}, or without it for any size"
+            if contract.resize == "graph"
+            else "resize them or export with letterboxing"
+        )
+        raise UserError(
+            f"{self.name}: takes images of exactly {height}x{width} (height x width), got {given}; {advice}"
+        )
 
 
 def to_graph_input(canvas: npt.NDArray[np.uint8], input_dtype: str) -> npt.NDArray[np.generic]:
@@ -128,9 +128,9 @@ def decode_outputs(
     outputs: Outputs,
     index: int,
     letterbox: Letterbox,
-    categories: Categories,
-    score_threshold: float,
-    mask_paste: MaskPaste = "whole_pixels",
+    labels: Collection[int],
+    mask_paste: MaskPaste,
+    score_threshold: float = 0.0,
 ) -> Detections:
     """The detections of one image of a batch, in that image's pixels.
 
@@ -141,17 +141,17 @@ def decode_outputs(
         outputs: the graph's outputs (see `GraphContract.output_names`).
         index: which image of the batch.
         letterbox: how that image lay in the graph's input.
-        categories: the labels that exist.
-        score_threshold: detections below it are dropped.
+        labels: those that exist.
         mask_paste: how masks come into the image, see `GraphContract`.
+        score_threshold: detections below it are dropped.
     """
     count = int(outputs["num_detections"][index])
     scores = np.asarray(outputs["scores"][index, :count], np.float32)
-    labels = np.asarray(outputs["labels"][index, :count], np.int64)
+    found_labels = np.asarray(outputs["labels"][index, :count], np.int64)
     graph_boxes = letterbox.boxes_to_image(np.asarray(outputs["boxes"][index, :count], np.float32))
     boxes = clip_boxes(graph_boxes, letterbox.image_size)
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    kept &= (scores >= score_threshold) & np.isin(labels, categories.labels)
+    kept &= (scores >= score_threshold) & np.isin(found_labels, list(labels))
     order = np.flatnonzero(kept)
     order = order[np.argsort(-scores[order], kind="stable")]
     masks = keypoints = None
@@ -160,4 +160,91 @@ def decode_outputs(
         masks = paste_masks(probabilities, graph_boxes[order], letterbox.image_size, mask_paste=mask_paste)
     if "keypoints" in outputs:
         keypoints = letterbox.keypoints_to_image(np.asarray(outputs["keypoints"][index], np.float32)[order])
-    return Detections(boxes[order], scores[order], labels[order], letterbox.image_size, masks, keypoints)
+    return Detections(boxes[order], scores[order], found_labels[order], letterbox.image_size, masks, keypoints)
+
+
+def paste_masks(
+    probabilities: npt.NDArray[np.float32],
+    boxes: npt.NDArray[np.float32],
+    image_size: tuple[int, int],
+    *,
+    threshold: float = 0.5,
+    mask_paste: MaskPaste = "whole_pixels",
+) -> npt.NDArray[np.bool_]:
+    """Resize each box-local mask to its box and cut it at `threshold`.
+
+    Args:
+        probabilities: [N, M, M], 0..1, the mask within its box.
+        boxes: [N, 4], xyxy in pixels of the image.
+        image_size: (height, width) of the image in pixels.
+        threshold: a pixel belongs to the object when its probability is larger.
+        mask_paste: which semantic; the model's own (`DetectorSettings.mask_paste`).
+
+    Returns:
+        bool [N, H, W].
+
+    Raises:
+        UserError: the shapes do not belong together.
+    """
+    masks = np.asarray(probabilities, dtype=np.float32)
+    count = len(masks)
+    if masks.ndim != 3 or masks.shape[1] != masks.shape[2] or np.shape(boxes) != (count, 4):
+        raise UserError(
+            f"paste_masks: expected probabilities [N, M, M] and boxes [N, 4], got {masks.shape} and {np.shape(boxes)}"
+        )
+    if mask_paste == "subpixel":
+        return paste_subpixel(masks, np.asarray(boxes, dtype=np.float32), image_size, threshold)
+    height, width = image_size
+    side = masks.shape[1] + 2 * PADDING
+    padded = np.pad(masks, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
+    expanded = expand_boxes(np.asarray(boxes, dtype=np.float32), side / masks.shape[1])
+    pasted = np.zeros((count, height, width), dtype=bool)
+    for mask, box, target in zip(padded, expanded.tolist(), pasted, strict=True):
+        x1, y1, x2, y2 = box
+        columns, rows = slice(max(x1, 0), min(x2 + 1, width)), slice(max(y1, 0), min(y2 + 1, height))
+        if columns.start >= columns.stop or rows.start >= rows.stop:
+            continue
+        vertical = hat_weights(side, y2 - y1 + 1)[rows.start - y1 : rows.stop - y1]
+        horizontal = hat_weights(side, x2 - x1 + 1)[columns.start - x1 : columns.stop - x1]
+        target[rows, columns] = vertical @ mask @ horizontal.T > threshold
+    return pasted
+
+
+def paste_subpixel(
+    masks: npt.NDArray[np.float32], boxes: npt.NDArray[np.float32], image_size: tuple[int, int], threshold: float
+) -> npt.NDArray[np.bool_]:
+    """`paste_masks` at subpixel positions: as `norton_deploy.models.detectron2_layers.paste_subpixel`, box by box."""
+    pasted = np.zeros((len(masks), *image_size), dtype=bool)
+    for mask, (x1, y1, x2, y2), target in zip(masks, boxes, pasted, strict=True):
+        rows, vertical = _centre_weights(y1, y2, image_size[0], len(mask))
+        columns, horizontal = _centre_weights(x1, x2, image_size[1], len(mask))
+        target[rows, columns] = vertical @ mask @ horizontal.T > threshold
+    return pasted
+
+
+def _centre_weights(low: np.float32, high: np.float32, pixels: int, side: int) -> tuple[slice, npt.NDArray[np.float32]]:
+    """The pixels whose centres a mask of `side` cells over low..high reaches, and its bilinear weights there."""
+    extent = max(high - low, np.finfo(np.float32).eps)
+    reach = extent / side
+    span = slice(max(int(np.floor(low - reach)), 0), max(min(int(np.ceil(high + reach)), pixels), 0))
+    centres = np.arange(span.start, max(span.start, span.stop), dtype=np.float32) + np.float32(0.5)
+    positions = (centres - low) / extent * np.float32(side) - np.float32(0.5)
+    distance = np.abs(positions[:, None] - np.arange(side, dtype=np.float32)[None, :])
+    return slice(span.start, span.start + len(centres)), np.maximum(np.float32(1) - distance, np.float32(0))
+
+
+def expand_boxes(boxes: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.int64]:
+    """Scale boxes [N, 4] about their centres and truncate them to whole pixels (towards zero)."""
+    centre = (boxes[:, 2:] + boxes[:, :2]) * np.float32(0.5)
+    half = (boxes[:, 2:] - boxes[:, :2]) * np.float32(0.5) * np.float32(scale)
+    return np.concatenate([centre - half, centre + half], axis=1).astype(np.int64)
+
+
+def hat_weights(source: int, target: int) -> npt.NDArray[np.float32]:
+    """Bilinear resizing along one axis as a matrix [target, source] (pixel centres at half integers)."""
+    step = np.float32(source / target)
+    positions = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
+    positions = positions.clip(0, source - 1)
+    distance = np.abs(positions[:, None] - np.arange(source, dtype=np.float32)[None, :])
+    weights: npt.NDArray[np.float32] = np.maximum(np.float32(1) - distance, np.float32(0))
+    return weights

@@ -18,11 +18,10 @@ import torch
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
-from norton_deploy.export.tensorrt_build import EngineUnavailableError, engine_package, load_manifest
+from norton_deploy.export.tensorrt_build import PORTABLE, EngineManifest, EngineUnavailableError, engine_package
 from norton_deploy.inference.static_graph import Outputs, StaticGraphPredictor
 from norton_deploy.inference.torch_backend import choose_device
 
-PORTABLE = "portable"
 TORCH_DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
@@ -55,17 +54,7 @@ class BufferPlan:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
-def read_engine_contract(path: Path) -> tuple[dict[str, Any], GraphContract]:
-    """Manifest and contract of an engine; reads no byte of it as code.
-
-    Raises:
-        UserError: no manifest, or one that does not belong to this engine file.
-    """
-    manifest = load_manifest(path)
-    return manifest, GraphContract.from_dict(manifest["contract"], f"{path}.json")
-
-
-def check_runtime(path: Path, manifest: dict[str, Any], version: str, capability: tuple[int, int]) -> None:
+def check_runtime(path: Path, manifest: EngineManifest, version: str, capability: tuple[int, int]) -> None:
     """Refuse an engine that was built by another version or for another GPU; neither can be loaded.
 
     Args:
@@ -77,12 +66,12 @@ def check_runtime(path: Path, manifest: dict[str, Any], version: str, capability
     Raises:
         UserError: one of them differs.
     """
-    built_by = manifest["engine_version"]
+    built_by = manifest.engine_version
     if version != built_by:
         raise UserError(
-            f"{path}: built by {manifest['engine']} {built_by}, installed is {version}; build the engine again"
+            f"{path}: built by {manifest.engine} {built_by}, installed is {version}; build the engine again"
         )
-    built_for, found = manifest["compute_capability"], f"{capability[0]}{capability[1]}"
+    built_for, found = manifest.compute_capability, f"{capability[0]}{capability[1]}"
     if built_for not in (PORTABLE, found):
         raise UserError(f"{path}: built for compute capability {built_for}, this GPU has {found}; build it again")
 
@@ -138,20 +127,20 @@ class TensorRTPredictor(StaticGraphPredictor):
         Raises:
             UserError: manifest, GPU, package or version do not fit (see `check_runtime`).
         """
-        manifest, contract = read_engine_contract(path)
-        super().__init__(str(path), contract, score_threshold)
+        manifest = EngineManifest.load(path)
+        super().__init__(str(path), manifest.contract, score_threshold)
         if not torch.cuda.is_available() or device == "cpu":
             raise UserError(f"{path}: an engine runs on an NVIDIA GPU only, and none is used here; run the .onnx")
         self._device = choose_device(device)
         try:
-            package = engine_package(manifest["engine"])
+            package = engine_package(manifest.engine)
         except EngineUnavailableError as error:
             raise UserError(f"{path}: {error}") from error
         check_runtime(path, manifest, str(package.__version__), torch.cuda.get_device_capability(self._device))
         with torch.cuda.device(self._device):
             self._load(path, package)
         gpu = torch.cuda.get_device_name(self._device)
-        self.device = f"{manifest['engine']} {package.__version__}, {gpu}, {self._launch}"
+        self.device = f"{manifest.engine} {package.__version__}, {gpu}, {self._launch}"
 
     def _load(self, path: Path, package: ModuleType) -> None:
         """Deserialise, allocate and bind; the engine object must outlive its context."""
@@ -202,7 +191,7 @@ class TensorRTPredictor(StaticGraphPredictor):
         elif not self._context.execute_async_v3(self._stream.cuda_stream):
             raise UserError(f"{self.name}: the engine refused to run; see TensorRT's messages above")
 
-    def _run(self, batch: npt.NDArray[np.generic]) -> Outputs:
+    def run(self, batch: npt.NDArray[np.generic]) -> Outputs:
         names = self.contract.output_names
         started = time.perf_counter()
         with torch.cuda.stream(self._stream):

@@ -95,7 +95,7 @@ class TorchPredictor(Predictor):
             inputs = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in batch]
             started = self.timing.add("preprocess_ms", started)
             # Bytes cross to the device, four times fewer than floats; the division happens there.
-            inputs = [image.to(self.torch_device).float().div_(255) for image in inputs]
+            inputs = [to_unit_range(image.to(self.torch_device)) for image in inputs]
             self._synchronise()
             started = self.timing.add("copy_ms", started)
             with torch.inference_mode():
@@ -129,6 +129,11 @@ class TorchPredictor(Predictor):
     def _synchronise(self) -> None:
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Bytes 0..255 -> float32 0..1, as torchvision's detectors take them."""
+    return pixels.float().div_(255)
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -5,7 +5,6 @@ Because every stage starts from the graph's tensors, an error shows in the stage
 
 import copy
 from collections import OrderedDict
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from norton_deploy.structures import Detections
-
-Arrays = dict[str, npt.NDArray[Any]]
+from norton_deploy.export.static_rcnn import task_of
+from norton_deploy.inference.torch_backend import TorchPredictor, to_unit_range
+from norton_deploy.parity.comparison import Arrays
+from norton_deploy.structures import Categories, Detections
 
 
 def without_resize(model: GeneralizedRCNN, image_size: tuple[int, int], max_detections: int) -> GeneralizedRCNN:
@@ -32,41 +32,34 @@ def without_resize(model: GeneralizedRCNN, image_size: tuple[int, int], max_dete
 
 
 class EagerStages:
-    """The stages of one detector for one image size; every method returns float32 arrays."""
+    """The stages of one detector for one image size; every method returns float32 arrays.
 
-    def __init__(self, reference: GeneralizedRCNN, image_size: tuple[int, int]) -> None:
+    Attributes:
+        model: a copy that takes images of `image_size` as they are.
+        image_size: (height, width) of the images.
+        labels: all that the model can give.
+    """
+
+    def __init__(self, model: GeneralizedRCNN, image_size: tuple[int, int], max_detections: int) -> None:
         """
         Args:
-            reference: a detector from `without_resize`.
+            model: a detector in eval mode on the CPU; not changed.
             image_size: (height, width) of the images.
+            max_detections: how many to keep per image.
         """
-        self.model = reference
+        self.model = without_resize(model, image_size, max_detections)
         self.image_size = image_size
+        self.labels = tuple(range(1, self.model.roi_heads.box_predictor.cls_score.out_features))
+        every_label = Categories(self.labels, self.labels, tuple(map(str, self.labels)))
+        self._predictor = TorchPredictor(self.model, task_of(model), every_label, device="cpu")
 
     def whole(self, images: npt.NDArray[np.uint8]) -> list[Detections]:
         """Images uint8 [B, H, W, 3] -> detections, the reference for the final comparison."""
-        inputs = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
-        results = self.model(list(inputs))
-        detections = []
-        for result in results:
-            masks, keypoints = result.get("masks"), result.get("keypoints")
-            if keypoints is not None:
-                keypoints = torch.cat([keypoints[..., :2], result["keypoints_scores"][..., None]], dim=-1).numpy()
-            detections.append(
-                Detections(
-                    result["boxes"].numpy(),
-                    result["scores"].numpy(),
-                    result["labels"].numpy(),
-                    self.image_size,
-                    None if masks is None else masks[:, 0].numpy() > 0.5,
-                    keypoints,
-                )
-            )
-        return detections
+        return self._predictor(list(images))
 
     def backbone(self, images: npt.NDArray[np.uint8]) -> Arrays:
         """Images uint8 [B, H, W, 3] -> "body.NAME" feature maps."""
-        inputs = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
+        inputs = to_unit_range(torch.from_numpy(images).permute(0, 3, 1, 2))
         padded = self.model.transform(list(inputs))[0].tensors
         if isinstance(self.model.backbone, BackboneWithFPN):
             maps = self.model.backbone.body(padded)

@@ -1,11 +1,13 @@
 """The parity gate: does an exported graph compute what the model computes in eager mode, and if not, from where on?
 
-The shipped file itself is run. Its tensors between the stages are read by declaring them as outputs of a copy
-in memory; each stage in eager mode starts from the graph's own input to that stage.
+The shipped file itself is run, by the predictor that will run it and with the predictor's own letterbox and decoding.
+Its tensors between the stages are read by declaring them as outputs of a copy in memory; each stage in eager mode
+starts from the graph's own input to that stage.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,22 @@ import numpy.typing as npt
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from norton_deploy.cost.session import make_session
 from norton_deploy.errors import UserError
-from norton_deploy.export.letterbox import Letterbox
-from norton_deploy.export.onnx_export import STAGE_PREFIX, read_contract
-from norton_deploy.inference.mask_paste import paste_masks
-from norton_deploy.parity.detection_matching import Pairing, pair_detections
-from norton_deploy.parity.eager_stages import Arrays, EagerStages, doubled, without_resize
-from norton_deploy.parity.inputs import (
-    Image,
-    as_planes,
-    canvas_stages,
-    canvases,
-    resize_difference,
-    to_canvas,
+from norton_deploy.export.letterbox import Letterbox, letterboxed
+from norton_deploy.export.onnx_export import STAGE_PREFIX, read_contract, with_stage_outputs
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.predictor import Image
+from norton_deploy.inference.static_graph import StaticGraphPredictor, decode_outputs, to_graph_input
+from norton_deploy.parity.comparison import (
+    Arrays,
+    keypoint_distances,
+    pair_detections,
+    quantile,
+    relative_difference,
+    set_distance,
 )
-from norton_deploy.parity.keypoint_ties import keypoint_distances
-from norton_deploy.parity.staged_graph import cpu_session, run, with_stage_outputs
+from norton_deploy.parity.eager_stages import EagerStages, doubled
 from norton_deploy.structures import Detections, MaskPaste
 
 RESIZE_LEVELS = 1.0
@@ -42,8 +44,7 @@ class Tolerances:
 
     Attributes:
         tensor: largest difference of a feature map, logit or delta, relative to the largest value.
-        box_px, score, mask_iou, keypoint_px: for pairs of detections.
-        mask_probability: for pixels of box-local masks.
+        box_px, score, mask_iou, keypoint_px, mask_probability: for pairs of detections, pixels of box-local masks.
         share: of the pairs (or pixels) of an image, how many must be within these limits.
         unmatched: share of detections that may lack a partner (those at a cut are not counted).
     """
@@ -74,8 +75,7 @@ class StageResult:
         name: resize, backbone, fpn, rpn, proposals, boxes, detections, masks, heatmaps, keypoints or final.
         measure: what is compared, with its unit.
         worst: over all images.
-        limit: what is allowed; a lower bound for IoU, an upper bound for everything else.
-        is_lower_bound: which of the two.
+        limit, is_lower_bound: what is allowed; a lower bound for IoU, an upper bound for everything else.
     """
 
     name: str
@@ -92,8 +92,7 @@ class StageResult:
 
 @dataclass
 class ParityReport:
-    """Attributes: the file; images compared; detections compared; results in the order of the stages; images for
-    which a static shortcut of the graph was not exact, by flag."""
+    """Attributes: the file; images and detections compared; stages; batches with an inexact shortcut, by flag."""
 
     graph: str
     precision: str
@@ -154,6 +153,7 @@ def check_parity(
     onnx_path: str | Path,
     images: Sequence[Image],
     *,
+    predictor: StaticGraphPredictor | None = None,
     tolerances: Tolerances | None = None,
 ) -> ParityReport:
     """Compare an exported graph, run by ONNX Runtime on the CPU, with its model in eager mode.
@@ -161,46 +161,64 @@ def check_parity(
     Args:
         model: the detector that was exported, in eval mode, on the CPU, before any lowering; not changed.
         onnx_path: the graph.
-        images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. Where the graph resizes its
-            input itself, its result is compared with the predictor's letterbox, and is what eager mode is given.
+        images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. The last batch is filled up from
+            the first images. Where the graph resizes its input itself, its result is compared with the predictor's
+            letterbox, and is what eager mode is given.
+        predictor: what runs the whole graph for the last stage, by default ONNX Runtime on the CPU; an engine that was
+            built from the graph is compared by giving it here.
         tolerances: by default those of the graph's precision.
 
     Raises:
-        UserError: no images, or a file that `export_onnx` did not write.
+        UserError: no images, a file that `export_onnx` did not write, or a predictor of another graph.
     """
     if not images:
         raise UserError("parity: no images to compare on")
+    graph = predictor or OnnxRuntimePredictor(Path(onnx_path), device="cpu")
     contract = read_contract(onnx_path)
-    report = ParityReport(str(onnx_path), contract["precision"])
-    limits = tolerances or TOLERANCES[contract["precision"]]
-    height, width = contract["image_size"]
-    reference = without_resize(model, (height, width), contract["max_detections"])
-    eager = EagerStages(reference, (height, width))
-    session = cpu_session(Path(onnx_path).read_bytes())
-    staged = cpu_session(with_stage_outputs(onnx_path))
-    resizes = contract["resize"] == "graph"
-    input_size = contract["input_size"][0], contract["input_size"][1]
-    for batch in canvases(images, contract["batch"], input_size):
-        fed = batch if contract["input"]["dtype"] == "uint8" else as_planes(batch)
-        outputs = run(session, contract["input"]["name"], fed)
-        everything = run(staged, contract["input"]["name"], fed)
-        stages = {
-            name.removeprefix(STAGE_PREFIX): value
-            for name, value in everything.items()
-            if name.startswith(STAGE_PREFIX)
-        }
-        if resizes:
-            canvas = stages["canvas"]
-            report.record("resize", "difference, levels", resize_difference(batch, canvas), RESIZE_LEVELS)
-            batch = canvas.astype(np.uint8)
-            everything |= canvas_stages(stages)
-            outputs = to_canvas(outputs, Letterbox.fit(input_size, (height, width)))
-        ambiguous = compare_stages(report, eager, batch, stages, everything, limits)
-        compare_final(report, eager, batch, outputs, contract, limits, ambiguous)
-        report.images += len(batch)
+    if graph.contract != contract:
+        raise UserError(f"{graph.name}: was not made from {onnx_path}")
+    staged = make_session(with_stage_outputs(onnx_path), "cpu")
+    names = [output.name for output in staged.get_outputs()]
+    report = ParityReport(str(onnx_path), contract.precision)
+    limits = tolerances or TOLERANCES[contract.precision]
+    eager = EagerStages(model, contract.image_size, contract.max_detections)
+    filled = [*images, *islice(cycle(images), -len(images) % contract.batch)]
+    for start in range(0, len(filled), contract.batch):
+        canvas = letterboxed(filled[start : start + contract.batch], contract.input_size)
+        fed = to_graph_input(canvas, contract.input_dtype)
+        outputs: Arrays = graph.run(fed)
+        everything: Arrays = dict(zip(names, staged.run(names, {contract.input_name: fed}), strict=True))
+        stages = {name.removeprefix(STAGE_PREFIX): everything.pop(name) for name in names if STAGE_PREFIX in name}
+        if contract.resize == "graph":
+            expected = letterboxed(list(canvas), contract.image_size)
+            levels = float(np.abs(stages["canvas"] - expected).max())
+            report.record("resize", "difference, levels", levels, RESIZE_LEVELS)
+            canvas = stages["canvas"].astype(np.uint8)
+            everything |= {n.removeprefix("canvas_"): value for n, value in stages.items() if n.startswith("canvas_")}
+            outputs = to_canvas(outputs, Letterbox.fit(contract.input_size, contract.image_size))
+        ambiguous = compare_stages(report, eager, canvas, stages, everything, limits)
+        found = decoded(outputs, eager, contract.mask_paste)
+        compare_detections(report, "final", eager, eager.whole(canvas), found, limits, ambiguous)
+        report.images += len(canvas)
+        report.detections += sum(map(len, found))
         for flag in report.inexact:
             report.inexact[flag] += int(not outputs[flag].all())
     return report
+
+
+def to_canvas(outputs: Arrays, letterbox: Letterbox) -> Arrays:
+    """A resizing graph's outputs with boxes and keypoints in canvas pixels instead of the frame's."""
+    x_factor, y_factor = letterbox.factors
+    changed = {"boxes": outputs["boxes"] / np.array([x_factor, y_factor] * 2, np.float32)}
+    if "keypoints" in outputs:
+        changed["keypoints"] = outputs["keypoints"] / np.array([x_factor, y_factor, 1], np.float32)
+    return outputs | changed
+
+
+def decoded(outputs: Arrays, eager: EagerStages, mask_paste: MaskPaste) -> list[Detections]:
+    """The predictor's decoding of a batch, in canvas pixels, of all labels, whether they have a category or not."""
+    frame, rows = Letterbox.fit(eager.image_size, eager.image_size), range(len(outputs["boxes"]))
+    return [decode_outputs(outputs, index, frame, eager.labels, mask_paste) for index in rows]
 
 
 def compare_stages(
@@ -211,12 +229,12 @@ def compare_stages(
     Returns:
         With keypoints: which have several maxima, [B, D, K].
     """
-    for name, expected in (
+    for name, tensors in (
         ("backbone", eager.backbone(batch)),
         ("fpn", eager.fpn(stages)),
         ("rpn", eager.rpn_head(stages)),
     ):
-        report.record(name, "largest relative difference", relative_difference(expected, stages), limits.tensor)
+        report.record(name, "largest relative difference", relative_difference(tensors, stages), limits.tensor)
     for expected_boxes, boxes, valid in zip(
         eager.proposals(stages), stages["proposals"], stages["proposal_valid"], strict=True
     ):
@@ -224,10 +242,9 @@ def compare_stages(
         report.record("proposals", "distance to nearest, px", distance, limits.box_px)
     difference = relative_difference(eager.box_head(stages), stages)
     report.record("boxes", "largest relative difference", difference, limits.tensor)
-    for index, expected_detections in enumerate(eager.detections(stages)):
-        found = detections_of(outputs, index, eager.image_size, paste=False)
-        pairing = pair(eager, expected_detections, found, limits)
-        record_pairing(report, "detections", pairing, len(expected_detections) + len(found), limits)
+    before_task_head = {name: outputs[name] for name in ("num_detections", "boxes", "scores", "labels")}
+    found = decoded(before_task_head, eager, "whole_pixels")
+    compare_detections(report, "detections", eager, eager.detections(stages), found, limits)
     real = np.asarray(outputs["labels"]).reshape(-1) > 0
     if "masks" in outputs:
         size = outputs["masks"].shape[-1]
@@ -247,90 +264,37 @@ def compare_stages(
     return None
 
 
-def compare_final(
+def compare_detections(
     report: ParityReport,
+    name: str,
     eager: EagerStages,
-    batch: Image,
-    outputs: Arrays,
-    contract: dict[str, Any],
+    expected: Sequence[Detections],
+    found: Sequence[Detections],
     limits: Tolerances,
-    ambiguous: npt.NDArray[np.bool_] | None,
+    ambiguous: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """The detections of the whole graph against those of the whole model; `ambiguous` keypoints may differ."""
-    for index, expected in enumerate(eager.whole(batch)):
-        found = detections_of(outputs, index, eager.image_size, mask_paste=contract["mask_paste"])
-        pairing = pair(eager, expected, found, limits)
-        if ambiguous is not None and pairing.keypoint_px is not None:
-            pairing.keypoint_px[ambiguous[index, pairing.pairs[:, 1]]] = 0.0
-        report.detections += len(found)
-        record_pairing(report, "final", pairing, len(expected) + len(found), limits)
+    """All measures of the detections that any predictor `found` in images of `eager.image_size`, as stage `name`.
 
-
-def pair(eager: EagerStages, expected: Detections, found: Detections, limits: Tolerances) -> Pairing:
-    """Pair with the model's own cuts."""
-    heads = eager.model.roi_heads
-    return pair_detections(
-        expected,
-        found,
-        score_threshold=heads.score_thresh,
-        max_detections=heads.detections_per_img,
-        score_tolerance=limits.score,
-    )
-
-
-def record_pairing(report: ParityReport, name: str, pairing: Pairing, total: int, limits: Tolerances) -> None:
-    """All measures of one image's pairing."""
-    unexplained = (pairing.unmatched - pairing.borderline) / max(total, 1)
-    report.record(name, "share of unmatched detections", unexplained, limits.unmatched)
-    share = limits.share
-    report.record(name, "box distance, px", quantile(pairing.box_px, share), limits.box_px)
-    report.record(name, "score difference", quantile(pairing.score, share), limits.score)
-    if pairing.mask_iou is not None:
-        lowest = 1.0 - quantile(1.0 - pairing.mask_iou, share)
-        report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
-    if pairing.keypoint_px is not None:
-        report.record(name, "keypoint distance, px", quantile(pairing.keypoint_px, share), limits.keypoint_px)
-
-
-def detections_of(
-    outputs: Arrays,
-    index: int,
-    image_size: tuple[int, int],
-    paste: bool = True,
-    mask_paste: MaskPaste = "whole_pixels",
-) -> Detections:
-    """The detections of one image of a graph's batch; without masks and keypoints unless `paste`."""
-    count = int(outputs["num_detections"][index])
-    part = {name: np.asarray(outputs[name][index, :count]) for name in ("boxes", "scores", "labels")}
-    masks = (
-        paste_masks(outputs["masks"][index, :count], part["boxes"], image_size, mask_paste=mask_paste)
-        if "masks" in outputs and paste
-        else None
-    )
-    keypoints = np.asarray(outputs["keypoints"][index, :count]) if "keypoints" in outputs and paste else None
-    return Detections(part["boxes"], part["scores"], part["labels"].astype(np.int64), image_size, masks, keypoints)
-
-
-def relative_difference(expected: Arrays, found: Arrays) -> float:
-    """Largest difference of any tensor, each relative to its largest value; NaN if a value is not finite."""
-    worst = 0.0
-    for name, values in expected.items():
-        reference = np.asarray(values, np.float32)
-        if not reference.size:
-            continue
-        gap = np.abs(reference - np.asarray(found[name], np.float32)).max()
-        worst = float(np.maximum(worst, gap / max(float(np.abs(reference).max()), 1e-12)))
-    return worst
-
-
-def set_distance(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
-    """Largest distance of a box of either set to the nearest of the other, in pixels; inf if one is empty."""
-    if len(first) == 0 or len(second) == 0:
-        return 0.0 if len(first) == len(second) else float("inf")
-    distance = np.stack([np.abs(first - box).max(axis=1) for box in second], axis=1)
-    return float(max(distance.min(axis=0).max(), distance.min(axis=1).max()))
-
-
-def quantile(values: npt.NDArray[np.floating[Any]], share: float) -> float:
-    """The value that `share` of the values do not exceed: the largest for 1; 0 for no values."""
-    return float(np.quantile(values, share)) if values.size else 0.0
+    Unmatched ones are excused where they lie at the model's own cuts; keypoints may differ where they are
+    `ambiguous`, [B, D, K].
+    """
+    heads, share = eager.model.roi_heads, limits.share
+    for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
+        pairing = pair_detections(
+            ours,
+            theirs,
+            score_threshold=heads.score_thresh,
+            max_detections=heads.detections_per_img,
+            score_tolerance=limits.score,
+        )
+        unexplained = (pairing.unmatched - pairing.borderline) / max(len(ours) + len(theirs), 1)
+        report.record(name, "share of unmatched detections", unexplained, limits.unmatched)
+        report.record(name, "box distance, px", quantile(pairing.box_px, share), limits.box_px)
+        report.record(name, "score difference", quantile(pairing.score, share), limits.score)
+        if pairing.mask_iou is not None:
+            lowest = 1.0 - quantile(1.0 - pairing.mask_iou, share)
+            report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
+        if pairing.keypoint_px is not None:
+            if ambiguous is not None:
+                pairing.keypoint_px[ambiguous[index, pairing.pairs[:, 1]]] = 0.0
+            report.record(name, "keypoint distance, px", quantile(pairing.keypoint_px, share), limits.keypoint_px)

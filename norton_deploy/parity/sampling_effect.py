@@ -2,15 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.export.letterbox import Letterbox
-from norton_deploy.parity.detection_matching import Pairing, pair_detections
-from norton_deploy.parity.eager_stages import EagerStages, without_resize
+from norton_deploy.export.letterbox import letterboxed
+from norton_deploy.parity.comparison import Pairing, pair_detections
+from norton_deploy.parity.eager_stages import EagerStages
+
+MEASURES = {
+    "box_px": "boxes {:.2g} px",
+    "score": "scores {:.2g}",
+    "mask_iou": "mask IoU {:.3f}",
+    "keypoint_px": "keypoints {:.2g} px",
+}
 
 
 @dataclass(frozen=True)
@@ -21,28 +29,24 @@ class SamplingEffect:
         images: compared.
         detections: of the adaptive model.
         unpaired: detections of either without a partner in the other, boxes overlapping by IoU 0.5 at least.
-        box_px, score, mask_iou, keypoint_px: (median, worst) over the pairs; None where there is nothing to compare.
+        differences: of `MEASURES`, those there is something to compare by: (median, worst) over the pairs.
     """
 
     images: int
     detections: int
     unpaired: int
-    box_px: tuple[float, float] | None
-    score: tuple[float, float] | None
-    mask_iou: tuple[float, float] | None
-    keypoint_px: tuple[float, float] | None
+    differences: dict[str, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; null for a measure that the task has not."""
+        counts = {"images": self.images, "detections": self.detections, "unpaired": self.unpaired}
+        return counts | {name: self.differences.get(name) for name in MEASURES}
 
     def sentence(self) -> str:
         """For people."""
         parts = [f"{self.unpaired} without a partner"]
-        for name, pair in (
-            ("boxes {:.2g} px", self.box_px),
-            ("scores {:.2g}", self.score),
-            ("mask IoU {:.3f}", self.mask_iou),
-            ("keypoints {:.2g} px", self.keypoint_px),
-        ):
-            if pair is not None:
-                parts.append(name.format(pair[0]) + f" (worst {pair[1]:.2g})")
+        for name, (median, worst) in self.differences.items():
+            parts.append(f"{MEASURES[name].format(median)} (worst {worst:.2g})")
         return (
             f"RoIAlign's sampling is adaptive in the model and fixed to 2 in the graph; effect on {self.detections} "
             f"detections in {self.images} images, median: " + ", ".join(parts)
@@ -64,31 +68,19 @@ def measure_sampling_effect(
         image_size: (height, width) in pixels.
     """
     limit = int(adaptive.roi_heads.detections_per_img)
-    runs = [EagerStages(without_resize(model, image_size, limit), image_size) for model in (adaptive, fixed)]
+    runs = [EagerStages(model, image_size, limit) for model in (adaptive, fixed)]
     pairings: list[Pairing] = []
     detections = 0
     for image in images:
-        canvas = np.empty((*image_size, 3), np.uint8)
-        Letterbox.fit((image.shape[0], image.shape[1]), image_size).place(image, canvas)
-        first, second = (run.whole(canvas[None])[0] for run in runs)
+        canvas = letterboxed([image], image_size)
+        first, second = (run.whole(canvas)[0] for run in runs)
         detections += len(first)
         pairings.append(pair_detections(first, second, score_threshold=0.0, max_detections=limit, score_tolerance=0.0))
-    return SamplingEffect(
-        images=len(images),
-        detections=detections,
-        unpaired=sum(pairing.unmatched for pairing in pairings),
-        box_px=_median_and_worst([pairing.box_px for pairing in pairings]),
-        score=_median_and_worst([pairing.score for pairing in pairings]),
-        mask_iou=_median_and_worst([pairing.mask_iou for pairing in pairings], lowest_is_worst=True),
-        keypoint_px=_median_and_worst([pairing.keypoint_px for pairing in pairings]),
-    )
-
-
-def _median_and_worst(
-    parts: Sequence[npt.NDArray[np.float32] | None], *, lowest_is_worst: bool = False
-) -> tuple[float, float] | None:
-    values = [part.reshape(-1) for part in parts if part is not None]
-    if not values or not sum(part.size for part in values):
-        return None
-    everything = np.concatenate(values)
-    return float(np.median(everything)), float(everything.min() if lowest_is_worst else everything.max())
+    differences = {}
+    for name in MEASURES:
+        parts = [np.ravel(part) for pairing in pairings if (part := getattr(pairing, name)) is not None]
+        if sum(map(len, parts)):
+            values = np.concatenate(parts)
+            worst = values.min() if name == "mask_iou" else values.max()
+            differences[name] = float(np.median(values)), float(worst)
+    return SamplingEffect(len(images), detections, sum(pairing.unmatched for pairing in pairings), differences)

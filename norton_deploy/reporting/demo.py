@@ -14,7 +14,8 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.drawing import draw_detections
-from norton_deploy.inference.predictor import Predictor, load_predictor, read_image
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Predictor, read_image
 from norton_deploy.reporting.latency import AlternatingRun, measure_alternating, summary_to_dict
 from norton_deploy.reporting.page import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance
@@ -103,13 +104,10 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
 
 def _complexity(checkpoint: Path) -> Complexity:
     from norton_deploy.checkpoints.checkpoint import load_checkpoint
-    from norton_deploy.models.detectors import DetectorSettings
 
     loaded = load_checkpoint(checkpoint)
     settings = loaded.header.settings
-    assert isinstance(settings, DetectorSettings)
-    size = (settings.min_size, settings.min_size)
-    return count_complexity(loaded.model, size, proposals=settings.rpn_post_nms[1])
+    return count_complexity(loaded.model, settings.input_size, proposals=settings.proposals)
 
 
 def _row(

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
-from torchvision.transforms.v2.functional import normalize, resize
 
 from norton_deploy.compression.compress import BODY, is_detector
 from norton_deploy.errors import UserError
@@ -93,11 +92,10 @@ def explained_layers(model: nn.Module) -> list[str]:
 
 def ask_classifier(dense: nn.Module, image: Tensor, settings: ClassifierSettings) -> Question:
     """The class that the dense model predicts for an image, float32 [3, H, W] in 0..1 RGB."""
-    resized = resize(image, list(settings.image_size), antialias=True).clamp(0, 1)
-    pixels = normalize(resized, list(settings.image_mean), list(settings.image_std))[None]
+    pixels = settings.prepare([image]).tensors
     with torch.no_grad():
         label = int(dense(pixels).argmax())
-    return Question(pixels, resized.permute(1, 2, 0).numpy(), label)
+    return Question(pixels, _picture(pixels[0], settings.image_mean, settings.image_std), label)
 
 
 def ask_detector(
@@ -125,11 +123,15 @@ def ask_detector(
         at = resize_boxes(at, list(image.shape[1:]), [height, width])
         logits = BoxLogits(dense, at, (height, width))(prepared.tensors)
     label = int(logits[0, 1:].argmax()) + 1 if found is None else found[1]
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1) for values in (dense.transform.image_mean, dense.transform.image_std)
-    )
-    picture = (prepared.tensors[0, :, :height, :width] * std + mean).clamp(0, 1)
-    return Question(prepared.tensors, picture.permute(1, 2, 0).numpy(), label, at)
+    inside = prepared.tensors[0, :, :height, :width]
+    picture = _picture(inside, dense.transform.image_mean, dense.transform.image_std)
+    return Question(prepared.tensors, picture, label, at)
+
+
+def _picture(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:
+    """Normalised pixels [3, H, W] as a picture [H, W, 3] in 0..1."""
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (pixels * scale + shift).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def shared_detection(detectors: Sequence[nn.Module], image: Tensor) -> tuple[Tensor, int] | None:

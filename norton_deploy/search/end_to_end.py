@@ -14,9 +14,9 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from norton_deploy.compression.lower_model import lower_model
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.cost.layer_calls import layer_calls
-from norton_deploy.export.fixed_sampling import fix_sampling
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image
 from norton_deploy.structures import Categories

@@ -20,7 +20,6 @@ from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.search.budget import Budget, Kind
 from norton_deploy.search.decisions import Decision, list_decisions, to_plan
 from norton_deploy.search.end_to_end import Workload
@@ -128,14 +127,14 @@ def find_plan(
     if source.header.plan is not None:
         raise UserError("the model is compressed already; plan for its dense original")
     found = source.header.settings
-    if isinstance(found, ClassifierSettings):
+    if source.header.task == "cls":
         if request.budget.is_latency:
             raise UserError(f"--budget {request.budget}: latency is measured for detectors; use macs or params")
         architecture: str = found.architecture
-        workload = Workload(request.image_size or found.image_size, 0, 0)
+        workload = Workload(request.image_size or found.input_size, 0, 0)
     else:
         architecture = "rcnn"
-        workload = Workload.of(source.model, request.image_size or (found.min_size, found.min_size))
+        workload = Workload.of(source.model, request.image_size or found.input_size)
     uniform = {name: fit_plan(source.model, plan) for name, plan in request.compare.items()}
     seconds: dict[str, float] = {}
     decisions = list_decisions(source.model, ranks=request.ranks, multiple=request.multiple)
@@ -180,17 +179,12 @@ def find_plan(
 
 def make_sensitivity_probes(source: Checkpoint, request: PlanRequest) -> list[Probe]:
     """The images on which harm is measured, one per batch so that no padding is computed."""
-    found, model = source.header.settings, cast(Any, source.model)
-    images = read_images(request.data, request.images)
-    if isinstance(found, ClassifierSettings):
-        return list(make_probes(model, images, found))
-    full = model.transform.min_size, model.transform.max_size
-    model.transform.min_size = (request.sensitivity_size,)
-    model.transform.max_size = request.sensitivity_size * found.max_size // found.min_size
-    try:
-        return list(make_probes(model, images, found, batch=1))
-    finally:
-        model.transform.min_size, model.transform.max_size = full
+    header, images = source.header, read_images(request.data, request.images)
+    if header.task == "cls":
+        return list(make_probes(source.model, images, header.settings))
+    found, side = header.detector, request.sensitivity_size
+    reduced = replace(found.image, min_size=side, max_size=side * found.image.max_size // found.image.min_size)
+    return list(make_probes(source.model, images, replace(found, image=reduced), batch=1))
 
 
 def _latency(

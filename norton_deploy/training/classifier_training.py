@@ -12,21 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
-from norton_deploy.compression.cpu_forms import use_products_on_small_maps
 from norton_deploy.data.classification import ClassificationFolder, Style
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import atomic_write
-from norton_deploy.models.classifiers import Architecture, ClassifierSettings
-from norton_deploy.models.normalisation import Norm
-from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
+from norton_deploy.training.batches import Batch, SampledBatches, collate_classes
+from norton_deploy.training.cpu_forms import use_cpu_forms
+from norton_deploy.training.distillation import DistilledClassification, open_classifier_teacher
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
-from norton_deploy.training.loaders import collate_classes
-from norton_deploy.training.logit_distillation import DistilledClassification, load_teacher
-from norton_deploy.training.resume import seed_step
-from norton_deploy.training.run import LossTerms, run_training
-from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.trainer import TrainingResult, build_accelerator
+from norton_deploy.training.run_folder import seed_step
+from norton_deploy.training.settings import TrainingSettings, build_accelerator
+from norton_deploy.training.trainer import Evaluation, LossTerms, Trainer, TrainingResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +76,6 @@ def classification_loss(smoothing: float, model: nn.Module, batch: Batch) -> Map
     return {"classification": functional.cross_entropy(logits, batch.targets, label_smoothing=smoothing)}
 
 
-def prepare_convolutions(model: nn.Module) -> None:
-    """Have a model's convolutions run in their quick forms; weights stay what they are."""
-    model.to(memory_format=torch.channels_last)
-    use_products_on_small_maps(model)
-
-
 def save_plain_weights(path: Path, model: nn.Module) -> None:
     """Write a model's tensors without a header, whole or not at all."""
     with atomic_write(path) as stream:
@@ -132,11 +123,13 @@ def train_classifier(
         start = initial_classifier(model_settings, init=settings.init, plan=settings.plan)
         header = CheckpointHeader("cls", start.settings, start.plan, class_categories(train.classes))
         save = partial(_save_checkpoint, header.made_by(command, settings.init))
-    prepare_convolutions(start.model)
+    start.model.to(memory_format=torch.channels_last)
     loss_terms: LossTerms = partial(classification_loss, settings.label_smoothing)
     if settings.teacher is not None:
-        teacher = load_teacher(settings.teacher, train.classes).to(accelerator.device)
-        prepare_convolutions(teacher)
+        teacher = open_classifier_teacher(settings.teacher, train.classes).to(accelerator.device)
+        teacher.to(memory_format=torch.channels_last)
+        if settings.cpu_forms:
+            use_cpu_forms(teacher)
         loss_terms = DistilledClassification(
             teacher,
             weight=settings.distillation_weight,
@@ -155,15 +148,15 @@ def train_classifier(
         )
         return Evaluation({"classification": metrics}, metrics["top1"])
 
-    return run_training(
-        settings,
-        accelerator,
-        start,
-        train,
-        collate_classes,
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=start.model,
         loss_terms=loss_terms,
+        loader=SampledBatches.of(train, collate_classes, settings, accelerator),
+        settings=settings,
         evaluate=evaluate,
         save_model=save,
-        identity={"classifier": asdict(start.settings)},
+        identity={"classifier": asdict(start.settings), "training_images": len(train)},
         announce=announce,
     )
+    return trainer.start(start.origin)

@@ -13,22 +13,19 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.transforms import training_transform
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import table3_scores
-from norton_deploy.evaluation.detector_evaluation import Detector, evaluate_detector
+from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.files import sha256_of
+from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.models.detectors import DetectorSettings
-from norton_deploy.structures import Categories, Task
-from norton_deploy.training.batch import Batch, Evaluation
-from norton_deploy.training.box_precision import keep_boxes_in_float32
-from norton_deploy.training.distillation import FeatureImitation, open_teacher
+from norton_deploy.structures import Task
+from norton_deploy.training.batches import Batch, SampledBatches, collate_detections
+from norton_deploy.training.distillation import FeatureImitation, open_detector_teacher
 from norton_deploy.training.initial_weights import initial_detector, training_categories
-from norton_deploy.training.loaders import collate_detections
-from norton_deploy.training.resume import seed_step
-from norton_deploy.training.run import LossTerms, run_training
-from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.trainer import TrainingResult, build_accelerator
+from norton_deploy.training.run_folder import seed_step
+from norton_deploy.training.settings import TrainingSettings, build_accelerator
+from norton_deploy.training.trainer import Evaluation, LossTerms, Trainer, TrainingResult
 
-# (model in evaluation mode, task, categories, device) -> images to detections
-DetectorOfModel = Callable[[nn.Module, Task, Categories, torch.device], Detector]
+HEADS = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +82,6 @@ def detection_losses(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 def train_detector(
     settings: DetectorTrainingSettings,
     *,
-    detector_of_model: DetectorOfModel,
     command: str,
     announce: Callable[[str], None] = lambda message: None,
 ) -> TrainingResult:
@@ -93,7 +89,6 @@ def train_detector(
 
     Args:
         settings: of the run.
-        detector_of_model: makes the model callable for evaluation.
         command: the command line, for the checkpoints' lineage.
         announce: called on the main process with what the run starts from and how.
 
@@ -101,8 +96,8 @@ def train_detector(
         UserError: settings, data, initial weights or the run's folder are wrong, or the loss is not finite.
     """
     accelerator = build_accelerator(settings)
-    if settings.detector.norm == "sync" and accelerator.device.type == "cpu":
-        raise UserError("detector.norm sync needs GPUs; use --detector.norm group (or batch) on CPUs")
+    if settings.detector.backbone.norm == "sync" and accelerator.device.type == "cpu":
+        raise UserError("detector.backbone.norm sync needs GPUs; use --detector.backbone.norm group (or batch) on CPUs")
     train = CocoDetection(
         settings.data,
         "train",
@@ -116,14 +111,14 @@ def train_detector(
     val = CocoDetection(settings.data, "val", settings.task, categories=train.categories, skip_bad=settings.skip_bad)
     seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
     start = initial_detector(settings.task, train.categories, settings.detector, init=settings.init, plan=settings.plan)
-    assert isinstance(start.settings, DetectorSettings)
     # Quicker steps on a CPU in informal trials (no result file). Not the heads: torchvision's keypoint loss views maps
     # as contiguous.
     start.model.get_submodule("backbone").to(memory_format=torch.channels_last)
     keep_boxes_in_float32(start.model)
-    teacher, channels = None, None
+    loss_terms: LossTerms = detection_losses
+    notes = []
     if settings.teacher is not None:
-        teacher, channels = open_teacher(
+        teacher, channels = open_detector_teacher(
             settings.teacher,
             start.model,
             start.settings,
@@ -131,20 +126,17 @@ def train_detector(
             task=settings.task,
             categories=train.categories,
         )
-    header = CheckpointHeader(
-        settings.task, start.settings, start.plan, train.categories, pyramid_channels=start.pyramid_channels
-    ).made_by(command, settings.init)
-    loss_terms: LossTerms = detection_losses
-    notes = []
-    if teacher is not None:
         teacher = teacher.to(accelerator.device)
         teacher.get_submodule("backbone").to(memory_format=torch.channels_last)
         loss_terms = FeatureImitation(start.model, teacher, channels, settings.distillation_weight)
         notes.append(f"imitate the pyramid of {settings.teacher}, weight {settings.distillation_weight:g}")
+    header = CheckpointHeader(
+        settings.task, start.settings, start.plan, train.categories, pyramid_channels=start.pyramid_channels
+    ).made_by(command, settings.init)
 
     def evaluate(model: nn.Module) -> Evaluation:
         evaluation = evaluate_detector(
-            detector_of_model(model, settings.task, train.categories, accelerator.device),
+            TorchPredictor(model, settings.task, train.categories, device=str(accelerator.device)),
             val,
             limit=settings.evaluation_images,
             batch_size=settings.batch_size,
@@ -153,17 +145,34 @@ def train_detector(
         )
         return Evaluation(evaluation.metrics, table3_scores(settings.task, evaluation.metrics)[0])
 
-    return run_training(
-        settings,
-        accelerator,
-        start,
-        train,
-        collate_detections,
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=start.model,
         loss_terms=loss_terms,
+        loader=SampledBatches.of(train, collate_detections, settings, accelerator, image_sizes=train.image_sizes()),
+        settings=settings,
         evaluate=evaluate,
         save_model=lambda path, model: save_checkpoint(path, model, header),
-        identity={"detector": asdict(start.settings)},
+        identity={"detector": asdict(start.settings), "training_images": len(train)},
         announce=announce,
-        notes=notes,
-        image_sizes=train.image_sizes(),
     )
+    return trainer.start(start.origin, *notes)
+
+
+def keep_boxes_in_float32(detector: nn.Module) -> None:
+    """Make the last layers of torchvision's detector return float32 whatever they compute in; in place.
+
+    Proposals, regression targets and losses follow. Nothing changes without autocast. torchvision decodes boxes, and
+    rounds the annotated ones, in the type of its heads' outputs. Under autocast that type is half: bfloat16 has 8
+    significant bits, so a coordinate of 700 px would be known to 4 px.
+    """
+    for name, module in detector.named_modules():
+        if name in HEADS:
+            module.register_forward_hook(lambda _module, _inputs, outputs: _in_float32(outputs))
+
+
+def _in_float32(outputs: Any) -> Any:
+    """Tensors in float32, also within lists and tuples."""
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    return type(outputs)(_in_float32(entry) for entry in outputs)

@@ -1,28 +1,34 @@
-"""Distillation of detectors by feature imitation after PKD (Cao et al., NeurIPS 2022).
+"""Distillation: a student learns from the dense model that it was compressed from.
 
-The student's pyramid is to correlate with that of its teacher, channel by channel: both are standardised over the
-batch and all positions, and the squared difference of the standardised maps is minimised, which is one minus
-Pearson's correlation. Magnitudes do not matter, only patterns. The teacher is the dense detector that the student
-was compressed from, so its channels are the student's and no layer has to translate between them.
+Detectors imitate features after PKD (Cao et al., NeurIPS 2022). The student's pyramid is to correlate with that of its
+teacher, channel by channel: both are standardised over the batch and all positions, and the squared difference of the
+standardised maps is minimised, which is one minus Pearson's correlation. Magnitudes do not matter, only patterns. The
+teacher's channels are the student's, so no layer has to translate between them.
+
+Classifiers learn the teacher's softened class scores (G. Hinton, O. Vinyals, J. Dean: Distilling the knowledge in a
+neural network, 2015).
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.errors import UserError
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
-from norton_deploy.training.batch import Batch
+from norton_deploy.training.batches import Batch
 
 VARIANCE_FLOOR = 1e-12
 SUBSAMPLED_LEVEL = "pool"
 """The pyramid's top level, every second cell of the one below it: nothing new to imitate."""
-INPUT_FIELDS = ("min_size", "max_size", "image_mean", "image_std", "image_resize")
+INPUT_FIELDS = ("image.min_size", "image.max_size", "image.mean", "image.std", "detectron2.image_resize")
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ class FeatureImitation:
         return torch.stack(terms).sum()
 
 
-def open_teacher(
+def open_detector_teacher(
     path: Path,
     student: nn.Module,
     settings: DetectorSettings,
@@ -119,7 +125,7 @@ def open_teacher(
     """
     teacher = open_model(str(path))
     header = teacher.header
-    if header.task != task or not isinstance(header.settings, DetectorSettings):
+    if header.task != task:
         raise UserError(f"--teacher {path}: task is {header.task}, the student's is {task}")
     if header.plan is not None:
         raise UserError(f"--teacher {path}: plan: it is compressed itself; give the dense detector")
@@ -129,7 +135,7 @@ def open_teacher(
             f"{', '.join(categories.names)} (labels and ids must agree too)"
         )
     for field in INPUT_FIELDS:
-        own, wanted = getattr(header.settings, field), getattr(settings, field)
+        own, wanted = (attrgetter(field)(found) for found in (header.detector, settings))
         if own != wanted:
             raise UserError(f"--teacher {path}: {field} is {own}, the student's is {wanted}")
     width, wide = _pyramid_width(student), _pyramid_width(teacher.model)
@@ -149,3 +155,63 @@ def open_teacher(
 def _pyramid_width(detector: nn.Module) -> int:
     backbone: Any = detector.get_submodule("backbone")
     return int(backbone.out_channels)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch.
+
+    The factor T^2 keeps the gradient's size independent of the temperature.
+
+    Args:
+        student, teacher: logits [N, K].
+        temperature: T > 0.
+    """
+    divergence = functional.kl_div(
+        functional.log_softmax(student.float() / temperature, dim=1),
+        functional.log_softmax(teacher.float() / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return divergence * temperature**2
+
+
+class DistilledClassification:
+    """Loss terms (1 - w) cross-entropy + w distillation of a classifier's step, whose sum is minimised.
+
+    Args:
+        teacher: trained classifier; it is put in evaluation mode and not trained.
+        weight: w, 0..1.
+        temperature: T > 0.
+        smoothing: label smoothing of the cross-entropy.
+    """
+
+    def __init__(self, teacher: nn.Module, *, weight: float, temperature: float, smoothing: float = 0.0) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.weight, self.temperature, self.smoothing = weight, temperature, smoothing
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Terms of the batch: "classification" and "distillation", scalars."""
+        logits = model(batch.images)
+        with torch.no_grad():
+            target = self.teacher(batch.images)
+        hard = functional.cross_entropy(logits, batch.targets, label_smoothing=self.smoothing)
+        soft = distillation_loss(logits, target, self.temperature)
+        return {"classification": (1 - self.weight) * hard, "distillation": self.weight * soft}
+
+
+def open_classifier_teacher(path: Path, classes: tuple[str, ...]) -> nn.Module:
+    """The classifier in a checkpoint, as a teacher of these classes (names in the order of the labels).
+
+    Raises:
+        UserError: the file holds a detector, or other classes.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.header.task != "cls":
+        raise UserError(f"--teacher {path}: holds a {checkpoint.header.task} detector, expected a classifier")
+    found = checkpoint.header.categories.names
+    if found != classes:
+        raise UserError(
+            f"--teacher {path}: knows the classes {', '.join(found[:4])}, ... ({len(found)}), the data has "
+            f"{', '.join(classes[:4])}, ... ({len(classes)}); they must be the same, in the same order"
+        )
+    return checkpoint.model

@@ -1,17 +1,20 @@
 """What a run starts from: a checkpoint, a classifier's body in a detector's backbone, or random weights."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_weights, read_header
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.compress import apply_structure
+from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector, freeze_stages
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detector_parts import freeze_stages
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 
 CLASSIFICATION_LAYER = "fc."
@@ -19,13 +22,16 @@ NAMED = 5
 """So many of a checkpoint's categories are named in a message."""
 
 
+S = TypeVar("S", ClassifierSettings, DetectorSettings)
+
+
 @dataclass(frozen=True)
-class InitialModel:
+class InitialModel(Generic[S]):
     """Attributes: the model to train; its settings, plan and pyramid channels, for its checkpoints; its origin,
     in words."""
 
     model: nn.Module
-    settings: DetectorSettings | ClassifierSettings
+    settings: S
     plan: CompressionPlan | None
     origin: str
     pyramid_channels: tuple[int, ...] | None = None
@@ -58,7 +64,7 @@ def initial_detector(
     *,
     init: Path | None = None,
     plan: Path | None = None,
-) -> InitialModel:
+) -> InitialModel[DetectorSettings]:
     """Build the detector that a run starts from; random weights come from torch's global generator.
 
     From a detector's checkpoint all weights are taken when task and categories are the same, otherwise its
@@ -84,44 +90,54 @@ def initial_detector(
         return _random_detector(task, replace(settings, num_classes=categories.num_classes), plan)
     _refuse_plan(plan, init)
     source = open_model(str(init))
-    if isinstance(source.header.settings, ClassifierSettings):
-        final = replace(settings, num_classes=categories.num_classes, backbone=source.header.settings.architecture)
+    if source.header.task == "cls":
+        final = replace(
+            settings,
+            num_classes=categories.num_classes,
+            backbone=replace(settings.backbone, architecture=source.header.settings.architecture),
+        )
     else:
-        final = replace(_with_changes(source.header.settings, settings), num_classes=categories.num_classes)
-    model = build_dense_detector(task, final)
+        final = replace(_with_changes(source.header.detector, settings), num_classes=categories.num_classes)
+    model = final.build(task)
     if source.header.plan is not None:
         model = apply_structure(model, source.header.plan)
     origin = _take_weights(model, task, categories, source, init) + _kept_settings(final, settings)
-    freeze_stages(model.get_submodule("backbone.body"), final.trainable_layers)
+    freeze_stages(model.get_submodule("backbone.body"), final.backbone.trainable_layers)
     return InitialModel(model, final, source.header.plan, origin, source.header.pyramid_channels)
 
 
-def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) -> InitialModel:
-    if settings.norm == "frozen":
+def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) -> InitialModel[DetectorSettings]:
+    if settings.backbone.norm == "frozen":
         raise UserError(
-            "detector.norm frozen goes with a pretrained backbone: give --init FILE, or train from random weights "
-            "with --detector.norm batch (or group, or sync on several GPUs)"
+            "detector.backbone.norm frozen goes with a pretrained backbone: give --init FILE, or train from random "
+            "weights with --detector.backbone.norm batch (or group, or sync on several GPUs)"
         )
-    model = build_dense_detector(task, settings)
+    model = settings.build(task)
     structure = None if plan is None else CompressionPlan.load(plan)
     if structure is not None:
         apply_structure(model, structure)
-    freeze_stages(model.get_submodule("backbone.body"), settings.trainable_layers)
+    freeze_stages(model.get_submodule("backbone.body"), settings.backbone.trainable_layers)
     return InitialModel(model, settings, structure, "RANDOM weights: no --init was given")
 
 
 def _with_changes(own: DetectorSettings, given: DetectorSettings) -> DetectorSettings:
     """The file's settings, with those of `given` that are not the defaults."""
-    default = DetectorSettings()
-    names = [field.name for field in fields(DetectorSettings)]
-    changes = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(default, name)}
+    default, changes = DetectorSettings(), {}
+    for group in fields(DetectorSettings):
+        mine, asked, usual = (getattr(settings, group.name) for settings in (own, given, default))
+        if is_dataclass(asked):
+            names = [field.name for field in fields(asked)]
+            changed = {name: getattr(asked, name) for name in names if getattr(asked, name) != getattr(usual, name)}
+            changes[group.name] = replace(mine, **changed)
+        elif asked != usual:
+            changes[group.name] = asked
     return replace(own, **changes)
 
 
 def _kept_settings(final: DetectorSettings, given: DetectorSettings) -> str:
     """In words, the settings that are not as given: the file's, where `given` has a default. Empty without any."""
-    names = [field.name for field in fields(DetectorSettings) if field.name != "num_classes"]
-    kept = [f"{name} {getattr(final, name)}" for name in names if getattr(final, name) != getattr(given, name)]
+    ours, asked = flatten(asdict(final)), flatten(asdict(given))
+    kept = [f"{name} {value}" for name, value in ours.items() if value != asked[name] and name != "num_classes"]
     return f"; the file's own settings where none but a default is given: {', '.join(kept)}" if kept else ""
 
 
@@ -143,7 +159,7 @@ def _take_weights(model: nn.Module, task: Task, categories: Categories, source: 
 
 def initial_classifier(
     settings: ClassifierSettings, *, init: Path | None = None, plan: Path | None = None
-) -> InitialModel:
+) -> InitialModel[ClassifierSettings]:
     """Build the classifier that a run starts from; random weights come from torch's global generator.
 
     From a checkpoint with as many classes all weights are taken, otherwise all but the last layer's. The
@@ -158,7 +174,7 @@ def initial_classifier(
         UserError: the file does not fit, or `plan` is given with `init`.
     """
     if init is None:
-        model = build_dense_classifier(settings)
+        model = settings.build()
         structure = None if plan is None else CompressionPlan.load(plan)
         if structure is not None:
             apply_structure(model, structure)
@@ -166,10 +182,10 @@ def initial_classifier(
     _refuse_plan(plan, init)
     source = open_model(str(init))
     found = source.header.settings
-    if not isinstance(found, ClassifierSettings) or found.architecture != settings.architecture:
-        name = found.architecture if isinstance(found, ClassifierSettings) else f"a {source.header.task} detector"
+    if source.header.task != "cls" or found.architecture != settings.architecture:
+        name = found.architecture if source.header.task == "cls" else f"a {source.header.task} detector"
         raise UserError(f"{init}: holds {name}, expected a checkpoint of the classifier {settings.architecture}")
-    model = build_dense_classifier(settings)
+    model = settings.build()
     if source.header.plan is not None:
         apply_structure(model, source.header.plan)
     tensors, origin = source.model.state_dict(), f"{init}: all weights"

@@ -1,56 +1,44 @@
-"""The folder of a training run: what lies in it, and who may write there."""
+"""The folder of a training run: who may write there, its log, and the state from which it continues bit for bit."""
 
 import json
+import random
 import shutil
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
-from norton_deploy.training.resume import check_identity
+
+FORMAT = 1
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run: settings.json, state.pt, log.jsonl, tensorboard/, last and best .safetensors."""
+    """Paths of a run.
 
-    root: Path
+    Attributes:
+        root: the folder.
+        settings: settings of the run as JSON; its presence marks the folder as a run's.
+        state: what --resume continues from.
+        log, tensorboard: JSON lines; TensorBoard's event files.
+        last, best: checkpoints of the newest weights, and of those with the best evaluation.
+        non_finite: the batch at which the loss stopped being finite.
+    """
 
-    @property
-    def settings(self) -> Path:
-        """Settings of the run as JSON; its presence marks the folder as a run's."""
-        return self.root / "settings.json"
-
-    @property
-    def state(self) -> Path:
-        """State that --resume continues from."""
-        return self.root / "state.pt"
-
-    @property
-    def log(self) -> Path:
-        """JSON-lines log."""
-        return self.root / "log.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of TensorBoard's event files."""
-        return self.root / "tensorboard"
-
-    @property
-    def last(self) -> Path:
-        """Checkpoint of the newest weights."""
-        return self.root / "last.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """Checkpoint of the weights with the best evaluation."""
-        return self.root / "best.safetensors"
-
-    @property
-    def non_finite(self) -> Path:
-        """The batch at which the loss stopped being finite."""
-        return self.root / "non_finite.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.settings, self.state = root / "settings.json", root / "state.pt"
+        self.log, self.tensorboard = root / "log.jsonl", root / "tensorboard"
+        self.last, self.best = root / "last.safetensors", root / "best.safetensors"
+        self.non_finite = root / "non_finite.json"
 
     def claim(self, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Make the folder this run's own; called by the main process before anything is written.
@@ -66,7 +54,8 @@ class RunFolder:
                 check_identity(self.settings, json.loads(self.settings.read_text()), settings)
             self.non_finite.unlink(missing_ok=True)
             return
-        present = [path for path in self._all() if path.exists()]
+        paths = (self.state, self.log, self.tensorboard, self.last, self.best, self.non_finite, self.settings)
+        present = [path for path in paths if path.exists()]
         if present and not overwrite:
             raise UserError(
                 f"{self.root}: holds a run already ({present[0].name}); continue it with --resume, "
@@ -80,13 +69,177 @@ class RunFolder:
         with atomic_write(self.settings, "w") as stream:
             stream.write(json.dumps(settings, indent=2) + "\n")
 
-    def _all(self) -> tuple[Path, ...]:
-        return (
-            self.state,
-            self.log,
-            self.tensorboard,
-            self.last,
-            self.best,
-            self.non_finite,
-            self.settings,
-        )
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed Python, NumPy and torch (CPU and GPU) for one step of one process.
+
+    Whatever a step draws, such as the anchors and proposals that torchvision samples for its losses, then
+    depends on (seed, step, rank) alone: no generator state has to be saved, and none can go stale.
+    """
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the next step depends on, besides the settings.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: the current pass over the data, from 0.
+        batch: batches of that pass that each process has done.
+        best: the best value of the watched metric so far, None before the first evaluation.
+        evaluated_step: the step of the last evaluation, -1 before the first.
+        metrics: the last evaluation's metrics.
+        identity: the settings that decide the weights and the number of processes.
+        model: state dict of the model.
+        optimizer: state dict of the optimizer.
+        average: state dict of the moving average of the weights, if there is one.
+        scaler: state dict of the gradient scaler (fp16), if there is one.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    best: float | None
+    evaluated_step: int
+    metrics: dict[str, dict[str, float]]
+    identity: dict[str, Any]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    average: dict[str, Any] | None
+    scaler: dict[str, Any] | None
+
+
+def save_state(path: Path, state: RunState) -> None:
+    """Write the state whole or not at all; it holds tensors and plain containers only."""
+    content = {name: getattr(state, name) for name in RunState.__dataclass_fields__}
+    with atomic_write(path) as stream:
+        torch.save({"format": FORMAT, **content}, stream)
+
+
+def load_state(path: Path, identity: dict[str, Any]) -> RunState:
+    """Read a state and check that it belongs to a run with the same settings.
+
+    Raises:
+        UserError: the file is not a state, or a setting differs; the message names the setting.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content.pop("format")
+        state = RunState(**content)
+    except Exception as error:  # torch.load has no common base class for what it raises
+        raise UserError(
+            f"{path}: not a whole state of a run; start a new run from the folder's last.safetensors "
+            "(--init FILE --out NEW), or replace the run with --overwrite"
+        ) from error
+    if found != FORMAT:
+        raise UserError(f"{path}: state format {found}, this version reads {FORMAT}")
+    check_identity(path, state.identity, identity)
+    return state
+
+
+def check_identity(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run with other settings.
+
+    Raises:
+        UserError: a setting differs; the message names it (and the file that holds the old ones, `path`).
+    """
+    old, new = ({name: _listed(value) for name, value in flatten(values).items()} for values in (before, now))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{path}: --resume continues the same run, but '{name}' was {old.get(name)!r} and is now "
+                f"{new.get(name)!r}; give the old value, or start a new run with --init"
+            )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class RunLog:
+    """Appends one JSON object a line, and the same numbers to TensorBoard.
+
+    A resumed run repeats the steps after its saved state: their old lines are cut off first, so that each
+    step stands in the log once.
+
+    Args:
+        folder: of the run.
+        first_step: steps done before; lines of later ones are dropped.
+        enabled: False on all processes but the main one.
+    """
+
+    def __init__(self, folder: RunFolder, *, first_step: int, enabled: bool) -> None:
+        self._stream = None
+        self.start_interval()
+        if not enabled:
+            return
+        if folder.log.exists():
+            _keep_until(folder.log, first_step)
+        self._stream = open(folder.log, "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._board.close()
+
+    def start_interval(self) -> None:
+        """Forget the steps since the last line."""
+        self._started, self._steps, self._images = time.perf_counter(), 0, 0
+        self._losses: dict[str, float] = {}
+
+    def add_step(self, losses: Mapping[str, float], images: int) -> None:
+        """Count a step with its losses and its images, over all processes."""
+        self._steps += 1
+        self._images += images
+        for name, value in losses.items():
+            self._losses[name] = self._losses.get(name, 0.0) + value
+
+    def write_interval(self, step: int, **values: float) -> None:
+        """Log the means of the steps since the last line, and `values` of the last one."""
+        losses = {name: value / self._steps for name, value in self._losses.items()}
+        speed = self._images / (time.perf_counter() - self._started)
+        self.write("train", step, {**values, "losses": losses, "images_per_s": speed})
+        self.start_interval()
+
+    def write(self, section: str, step: int, values: Mapping[str, Any]) -> None:
+        """Log one record.
+
+        Args:
+            section: "train" or "evaluation"; also the prefix of the names in TensorBoard.
+            step: steps done.
+            values: numbers, or one level of dictionaries of numbers.
+        """
+        if self._stream is None:
+            return
+        self._stream.write(json.dumps({"section": section, "step": step, **values}) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            numbers = value.items() if isinstance(value, Mapping) else [("", value)]
+            for key, number in numbers:
+                if isinstance(number, int | float):
+                    self._board.add_scalar("/".join(filter(None, (section, name, key))), number, step)
+        self._board.flush()
+
+
+def _keep_until(log: Path, last_step: int) -> None:
+    """Rewrite the log without the lines of later steps, and without a last line cut off by a kill."""
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= last_step:
+            kept.append(line + "\n")
+    with atomic_write(log, "w") as stream:
+        stream.writelines(kept)

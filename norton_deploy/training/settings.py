@@ -1,11 +1,18 @@
-"""The settings that every training run has, whatever it trains."""
+"""The settings of every training run, and the optimizer, learning rate, average and processes that they mean."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
 from norton_deploy.errors import UserError
 
+MILESTONE_FACTOR = 0.1
 # Fields that may differ between a run and its resumption: they change no weight.
 _WITHOUT_EFFECT = (
     "resume",
@@ -65,6 +72,10 @@ class TrainingSettings:
     """Decay of an exponential moving average of the weights, which is then what is evaluated and saved."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision: no (float32), bf16 (a GPU, or a CPU with AMX) or fp16 (a GPU). Evaluation is in float32."""
+    cpu_forms: bool = False
+    """Train CPDBlocks, and convolutions over small maps, in the forms that are quickest on a CPU: equal to rounding."""
+    recompose_blocks: bool = False
+    """Train every CPDBlock as one convolution with its recomposed weight, for GPUs: equal to rounding."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU when there is one."""
     evaluate_every: int = 1
@@ -105,8 +116,9 @@ class TrainingSettings:
             raise UserError(f"warmup_factor: expected 0 to 1, got {self.warmup_factor}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
-        if self.resume and self.overwrite:
-            raise UserError("resume, overwrite: give at most one of the two")
+        for first, second in (("resume", "overwrite"), ("cpu_forms", "recompose_blocks")):
+            if getattr(self, first) and getattr(self, second):
+                raise UserError(f"{first}, {second}: give at most one of the two")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
@@ -115,6 +127,27 @@ class TrainingSettings:
     def peak_lr(self, images_per_step: int) -> float:
         """The learning rate after warm-up for so many images a step, over all processes."""
         return self.lr if self.lr is not None else self.lr_per_16_images * images_per_step / 16
+
+    def learning_rate(self, step: int, *, peak: float, total_steps: int, steps_per_epoch: int) -> float:
+        """Learning rate of one step: linear warm-up times a step or cosine schedule.
+
+        A function of the step alone, so that a resumed run needs no scheduler state.
+
+        Args:
+            step: 0 for the first step.
+            peak: learning rate after warm-up.
+            total_steps: steps of the whole run; the cosine reaches zero there.
+            steps_per_epoch: steps in one pass over the data.
+        """
+        warmup = 1.0
+        if step < self.warmup_steps:
+            warmup = self.warmup_factor + (1 - self.warmup_factor) * (step / self.warmup_steps)
+        if self.schedule == "cosine":
+            length = max(1, total_steps - self.warmup_steps)
+            position = min(1.0, max(0, step - self.warmup_steps) / length)
+            return peak * warmup * 0.5 * (1 + math.cos(math.pi * position))
+        passed = sum(step >= round(milestone * steps_per_epoch) for milestone in self.milestones)
+        return peak * warmup * MILESTONE_FACTOR**passed
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the weights, as plain JSON values: a resumed run must have the same."""
@@ -127,3 +160,58 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trained parameters in two groups: matrices and kernels with weight decay, vectors without.
+
+    Vectors are biases and the affine terms of normalisation layers: pulling them towards zero removes scale
+    that the next layer then has to learn again.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW over `parameter_groups`; the trainer sets the learning rate at every step.
+
+    Raises:
+        UserError: no parameter of the model is trained.
+    """
+    groups = parameter_groups(model, settings.weight_decay)
+    if not any(group["params"] for group in groups):
+        raise UserError("the model has no trainable parameter; raise detector.backbone.trainable_layers")
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
+
+
+def build_weight_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A running copy of `model`: w <- d w + (1 - d) w_model after every step, buffers included.
+
+    The decay d rises as (1 + n) / (10 + n) over the first n updates up to `decay`; a constant one would keep
+    the first, untrained weights in the average for 1 / (1 - decay) steps. Whole-number buffers are copied.
+    """
+
+    def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        if not averaged.is_floating_point():
+            return current
+        count = int(updates)
+        return averaged.lerp(current, 1 - min(decay, (1 + count) / (10 + count)))
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True)
+
+
+def build_accelerator(settings: TrainingSettings) -> Accelerator:
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or stand alone.
+
+    Raises:
+        UserError: fp16 was asked for and there is no GPU.
+    """
+    use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if settings.precision == "fp16" and use_cpu:
+        raise UserError("precision fp16 needs a GPU; use --precision no (or bf16) on a CPU")
+    return Accelerator(mixed_precision=settings.precision, cpu=use_cpu, step_scheduler_with_optimizer=False)

@@ -2,9 +2,11 @@
 
 import json
 import resource
-import time
+import signal
+import sys
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,21 @@ from tqdm import tqdm
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
-from norton_deploy.training.batch import Batch, EpochLoader, Evaluation
-from norton_deploy.training.logs import RunLog
-from norton_deploy.training.optimisation import build_optimizer, learning_rate
-from norton_deploy.training.resume import RunState, load_state, save_state, seed_step
-from norton_deploy.training.run_folder import RunFolder
-from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.stop_signals import StopSignals
-from norton_deploy.training.weight_average import build_weight_average
+from norton_deploy.training.batches import Batch, EpochLoader
+from norton_deploy.training.cpu_forms import use_cpu_forms
+from norton_deploy.training.gpu_forms import recompose_blocks
+from norton_deploy.training.run_folder import RunFolder, RunLog, RunState, load_state, save_state, seed_step
+from norton_deploy.training.settings import TrainingSettings, build_optimizer, build_weight_average
+
+LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Attributes: metrics, one dictionary for each measure; score, the one number that is to rise."""
+
+    metrics: dict[str, dict[str, float]]
+    score: float
 
 
 @dataclass(frozen=True)
@@ -39,20 +48,10 @@ class NonFiniteLossError(UserError):
     """The loss or the gradient is not a finite number; non_finite.json holds the batch."""
 
 
-@dataclass
-class _Interval:
-    """Sums since the last log line."""
-
-    started: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    images: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
-
-
 class Trainer:
     """Trains one model.
 
-    Every process calls `run` and takes part in every step and every evaluation; the main one writes.
+    Every process calls `start` (or `run`) and takes part in every step and every evaluation; the main one writes.
     Gradients are averaged over the processes, so a loss that is a mean over images gives the same step as
     one process with all the images. torchvision's RPN and box losses are means over the sampled anchors and
     proposals of the process: equal as long as each image yields its full sample. Mask and keypoint losses
@@ -62,13 +61,13 @@ class Trainer:
     Args:
         accelerator: from `build_accelerator`.
         model: on any device; trained in place.
-        loss_terms: (model, batch) -> scalar losses, whose sum is minimised.
+        loss_terms: (model in training mode, batch) -> scalar losses, whose sum is minimised.
         loader: data of this process.
         settings: how long and how fast.
         evaluate: model in evaluation mode -> Evaluation; called on every process.
         save_model: (path, model) writes a checkpoint; called on the main process.
-        identity: settings that decide the weights; a resumed run must have the same.
-        announce: called on the main process with where a run goes on, or stopped.
+        identity: what decides the weights beside the settings; a resumed run must have the same.
+        announce: called on the main process with what the run starts from, where it goes on, or stopped.
     """
 
     def __init__(
@@ -76,22 +75,21 @@ class Trainer:
         *,
         accelerator: Accelerator,
         model: nn.Module,
-        loss_terms: Callable[[nn.Module, Batch], Mapping[str, Tensor]],
+        loss_terms: LossTerms,
         loader: EpochLoader,
         settings: TrainingSettings,
         evaluate: Callable[[nn.Module], Evaluation],
         save_model: Callable[[Path, nn.Module], None],
-        identity: dict[str, Any],
+        identity: Mapping[str, Any],
         announce: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.announce = announce
-        self.accelerator = accelerator
-        self.loss_terms = loss_terms
-        self.loader = loader
-        self.settings = settings
-        self.evaluate = evaluate
-        self.save_model = save_model
-        self.identity = {**identity, "processes": accelerator.num_processes}
+        self.accelerator, self.loss_terms, self.loader, self.settings = accelerator, loss_terms, loader, settings
+        self.evaluate, self.save_model, self.announce = evaluate, save_model, announce
+        self.identity = {**settings.identity(), **identity}
+        if settings.cpu_forms:
+            use_cpu_forms(model)
+        if settings.recompose_blocks:
+            recompose_blocks(model)
         self.folder = RunFolder(settings.out)
         self.steps_per_epoch = len(loader)
         self.total_steps = settings.total_steps(self.steps_per_epoch)
@@ -108,14 +106,26 @@ class Trainer:
         self.metrics: dict[str, dict[str, float]] = {}
         self._signals = StopSignals(enabled=False)
 
-    def summary(self) -> str:
-        """One line: how long and how fast."""
-        processes, batch_size = self.accelerator.num_processes, self.settings.batch_size
-        return (
-            f"{self.total_steps} steps of {batch_size * processes} images ({processes} x {batch_size}), "
-            f"{self.steps_per_epoch} steps an epoch, learning rate {self.peak_lr:g}, "
-            f"on {self.accelerator.device}, precision {self.accelerator.mixed_precision}"
-        )
+    def start(self, origin: str, *notes: str) -> TrainingResult:
+        """Claim the run's folder, announce what it starts from, `notes`, how long and how fast it is, and run.
+
+        Everything else is known to fit by now: --overwrite deletes a run.
+
+        Raises:
+            UserError: the folder belongs to another run; and as `run`.
+        """
+        settings, processes = self.settings, self.accelerator.num_processes
+        if self.accelerator.is_main_process:
+            self.folder.claim(self.identity, resume=settings.resume, overwrite=settings.overwrite)
+            for line in (*([] if settings.resume else [f"start from {origin}"]), *notes):
+                self.announce(line)
+            self.announce(
+                f"{self.total_steps} steps of {settings.batch_size * processes} images ({processes} x "
+                f"{settings.batch_size}), {self.steps_per_epoch} steps an epoch, learning rate {self.peak_lr:g}, "
+                f"on {self.accelerator.device}, precision {self.accelerator.mixed_precision}"
+            )
+        self.accelerator.wait_for_everyone()
+        return self.run()
 
     def run(self) -> TrainingResult:
         """Train to the end, from the saved state with `settings.resume`.
@@ -128,16 +138,14 @@ class Trainer:
         """
         main = self.accelerator.is_main_process
         if self.settings.resume:
-            if self.folder.state.exists():
-                self._restore(load_state(self.folder.state, self.identity))
+            saved = self.folder.state.exists()
+            if saved:
+                self._restore(load_state(self.folder.state, self._identity_of_state()))
             if main:
-                saved = self.folder.state.exists()
                 where = f"the state in {self.folder.state}" if saved else "no state was saved yet"
                 self.announce(f"continues at step {self.step} ({where})")
-        steps = gather_object([self.step])
-        if len(set(steps)) > 1:
+        if len(set(gather_object([self.step]))) > 1:
             raise UserError(f"{self.folder.root}: not every process sees its state; put --out on a shared disk")
-        log = RunLog(self.folder.log, self.folder.tensorboard, first_step=self.step, enabled=main)
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -146,6 +154,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=not (main and self.settings.progress),
         )
+        log = RunLog(self.folder, first_step=self.step, enabled=main)
         with log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
             while self.step < self.total_steps:
                 self._run_epoch(log, bar)
@@ -156,22 +165,20 @@ class Trainer:
 
     def _run_epoch(self, log: RunLog, bar: "tqdm[Any]") -> None:
         """The rest of the current epoch, then what is due at its end."""
-        interval = _Interval()
+        settings = self.settings
+        log.start_interval()
         self.model.train()  # FrozenBatchNorm2d has no training mode: a frozen backbone stays as it is
         for batch in self.loader.batches(self.epoch, self.batch):
             losses, norm, lr = self._train_step(batch.to(self.accelerator.device))
             self.step += 1
             self.batch += 1
-            interval.steps += 1
-            interval.images += len(batch.image_ids) * self.accelerator.num_processes
-            for name, value in losses.items():
-                interval.losses[name] = interval.losses.get(name, 0.0) + value
+            log.add_step(losses, len(batch.image_ids) * self.accelerator.num_processes)
             bar.update()
             bar.set_postfix(loss=f"{losses['total']:.3f}", lr=f"{lr:.2g}", refresh=False)
-            if self.step % self.settings.log_every == 0 or self.step == self.total_steps:
-                log.write("train", self.step, self._record(interval, norm, lr))
-                interval = _Interval()
-            if self.step % self.settings.state_every == 0:
+            if self.step % settings.log_every == 0 or self.step == self.total_steps:
+                memory_mib = self._peak_memory_mib()
+                log.write_interval(self.step, epoch=self.epoch, lr=lr, gradient_norm=norm, memory_mib=memory_mib)
+            if self.step % settings.state_every == 0:
                 self._save_state()
             if self.step == self.total_steps:
                 break
@@ -179,10 +186,10 @@ class Trainer:
                 self._save_state()
                 self.announce(f"stopped after step {self.step}; its state is saved, --resume goes on from there")
                 raise KeyboardInterrupt
-        every = self.settings.evaluate_every
         ended = self.batch == self.steps_per_epoch
         if ended:
             self.epoch, self.batch = self.epoch + 1, 0
+        every = settings.evaluate_every
         if self.step == self.total_steps or (ended and every and self.epoch % every == 0):
             self._evaluate(log)
         elif self.accelerator.is_main_process:
@@ -191,37 +198,33 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns the processes' mean losses, the gradient's norm and the rate."""
-        lr = learning_rate(
-            self.step,
-            settings=self.settings,
-            peak=self.peak_lr,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
+        settings, accelerator = self.settings, self.accelerator
+        lr = settings.learning_rate(
+            self.step, peak=self.peak_lr, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        seed_step(self.settings.seed, self.step, self.accelerator.process_index)
-        with self.accelerator.autocast():
+        seed_step(settings.seed, self.step, accelerator.process_index)
+        with accelerator.autocast():
             terms = dict(self.loss_terms(self.model, batch))
-        total = torch.stack([term.float() for term in terms.values()]).sum()
-        terms["total"] = total
-        stacked = torch.stack([term.detach().float() for term in terms.values()])
+        terms["total"] = total = torch.stack([term.float() for term in terms.values()]).sum()
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        own = dict(zip(terms, values.tolist(), strict=True))
         # a non-finite loss on any process makes the mean non-finite on all, so they stop together
-        means = self.accelerator.reduce(stacked.clone(), "mean").tolist()
-        if not all(map(_is_finite, means)):
-            self._stop(batch, dict(zip(terms, stacked.tolist(), strict=True)))
+        means = dict(zip(terms, accelerator.reduce(values.clone(), "mean").tolist(), strict=True))
+        if not all(map(_is_finite, means.values())):
+            self._stop(batch, own)
         self.optimizer.zero_grad()
-        self.accelerator.backward(total)
-        limit = self.settings.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
-        gradient_norm = float(norm)
+        accelerator.backward(total)
+        limit = float("inf") if settings.clip_norm is None else settings.clip_norm
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
         # with fp16 an overflow is ordinary: the scaler skips the step and lowers its scale
-        if not _is_finite(gradient_norm) and self.accelerator.scaler is None:
-            self._stop(batch, {**dict(zip(terms, stacked.tolist(), strict=True)), "gradient_norm": gradient_norm})
+        if not _is_finite(norm) and accelerator.scaler is None:
+            self._stop(batch, {**own, "gradient_norm": norm})
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.bare_model)
-        return dict(zip(terms, means, strict=True)), gradient_norm, lr
+        return means, norm, lr
 
     def _stop(self, batch: Batch, terms: dict[str, float]) -> None:
         """Save the batches of all processes and raise."""
@@ -242,17 +245,6 @@ class Trainer:
             f"{', '.join(map(str, worst['image_ids']))}; details in {self.folder.non_finite}; "
             "look at these images' annotations, or lower --lr, or set --clip-norm"
         )
-
-    def _record(self, interval: _Interval, gradient_norm: float, lr: float) -> dict[str, Any]:
-        seconds = time.perf_counter() - interval.started
-        return {
-            "epoch": self.epoch,
-            "lr": lr,
-            "losses": {name: value / interval.steps for name, value in interval.losses.items()},
-            "gradient_norm": gradient_norm,
-            "images_per_s": interval.images / seconds,
-            "memory_mib": self._peak_memory_mib(),
-        }
 
     def _peak_memory_mib(self) -> float:
         """Peak memory of the main process: of the GPU, or resident on a CPU."""
@@ -279,6 +271,9 @@ class Trainer:
                 self.save_model(self.folder.best, model)
         self.accelerator.wait_for_everyone()
 
+    def _identity_of_state(self) -> dict[str, Any]:
+        return {**self.identity, "processes": self.accelerator.num_processes}
+
     def _save_state(self) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -290,7 +285,7 @@ class Trainer:
             best=self.best,
             evaluated_step=self.evaluated_step,
             metrics=self.metrics,
-            identity=self.identity,
+            identity=self._identity_of_state(),
             model=self.bare_model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             average=None if self.average is None else self.average.state_dict(),
@@ -313,13 +308,35 @@ def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")  # False for NaN too
 
 
-def build_accelerator(settings: TrainingSettings) -> Accelerator:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPUs), or stand alone.
+class StopSignals:
+    """While it is entered, the first SIGINT or SIGTERM only sets `received`; a second one acts as ever.
 
-    Raises:
-        UserError: fp16 was asked for and there is no GPU.
+    Processes forked meanwhile (those that read data) do the same, so that Ctrl-C in a terminal, which reaches them
+    too, does not end them before the step is done.
     """
-    use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    if settings.precision == "fp16" and use_cpu:
-        raise UserError("precision fp16 needs a GPU; use --precision no (or bf16) on a CPU")
-    return Accelerator(mixed_precision=settings.precision, cpu=use_cpu, step_scheduler_with_optimizer=False)
+
+    def __init__(self, *, enabled: bool) -> None:
+        """With `enabled` False, or outside the main thread, signals act as ever."""
+        self.received = False
+        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if self._enabled:
+            self._previous = {
+                number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def _receive(self, _signal: int, _frame: object) -> None:
+        self.received = True
+        print("stops after this step; once more stops at once, without saving", file=sys.stderr)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()

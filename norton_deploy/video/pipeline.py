@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
+from norton_deploy.inference.drawing import compose_panels
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.structures import Detections
 from norton_deploy.video.frame_queue import FrameQueue
-from norton_deploy.video.overlay import PanelText, compose_panels
 from norton_deploy.video.sinks import VideoFile, Window
 from norton_deploy.video.sources import FrameSource
 
 QUEUE_CAPACITY = 2
 OVERLAY_WINDOW = 60
 WARM_UP_SIZE = (480, 640)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a service manager's stop and a closed terminal."""
 
 
 @dataclass
-class _CapturedFrame:
-    """A frame and the moment it was captured (`time.perf_counter` seconds).
+class _Frame:
+    """A frame, the moment it was captured (`time.perf_counter` seconds), each model's detections and time.
 
     A file has no such moment: its frames count from when inference takes them up, since how long they lay
     read ahead says nothing.
@@ -33,15 +37,8 @@ class _CapturedFrame:
 
     image: Image
     captured_s: float
-
-
-@dataclass
-class _AnalysedFrame:
-    """A captured frame with each model's detections and the time each took."""
-
-    frame: _CapturedFrame
-    detections: list[Detections]
-    predict_ms: list[float]
+    detections: list[Detections] = field(default_factory=list)
+    predict_ms: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -90,8 +87,8 @@ class VideoPipeline:
         self._score_threshold = score_threshold
         self._max_frames = max_frames
         self._stop = threading.Event()
-        self._captured = FrameQueue[_CapturedFrame](QUEUE_CAPACITY, self._stop, drop_oldest=source.is_live)
-        self._analysed = FrameQueue[_AnalysedFrame](QUEUE_CAPACITY, self._stop, drop_oldest=False)
+        self._captured = FrameQueue[_Frame](QUEUE_CAPACITY, self._stop, drop_oldest=source.is_live)
+        self._analysed = FrameQueue[_Frame](QUEUE_CAPACITY, self._stop, drop_oldest=False)
         self._measured = _Run()
         self._ended = "end of the source"
 
@@ -99,6 +96,20 @@ class VideoPipeline:
         """Ask `run` to finish after the current frame; safe in a signal handler."""
         self._ended = "interrupted"
         self._stop.set()
+
+    def run_until_stopped(self) -> dict[str, Any]:
+        """`run`, which any of `STOP_SIGNALS` ends after the current frame and a second Ctrl-C at once."""
+
+        def on_signal(_signal: int, _frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.interrupt()
+
+        previous = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+        try:
+            return self.run()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def run(self) -> dict[str, Any]:
         """Process the source to its end and return the summary that `summary` describes.
@@ -141,7 +152,7 @@ class VideoPipeline:
             if image is None:
                 break
             self._measured.captured += 1
-            self._captured.put(_CapturedFrame(image, time.perf_counter()))
+            self._captured.put(_Frame(image, time.perf_counter()))
         self._captured.close()
 
     def _infer(self) -> None:
@@ -156,32 +167,30 @@ class VideoPipeline:
                 detections[index] = self._models[index][1]([frame.image])[0]
                 predict_ms[index] = (time.perf_counter() - started) * 1e3
             order.reverse()  # neither model is always the one with the warmer caches
-            self._analysed.put(_AnalysedFrame(frame, [detections[i] for i in range(len(order))], predict_ms))
+            frame.detections, frame.predict_ms = [detections[i] for i in range(len(order))], predict_ms
+            self._analysed.put(frame)
         self._analysed.close()
 
     def _draw(self) -> None:
         measured = self._measured
         recent_predict_ms: deque[list[float]] = deque(maxlen=OVERLAY_WINDOW)
         first_s: float | None = None
-        while (analysed := self._analysed.get()) is not None:
-            recent_predict_ms.append(analysed.predict_ms)
-            shown = [found[found.scores >= self._score_threshold] for found in analysed.detections]
+        while (frame := self._analysed.get()) is not None:
+            recent_predict_ms.append(frame.predict_ms)
+            shown = [found[found.scores >= self._score_threshold] for found in frame.detections]
             mean_ms = np.mean(recent_predict_ms, axis=0)
-            texts = [
-                PanelText(label, 1e3 / float(model_ms))
-                for (label, _), model_ms in zip(self._models, mean_ms, strict=True)
-            ]
+            headings = [f"{label}: {1e3 / ms:.1f} FPS" for (label, _), ms in zip(self._models, mean_ms, strict=True)]
             categories = [predictor.categories for _, predictor in self._models]
             latency_ms = measured.latency_ms[-OVERLAY_WINDOW:]
             fps = _rate(measured.written_s[-OVERLAY_WINDOW:])
-            canvas = compose_panels(analysed.frame.image, shown, categories, texts, fps, latency_ms)
-            first_s = analysed.frame.captured_s if first_s is None else first_s
-            self._output.write(canvas, analysed.frame.captured_s - first_s if self._source.is_live else None)
+            canvas = compose_panels(frame.image, shown, categories, headings, fps, latency_ms)
+            first_s = frame.captured_s if first_s is None else first_s
+            self._output.write(canvas, frame.captured_s - first_s if self._source.is_live else None)
             open_window = self._window is None or self._window.show(canvas)
             now = time.perf_counter()
             measured.written_s.append(now)
-            measured.latency_ms.append((now - analysed.frame.captured_s) * 1e3)
-            measured.predict_ms.append(analysed.predict_ms)
+            measured.latency_ms.append((now - frame.captured_s) * 1e3)
+            measured.predict_ms.append(frame.predict_ms)
             if not open_window:
                 self._ended = "window closed"
                 return

@@ -2,14 +2,19 @@ from benchmarks.lib.narrow_plan import narrow_plan
 from norton_deploy.compression.compress import channel_groups, compress, fit_plan
 from norton_deploy.compression.surgery import output_width
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 
 WIDE = DetectorSettings(
-    num_classes=3, backbone="resnet18", fpn_channels=32, box_features=64, mask_channels=(32,) * 4,
-)  # fmt: skip
+    num_classes=3,
+    backbone=BackboneSettings("resnet18", fpn_channels=32),
+    roi=RoiSettings(box_features=64, mask_channels=(32,) * 4),
+)
 NARROW = DetectorSettings(
-    num_classes=3, backbone="resnet18", fpn_channels=16, box_features=48, mask_channels=(8, 8),
-)  # fmt: skip
+    num_classes=3,
+    backbone=BackboneSettings("resnet18", fpn_channels=16),
+    roi=RoiSettings(box_features=48, mask_channels=(8, 8)),
+)
 PLAN = CompressionPlan(
     "rcnn",
     {"backbone.body.layer1.0.conv1": 2, "roi_heads.mask_head.0.0": 1, "roi_heads.mask_head.3.0": 1},

@@ -17,10 +17,10 @@ from benchmarks.lib.resident_training import (
 )
 from norton_deploy.compression.compress import compress, prune
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.gpu_forms import use_gpu_forms
 from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.training.gpu_forms import use_gpu_forms
 
 CPU = torch.device("cpu")
 PLAN = CompressionPlan("vgg16_bn", {"features.0": 1, "features.3": 2}, {"features.0": 24, "classifier.0": 100})

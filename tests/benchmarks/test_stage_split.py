@@ -72,17 +72,20 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     from norton_deploy.data.synthetic.scene import draw_scene
     from norton_deploy.export.onnx_export import export_onnx
     from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
-    from norton_deploy.inference.predictor import load_predictor
+    from norton_deploy.inference.loading import load_predictor
     from norton_deploy.inference.torch_backend import TorchPredictor
+    from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
     from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
     from norton_deploy.structures import Categories
 
     torch.manual_seed(0)
     settings = DetectorSettings(
-        num_classes=3, backbone="resnet18", norm="batch", fpn_channels=16, box_features=32, min_size=64,
-        max_size=64, anchor_sizes=(8, 16, 24, 32, 48), rpn_pre_nms=(50, 50), rpn_post_nms=(40, 40),
-        score_threshold=0.0, detections_per_image=10,
-    )  # fmt: skip
+        num_classes=3,
+        backbone=BackboneSettings("resnet18", norm="batch", fpn_channels=16),
+        roi=RoiSettings(box_features=32, score_threshold=0.0, detections_per_image=10),
+        image=ImageSettings(64, 64),
+        rpn=RpnSettings(anchor_sizes=(8, 16, 24, 32, 48), pre_nms=(50, 50), post_nms=(40, 40)),
+    )
     model = build_dense_detector("box", settings).eval()
     categories = Categories((1, 2), (1, 2), ("a", "b"))
     graph = StaticRCNN(lower_model(model), GraphSettings((64, 64)))

@@ -19,19 +19,16 @@ from norton_deploy.method.filter_selection import select_filters
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.method.subspace_angles import pabs_distance
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Task
 
 TABLE3 = CompressionPlan.load(Path(__file__).parents[2] / "configs" / "plans" / "table3.yaml")
 SMALL = DetectorSettings(
     num_classes=4,
-    backbone="resnet50",
-    fpn_channels=32,
-    box_features=64,
-    mask_channels=(32, 32),
-    keypoint_channels=(32, 32),
-    min_size=96,
-    max_size=96,
+    backbone=BackboneSettings("resnet50", fpn_channels=32),
+    roi=RoiSettings(box_features=64, mask_channels=(32, 32), keypoint_channels=(32, 32)),
+    image=ImageSettings(96, 96),
 )
 
 
@@ -181,7 +178,7 @@ def test_an_empty_plan_of_a_detector_is_exact() -> None:
 
 @pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
 def test_a_backbone_plan_fits_the_backbone_in_a_detector(norm: str) -> None:
-    model = build_dense_detector("box", replace(SMALL, norm=norm))
+    model = build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, norm=norm)))
     small = compress(model, TABLE3, starts=1)
     block = small.get_submodule("backbone.body.layer4.2.conv2")
     assert isinstance(block, CPDBlock)
@@ -192,7 +189,11 @@ def test_a_backbone_plan_fits_the_backbone_in_a_detector(norm: str) -> None:
 
 
 def test_frozen_stages_stay_frozen() -> None:
-    model = compress(build_dense_detector("box", replace(SMALL, trainable_layers=2)), TABLE3, starts=1)
+    model = compress(
+        build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, trainable_layers=2))),
+        TABLE3,
+        starts=1,
+    )
     trained = {name for name, parameter in model.backbone.body.named_parameters() if parameter.requires_grad}
     assert trained
     assert all(name.startswith(("layer3", "layer4")) for name in trained)
@@ -227,7 +228,7 @@ def test_compressing_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 def test_reestimation_gives_the_statistics_of_the_images(norm: str) -> None:
-    model = shake(build_dense_detector("box", replace(SMALL, norm=norm)))
+    model = shake(build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, norm=norm))))
     images = [torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     assert reestimate_batch_norm(model, images, SMALL) == 4
     stem = model.backbone.body.conv1(model.transform(images)[0].tensors)
@@ -242,7 +243,7 @@ def test_reestimation_gives_the_statistics_of_the_images(norm: str) -> None:
 
 def test_statistics_know_nothing_of_padding() -> None:
     """The first normalisation sees the convolved part that both images fill."""
-    model = build_dense_detector("box", replace(SMALL, norm="batch"))
+    model = build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, norm="batch")))
     images = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
     reestimate_batch_norm(model, images, SMALL)
     prepared = model.transform(images)[0]

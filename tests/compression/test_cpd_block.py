@@ -99,46 +99,6 @@ def test_every_parameter_receives_the_gradient_of_the_dense_weight() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(("rank", "convolutions"), [(1, 3), (2, 3), (5, 1), (8, 1)])
-def test_training_runs_one_convolution_where_the_rank_is_high(rank: int, convolutions: int) -> None:
-    torch.manual_seed(4)
-    block = CPDBlock(256, 8, 3, rank, padding=1)
-    assert block.is_quicker_dense == (convolutions == 1)
-    calls: list[nn.Module] = []
-    for part in (block.pointwise, block.horizontal, block.vertical):
-        part.register_forward_hook(lambda module, *_: calls.append(module))
-    x, goal = torch.randn(2, 256, 6, 6), torch.randn(2, 8, 6, 6)
-    parameters = list(block.parameters())
-    trained = block(x)
-    assert len(calls) == (3 if convolutions == 3 else 0)
-    gradients = torch.autograd.grad((trained * goal).sum(), parameters)
-    three = block.eval()(x)
-    torch.testing.assert_close(trained, three, rtol=1e-4, atol=1e-5)
-    expected = torch.autograd.grad((three * goal).sum(), parameters)
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(("rank", "side", "convolutions"), [(1, 6, 3), (8, 6, 1), (8, 4, 1)])
-def test_training_in_bfloat16_on_a_cpu_has_its_own_choice(rank: int, side: int, convolutions: int) -> None:
-    torch.manual_seed(5)
-    block = CPDBlock(64, 8, 3, rank, padding=1)
-    calls: list[nn.Module] = []
-    block.pointwise.register_forward_hook(lambda module, *_: calls.append(module))
-    x, goal = torch.randn(12, 64, side, side), torch.randn(12, 8, side, side)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert block.trains_as_one(x) == (convolutions == 1)
-        trained = block(x)
-    assert len(calls) == (1 if convolutions == 3 else 0)
-    parameters = list(block.parameters())
-    gradients = torch.autograd.grad((trained.float() * goal).sum(), parameters)
-    exact = block.eval()(x)
-    for one, other in zip(
-        (trained, *gradients), (exact, *torch.autograd.grad((exact * goal).sum(), parameters)), strict=True
-    ):
-        assert (one.float() - other).norm() < 0.02 * other.norm()
-
-
 def test_the_sum_over_terms_keeps_the_memory_layout() -> None:
     torch.manual_seed(6)
     block = CPDBlock(8, 6, 3, 2, padding=1).eval()

@@ -13,13 +13,16 @@ from norton_deploy.compression.refit import input_patches, refit
 from norton_deploy.method.cp import CPFactors
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 
 CLASSIFIER = ClassifierSettings("resnet18", 7, image_size=(32, 32))
 DETECTOR = DetectorSettings(
-    num_classes=4, backbone="resnet18", norm="batch", fpn_channels=16, box_features=32, mask_channels=(16, 16),
-    min_size=64, max_size=64,
-)  # fmt: skip
+    num_classes=4,
+    backbone=BackboneSettings("resnet18", norm="batch", fpn_channels=16),
+    roi=RoiSettings(box_features=32, mask_channels=(16, 16)),
+    image=ImageSettings(64, 64),
+)
 
 
 def pictures(count: int, side: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ from norton_deploy.cost.layer_calls import LayerCall, layer_calls
 from norton_deploy.cost.layer_graphs import LayerShape, layer_graph
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 
 ONE, NONE = (1, 1), (0, 0)
@@ -40,8 +41,12 @@ def test_every_form_has_the_layers_output(shape: LayerShape) -> None:
 
 
 def test_macs_and_parameters_are_those_of_the_complexity_counter() -> None:
-    settings = DetectorSettings(num_classes=3, backbone="resnet18", fpn_channels=16, box_features=32,
-                                mask_channels=(16,), min_size=64, max_size=64)  # fmt: skip
+    settings = DetectorSettings(
+        num_classes=3,
+        backbone=BackboneSettings("resnet18", fpn_channels=16),
+        roi=RoiSettings(box_features=32, mask_channels=(16,)),
+        image=ImageSettings(64, 64),
+    )
     plan = CompressionPlan(
         "rcnn",
         {"backbone.body.layer2.0.conv1": 2, "rpn.head.conv.0.0": 1, "roi_heads.mask_head.0.0": 3},

@@ -2,7 +2,7 @@
 
 Needs Detectron2 (docs/detectron2.md says how to build it):
 
-    OMP_NUM_THREADS=1 python tests/integrations/make_golden.py
+    OMP_NUM_THREADS=1 python tests/detectron2/make_golden.py
 
 golden/zoo_keys.json   names and shapes of the model zoo's Faster, Mask and Keypoint R-CNN R50-FPN
 golden/TASK.npz        detections of each image of `seeded.IMAGE_SIZES`, seed 0 for the weights

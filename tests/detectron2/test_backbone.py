@@ -14,6 +14,7 @@ from norton_deploy.detectron2.checkpoint import import_detectron2
 from norton_deploy.errors import UserError
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Categories
 
@@ -33,7 +34,9 @@ PIXELS = {"PIXEL_MEAN": [123.675, 116.28, 103.53], "PIXEL_STD": [58.395, 57.12, 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector that is compressed in its backbone and, which must not matter, in its heads."""
-    settings = DetectorSettings(num_classes=3, box_features=64, norm="batch")
+    settings = DetectorSettings(
+        num_classes=3, roi=RoiSettings(box_features=64), backbone=BackboneSettings(norm="batch")
+    )
     torch.manual_seed(0)
     model = compress(build_dense_detector("box", settings), PLAN, starts=1).eval()
     path = tmp_path_factory.mktemp("norton") / "small.safetensors"

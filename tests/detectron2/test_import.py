@@ -72,12 +72,13 @@ def test_every_key_of_the_zoo_has_one_place_of_its_shape(task: str) -> None:
 
 def test_settings_of_the_zoo() -> None:
     settings = read_config(CONFIG).settings()
-    assert settings.num_classes == 81 and settings.trainable_layers == 3 and settings.norm == "frozen"
-    assert settings.stride_in_1x1 and settings.roi_align_aligned and settings.roi_sampling_ratio == 0
-    assert settings.level_strides == (4, 8, 16, 32, 64) and not settings.anchor_rounding
-    assert settings.image_mean == pytest.approx((123.675 / 255, 116.28 / 255, 103.53 / 255))
-    assert settings.image_std == pytest.approx((1 / 255,) * 3)
-    assert settings.train_short_sides == (128, 160) and settings.rpn_post_nms == (100, 60)
+    backbone, layers, image = settings.backbone, settings.detectron2, settings.image
+    assert settings.num_classes == 81 and backbone.trainable_layers == 3 and backbone.norm == "frozen"
+    assert layers.stride_in_1x1 and layers.roi_align_aligned and layers.roi_sampling_ratio == 0
+    assert layers.level_strides == (4, 8, 16, 32, 64) and not layers.anchor_rounding
+    assert image.mean == pytest.approx((123.675 / 255, 116.28 / 255, 103.53 / 255))
+    assert image.std == pytest.approx((1 / 255,) * 3)
+    assert image.train_short_sides == (128, 160) and settings.rpn.post_nms == (100, 60)
 
 
 def test_weights_are_permuted_as_documented(weights: dict[str, np.ndarray], faster_rcnn: nn.Module) -> None:
@@ -158,9 +159,9 @@ def test_configuration_files(tmp_path: Path) -> None:
     base = write_config(tmp_path / "a.yaml", INPUT={"MIN_SIZE_TRAIN": "(640, 672)", "MAX_SIZE_TEST": 700})
     child = tmp_path / "b.yaml"
     child.write_text("_BASE_: a.yaml\nINPUT: {MAX_SIZE_TEST: 900, MIN_SIZE_TRAIN_SAMPLING: range}\nOTHER: {KEY: 1}\n")
-    settings = read_config(child).settings()
-    assert settings.max_size == 900 and settings.train_short_sides == tuple(range(640, 673))
-    assert read_config(base).settings().train_short_sides == (640, 672)
+    image = read_config(child).settings().image
+    assert image.max_size == 900 and image.train_short_sides == tuple(range(640, 673))
+    assert read_config(base).settings().image.train_short_sides == (640, 672)
     base.write_text("_BASE_: b.yaml\n")
     with pytest.raises(UserError, match="is based on itself"):
         read_config(child)

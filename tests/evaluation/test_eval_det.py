@@ -10,6 +10,7 @@ from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoi
 from norton_deploy.commands.eval_det import main
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.errors import UserError
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 
 
@@ -20,14 +21,10 @@ def mask_detector(tiny_coco, tmp_path_factory):
     categories = CocoDetection(tiny_coco, "val", "mask").categories
     settings = DetectorSettings(
         num_classes=categories.num_classes,
-        backbone="resnet18",
-        norm="batch",
-        fpn_channels=16,
-        box_features=32,
-        mask_channels=(16,),
-        min_size=96,
-        max_size=128,
-        anchor_sizes=(8, 16, 32, 48, 64),
+        backbone=BackboneSettings("resnet18", norm="batch", fpn_channels=16),
+        roi=RoiSettings(box_features=32, mask_channels=(16,)),
+        image=ImageSettings(96, 128),
+        rpn=RpnSettings(anchor_sizes=(8, 16, 32, 48, 64)),
     )
     torch.manual_seed(0)
     model = build_dense_detector("mask", settings)

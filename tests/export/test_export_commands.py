@@ -9,24 +9,19 @@ from torch import nn
 
 from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
+from norton_deploy.compression.random_detector import LOGIT_SPREAD, calibrate_random_detector
 from norton_deploy.data.synthetic.dataset import CATEGORIES, draw_scene
-from norton_deploy.export.random_weights import LOGIT_SPREAD, calibrate_random_detector
-from norton_deploy.export.tensorrt_build import is_installed, load_manifest
+from norton_deploy.export.tensorrt_build import EngineManifest, is_installed
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Categories
 
 SETTINGS = DetectorSettings(
     num_classes=7,
-    backbone="resnet18",
-    fpn_channels=16,
-    box_features=32,
-    anchor_sizes=(16, 32, 48, 64, 96),
-    canonical_scale=64,
-    min_size=96,
-    max_size=128,
-    rpn_pre_nms=(100, 60),
-    rpn_post_nms=(100, 50),
-    detections_per_image=10,
+    backbone=BackboneSettings("resnet18", fpn_channels=16),
+    roi=RoiSettings(box_features=32, canonical_scale=64, detections_per_image=10),
+    rpn=RpnSettings(anchor_sizes=(16, 32, 48, 64, 96), pre_nms=(100, 60), post_nms=(100, 50)),
+    image=ImageSettings(96, 128),
 )
 
 
@@ -67,7 +62,7 @@ def test_export_onnx_with_evaluation(checkpoint: Path, tmp_path: Path, tiny_coco
         "before": {"bbox"},
         "after": {"bbox"},
     }
-    assert report["contract"]["categories"][0]["name"] == "person"
+    assert report["contract"]["categories"]["names"][0] == "person"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["box.onnx", "report.json"]
 
 
@@ -121,7 +116,7 @@ def test_export_trt_without_tensorrt_then_the_tool_command(
     if is_installed("tensorrt-rtx"):
         again = ["--onnx", str(graph), "--engine", "tensorrt-rtx", "--compute-capability", "89", "--out", str(engine)]
         assert commands.run("export_trt", again) == 0
-        assert load_manifest(engine)["compute_capability"] == "89"
+        assert EngineManifest.load(engine).compute_capability == "89"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from norton_deploy.export.frame_resize import FrameResize
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import export_onnx, read_contract
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN, Target
-from norton_deploy.inference.predictor import load_predictor
+from norton_deploy.inference.loading import load_predictor
 from norton_deploy.parity.gate import check_parity
 from norton_deploy.structures import TASKS, Task
 
@@ -98,8 +98,7 @@ def test_frames_of_another_size_are_refused(export: Export) -> None:
 def test_parity_covers_the_resizing(export: Export, tmp_path: Path) -> None:
     path = export("keypoint", FRAME_SIZE)
     contract = read_contract(path)
-    assert (contract["input_size"], contract["image_size"]) == (list(FRAME_SIZE), list(IMAGE_SIZE))
-    assert contract["resize"] == "graph"
+    assert (contract.input_size, contract.image_size, contract.resize) == (FRAME_SIZE, IMAGE_SIZE, "graph")
     images = list(blobs(2, FRAME_SIZE, seed=5).numpy())
     report = check_parity(reduced_detector("keypoint"), path, images)
     assert report.passed, report.table()
@@ -130,7 +129,7 @@ def test_boxes_in_the_wrong_pixels_are_noticed(export: Export, tmp_path: Path) -
 def test_rtx_engine_that_takes_frames(export: Export, tmp_path: Path) -> None:
     path = export("mask", FRAME_SIZE, "tensorrt")
     manifest = tensorrt_build.build_engine(path, tmp_path / "frame.engine", compute_capability="86")
-    assert manifest["contract"]["input_size"] == list(FRAME_SIZE)
+    assert manifest.contract.input_size == FRAME_SIZE
 
 
 @pytest.mark.parametrize(

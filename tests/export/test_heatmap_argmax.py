@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from norton_deploy.export.heatmap_argmax import BLOCK_HULL, PIECE_HULL, best_pixel, map_weights
+from norton_deploy.export.heatmap_argmax import best_pixel
+from norton_deploy.export.heatmap_axis import BLOCK_HULL, PIECE_HULL, map_weights
 
 SIZE = 28
 SIDES = [(1, 1), (2, 7), (13, 200), (28, 29), (40, 60), (84, 85), (86, 300), (113, 97), (333, 250), (800, 640)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.letterbox import PADDING_COLOUR, Letterbox, clip_boxes
+from norton_deploy.export.letterbox import PADDING_COLOUR, Letterbox, clip_boxes, letterboxed, place_images
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,12 @@ def test_empty_images_are_refused_and_boxes_clipped():
         Letterbox.fit((0, 5), (10, 10))
     boxes = np.array([[-3, -4, 20, 30], [1, 2, 3, 4]], np.float32)
     np.testing.assert_array_equal(clip_boxes(boxes, (10, 15)), [[0, 0, 15, 10], [1, 2, 3, 4]])
+
+
+def test_images_are_letterboxed_and_further_canvases_are_blank():
+    images = [np.full((10, 20, 3), value, np.uint8) for value in (1, 2, 3)]
+    canvases = letterboxed(images[:2], (16, 16))
+    assert canvases.shape == (2, 16, 16, 3) and canvases[:, 0, 0, 0].tolist() == [1, 2]
+    [letterbox] = place_images(images[2:], canvases)
+    assert letterbox.content_size == (8, 16)
+    assert canvases[0, 0, 0, 0] == 3 and (canvases[1] == PADDING_COLOUR).all()

@@ -4,28 +4,26 @@ import pytest
 import torch
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.fixed_sampling import EXPORTED_SAMPLES, fix_sampling, is_adaptive
-from norton_deploy.export.static_keypoints import StaticKeypointHead
+from norton_deploy.export.static_heads import StaticKeypointHead
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
-from norton_deploy.export.static_roi_align import StaticRoIAlign
+from norton_deploy.export.static_roi_align import EXPORTED_SAMPLES, StaticRoIAlign, fix_sampling, is_adaptive
+from norton_deploy.models.detector_parts import BackboneSettings, Detectron2Settings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.models.pyramid_roi_align import PyramidRoIAlign
+from norton_deploy.models.detectron2_layers import PyramidRoIAlign
 
 SETTINGS = DetectorSettings(
     num_classes=2,
-    backbone="resnet18",
-    fpn_channels=16,
-    box_features=16,
-    keypoint_channels=(16,),
-    mask_channels=(16,),
-    level_strides=(4, 8, 16, 32, 64),
-    anchor_rounding=False,
-    roi_align_aligned=True,
-    roi_sampling_ratio=0,
-    mask_paste="subpixel",
-    keypoint_score="probability",
-    rpn_pre_nms=(50, 50),
-    rpn_post_nms=(20, 20),
+    backbone=BackboneSettings("resnet18", fpn_channels=16),
+    roi=RoiSettings(box_features=16, keypoint_channels=(16,), mask_channels=(16,)),
+    detectron2=Detectron2Settings(
+        level_strides=(4, 8, 16, 32, 64),
+        anchor_rounding=False,
+        roi_align_aligned=True,
+        roi_sampling_ratio=0,
+        mask_paste="subpixel",
+        keypoint_score="probability",
+    ),
+    rpn=RpnSettings(pre_nms=(50, 50), post_nms=(20, 20)),
 )
 
 

@@ -7,7 +7,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints
 
 from norton_deploy.errors import UserError
-from norton_deploy.export.static_keypoints import StaticKeypointHead
+from norton_deploy.export.static_heads import StaticKeypointHead
 
 
 def head(image_size: tuple[int, int], predictor: nn.Module | None = None) -> StaticKeypointHead:

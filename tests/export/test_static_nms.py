@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from norton_deploy.export.static_nms import StaticNMS, nms_unrolled
+from norton_deploy.export.static_boxes import StaticNMS, nms_unrolled
 
 FORMS = {"native": StaticNMS(native=True), "unrolled": StaticNMS(native=False, iterations=60)}
 

@@ -11,7 +11,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.static_rcnn import TARGETS, GraphSettings, StaticRCNN, Target
-from norton_deploy.inference.mask_paste import paste_masks
+from norton_deploy.inference.static_graph import paste_masks
 from norton_deploy.structures import TASKS, Task
 
 BASE = GraphSettings(IMAGE_SIZE, batch=2)

@@ -9,10 +9,11 @@ import pytest
 
 from norton_deploy.errors import UserError
 from norton_deploy.export import tensorrt_build
+from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.tensorrt_build import (
+    EngineManifest,
     EngineUnavailableError,
     build_engine,
-    load_manifest,
     manifest_path,
     target_commands,
 )
@@ -39,31 +40,33 @@ def test_rtx_engine_is_built_for_an_rtx_3060(
     engine = tmp_path / "model.engine"
     manifest = build_engine(graph, engine, engine="tensorrt-rtx", compute_capability="86")
     assert engine.stat().st_size > 1_000_000
-    assert (manifest["compute_capability"], manifest["precision"]) == ("86", precision)
-    assert manifest["sha256"]["graph"] == sha256_of(graph)
-    assert manifest["contract"]["task"] == task
-    assert load_manifest(engine) == manifest
+    assert (manifest.compute_capability, manifest.contract.precision) == ("86", precision)
+    assert manifest.graph_sha256 == sha256_of(graph)
+    assert manifest.contract.task == task
+    assert EngineManifest.load(engine) == manifest
 
 
-def test_loader_checks_before_anything_is_deserialised(tmp_path: Path) -> None:
+def test_loader_checks_before_anything_is_deserialised(exported: Callable, tmp_path: Path) -> None:
+    _, graph = exported("box", "tensorrt")
     engine = tmp_path / "model.engine"
     with pytest.raises(UserError, match="no such engine"):
-        load_manifest(engine)
+        EngineManifest.load(engine)
     engine.write_bytes(b"engine")
     with pytest.raises(UserError, match="no manifest"):
-        load_manifest(engine)
-    content = {"format": 1, "engine": "tensorrt-rtx", "contract": {}, "sha256": {"engine": sha256_of(engine)}}
+        EngineManifest.load(engine)
+    manifest = EngineManifest("tensorrt-rtx", "1.7", "86", "0.1", "", sha256_of(engine), read_contract(graph))
+    content = manifest.to_json()
     manifest_path(engine).write_text(json.dumps(content))
-    assert load_manifest(engine)["engine"] == "tensorrt-rtx"
+    assert EngineManifest.load(engine) == manifest
     engine.write_bytes(b"Engine")
     with pytest.raises(UserError, match="SHA-256"):
-        load_manifest(engine)
-    manifest_path(engine).write_text(json.dumps(content | {"format": 2}))
+        EngineManifest.load(engine)
+    manifest_path(engine).write_text(json.dumps(content | {"format": 1}))
     with pytest.raises(UserError, match="another version"):
-        load_manifest(engine)
+        EngineManifest.load(engine)
     manifest_path(engine).write_text("{")
     with pytest.raises(UserError, match="not an engine manifest"):
-        load_manifest(engine)
+        EngineManifest.load(engine)
 
 
 @needs_rtx

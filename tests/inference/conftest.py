@@ -105,18 +105,24 @@ def write_graph(
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     contract = {
-        "format": 1,
+        "format": 2,
         "task": task,
         "image_size": list(image_size),
+        "input_size": list(image_size),
         "batch": batch,
         "max_detections": 1,
-        "categories": [{"label": 1, "id": 7, "name": "lamp"}],
-        "input": {"name": "images", "dtype": dtype, "layout": "NHWC RGB" if bytes_in else "NCHW RGB 0..1"},
-        "outputs": [{"name": name} for name in outputs],
+        "categories": {"labels": [1], "ids": [7], "names": ["lamp"]},
+        "input_dtype": dtype,
+        "outputs": [
+            {"name": name, "dtype": TensorProto.DataType.Name(kind).lower(), "shape": shape}
+            for name, (kind, shape) in outputs.items()
+        ],
         "target": "onnxruntime",
-        "precision": "float32",
+        "precision": "fp32",
         "weights_sha256": "0" * 64,
         "resize": "letterbox",
+        "score_threshold": 0.0,
+        "mask_paste": "whole_pixels",
     }
     contract |= changes | (metadata or {})
     helper.set_model_props(model, {"norton_deploy": json.dumps(contract)})

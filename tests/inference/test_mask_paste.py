@@ -4,7 +4,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.mask_paste import hat_weights, paste_masks
+from norton_deploy.inference.static_graph import hat_weights, paste_masks
 
 
 def random_case(seed: int, count: int, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

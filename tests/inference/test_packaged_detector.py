@@ -13,6 +13,7 @@ from norton_deploy.compression.compress import compress
 from norton_deploy.data.synthetic.dataset import CATEGORIES
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Categories
 
@@ -39,9 +40,11 @@ def test_the_packaged_detector_is_the_default_for_drawn_scenes(folder, tmp_path)
 def test_a_checkpoint_is_packaged_in_float16(folder, monkeypatch):
     names = [category["name"] for category in CATEGORIES]
     shape = DetectorSettings(
-        num_classes=len(names) + 1, backbone="resnet18", norm="batch", fpn_channels=16, box_features=32,
-        mask_channels=(16,), min_size=64, max_size=64,
-    )  # fmt: skip
+        num_classes=len(names) + 1,
+        backbone=BackboneSettings("resnet18", norm="batch", fpn_channels=16),
+        roi=RoiSettings(box_features=32, mask_channels=(16,)),
+        image=ImageSettings(64, 64),
+    )
     plan = CompressionPlan("rcnn", {}, {f"backbone.body.layer{stage}": 16 for stage in (3, 4)})
     torch.manual_seed(0)
     dense = build_dense_detector("mask", shape)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from norton_deploy.commands import run
-from norton_deploy.commands.predict import image_ids
-from norton_deploy.inference.drawing import draw_detections
+from norton_deploy.inference import drawing
+from norton_deploy.inference.drawing import draw_detections, image_ids
 from norton_deploy.structures import Categories, Detections
 
 
@@ -70,9 +70,7 @@ def test_a_bad_image_costs_only_itself(graph, folder, tmp_path, capsys):
 
 
 def test_ctrl_c_keeps_what_was_found(graph, folder, tmp_path, monkeypatch):
-    from norton_deploy.commands import predict
-
-    pictures = iter([predict.write_image])
+    pictures = iter([drawing.write_image])
 
     def write(path, image):
         try:
@@ -80,7 +78,7 @@ def test_ctrl_c_keeps_what_was_found(graph, folder, tmp_path, monkeypatch):
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(predict, "write_image", write)
+    monkeypatch.setattr(drawing, "write_image", write)
     assert run("predict", ["--model", str(graph()), "--images", str(folder), "--out", str(tmp_path / "o")]) == 130
     assert json.loads((tmp_path / "o" / "detections.json").read_text())["annotations"]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import load_predictor, read_image
-from norton_deploy.inference.size_buckets import SizeBucketPredictor
+from norton_deploy.inference.loading import SizeBucketPredictor, load_predictor
+from norton_deploy.inference.predictor import read_image
 from norton_deploy.inference.torch_backend import TorchPredictor, choose_device
 from norton_deploy.structures import Categories
 
@@ -107,13 +107,13 @@ def test_a_graph_without_letterboxing_takes_its_own_size_only(graph, lamp):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": 2}, "format 2"),
-        ({"task": "pose"}, "task 'pose'"),
-        ({"metadata": {"image_size": None}}, "no valid field"),
-        ({"metadata": {"image_size": [64, 48]}}, "contradict"),
+        ({"format": 1}, "format 1"),
+        ({"task": "pose"}, "'task': .*'pose'"),
+        ({"metadata": {"image_size": None}}, "image_size"),
+        ({"metadata": {"image_size": [64, 48], "input_size": [64, 48]}}, "contradict"),
         ({"graph_dtype": "float32"}, "contradict"),
         ({"skip_output": "scores"}, "lacks the outputs scores"),
-        ({"categories": []}, "categor"),
+        ({"categories": {"labels": [], "ids": [], "names": []}}, "categor"),
         ({"metadata": {"batch": 0}}, "positive"),
     ],
 )

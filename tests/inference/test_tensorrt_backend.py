@@ -1,6 +1,7 @@
 """What can be checked of the engine backend without a GPU: manifests, buffer plans, messages."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,24 +10,31 @@ import torch
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
-from norton_deploy.export.tensorrt_build import manifest_path
+from norton_deploy.export.tensorrt_build import EngineManifest, manifest_path
 from norton_deploy.files import sha256_of
-from norton_deploy.inference.predictor import load_predictor
-from norton_deploy.inference.tensorrt_backend import BufferPlan, check_runtime, plan_buffers, read_engine_contract
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.tensorrt_backend import BufferPlan, check_runtime, plan_buffers
 
 CONTRACT = {
-    "format": 1,
+    "format": 2,
     "task": "mask",
     "image_size": [32, 48],
+    "input_size": [32, 48],
     "batch": 2,
     "max_detections": 5,
-    "categories": [{"label": 1, "id": 7, "name": "lamp"}],
-    "input": {"name": "images", "dtype": "uint8", "layout": "NHWC RGB"},
-    "outputs": [{"name": name} for name in ("boxes", "nms_converged")],
+    "categories": {"labels": [1], "ids": [7], "names": ["lamp"]},
+    "input_dtype": "uint8",
+    "outputs": [
+        {"name": "boxes", "dtype": "float", "shape": [2, 5, 4]},
+        {"name": "nms_converged", "dtype": "bool", "shape": [1]},
+    ],
     "target": "tensorrt",
     "precision": "fp32",
     "weights_sha256": "0" * 64,
     "resize": "letterbox",
+    "score_threshold": 0.05,
+    "mask_paste": "whole_pixels",
+    "input_name": "images",
 }
 TENSORS = {
     "images": ((2, 32, 48, 3), np.uint8),
@@ -66,11 +74,13 @@ def engine(tmp_path):
     path = tmp_path / "model.engine"
     path.write_bytes(b"not an engine")
     manifest = {
-        "format": 1,
+        "format": 2,
         "engine": "tensorrt-rtx",
         "engine_version": "1.7.1",
         "compute_capability": "86",
-        "sha256": {"engine": sha256_of(path)},
+        "norton_deploy_version": "0.1.0",
+        "graph_sha256": "0" * 64,
+        "engine_sha256": sha256_of(path),
         "contract": CONTRACT,
     }
     manifest_path(path).write_text(json.dumps(manifest))
@@ -78,9 +88,10 @@ def engine(tmp_path):
 
 
 def test_manifest_is_read_and_checked_before_the_engine(engine):
-    manifest, contract = read_engine_contract(engine)
+    manifest = EngineManifest.load(engine)
+    contract = manifest.contract
     assert (contract.task, contract.batch, contract.flags) == ("mask", 2, ("nms_converged",))
-    assert manifest["engine"] == "tensorrt-rtx"
+    assert manifest.engine == "tensorrt-rtx"
     engine.write_bytes(b"replaced")
     with pytest.raises(UserError, match="SHA-256"):
         load_predictor(engine)
@@ -106,9 +117,9 @@ def test_without_a_gpu_the_message_says_so(engine):
 
 
 def test_version_and_compute_capability_must_match(engine):
-    manifest, _ = read_engine_contract(engine)
+    manifest = EngineManifest.load(engine)
     check_runtime(engine, manifest, "1.7.1", (8, 6))
-    check_runtime(engine, manifest | {"compute_capability": "portable"}, "1.7.1", (12, 0))
+    check_runtime(engine, replace(manifest, compute_capability="portable"), "1.7.1", (12, 0))
     with pytest.raises(UserError, match=r"built by tensorrt-rtx 1\.7\.1, installed is 1\.8"):
         check_runtime(engine, manifest, "1.8.0", (8, 6))
     with pytest.raises(UserError, match="capability 86, this GPU has 89"):
@@ -116,7 +127,7 @@ def test_version_and_compute_capability_must_match(engine):
 
 
 def test_buffers_are_planned_from_the_engine(engine):
-    _, contract = read_engine_contract(engine)
+    contract = EngineManifest.load(engine).contract
     plans = plan_buffers(FakeEngine(TENSORS), PACKAGE, contract, "e")
     assert plans[0] == BufferPlan("images", (2, 32, 48, 3), "uint8", True)
     assert {plan.name: plan.nbytes for plan in plans} == {
@@ -135,16 +146,17 @@ def test_buffers_are_planned_from_the_engine(engine):
     ],
 )
 def test_engines_that_contradict_their_manifest_are_refused(engine, change, message):
-    _, contract = read_engine_contract(engine)
+    contract = EngineManifest.load(engine).contract
     tensors = {name: spec for name, spec in (TENSORS | change).items() if spec is not None}
     with pytest.raises(UserError, match=message):
         plan_buffers(FakeEngine(tensors), PACKAGE, contract, "e")
 
 
 def test_contract_parses_back():
-    contract = GraphContract.from_json(json.dumps(CONTRACT), "c")
+    contract = GraphContract.parse(json.dumps(CONTRACT), "c")
+    assert json.loads(json.dumps(contract.to_json())) == CONTRACT
     assert contract.output_names == ("num_detections", "boxes", "scores", "labels", "masks", "nms_converged")
-    assert contract.input_shape == (2, 32, 48, 3) and contract.score_threshold is None
+    assert contract.input_shape == (2, 32, 48, 3) and contract.score_threshold == 0.05
     assert contract.resize == "letterbox" and contract.input_size == contract.image_size
     with pytest.raises(UserError, match="not JSON"):
-        GraphContract.from_json("{", "c")
+        GraphContract.parse("{", "c")

@@ -10,11 +10,16 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import roi_align
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.mask_paste import paste_masks
-from norton_deploy.models.detectors import DetectorSettings, build_body, build_dense_detector
-from norton_deploy.models.image_transform import paste_subpixel, resize_like_pillow, shortest_edge_size
-from norton_deploy.models.pyramid_anchors import PyramidAnchorGenerator
-from norton_deploy.models.pyramid_roi_align import PyramidRoIAlign
+from norton_deploy.inference.static_graph import paste_masks
+from norton_deploy.models.detector_parts import BackboneSettings, Detectron2Settings, RoiSettings
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.detectron2_layers import (
+    PyramidAnchorGenerator,
+    PyramidRoIAlign,
+    paste_subpixel,
+    resize_like_pillow,
+    shortest_edge_size,
+)
 
 
 def test_anchors_lie_on_the_given_strides() -> None:
@@ -82,7 +87,7 @@ def test_subpixel_masks_are_grid_samples_in_torch_and_on_the_host() -> None:
 
 
 def test_stride_moves_to_the_first_convolution() -> None:
-    body = build_body(DetectorSettings(stride_in_1x1=True))
+    body = BackboneSettings().build_body(stride_in_1x1=True)
     strides = {
         name: (block.conv1.stride, block.conv2.stride)
         for name, block in body.named_modules()
@@ -95,15 +100,19 @@ def test_stride_moves_to_the_first_convolution() -> None:
 def test_settings_that_need_strides_say_so() -> None:
     for changes in ({"roi_align_aligned": True}, {"anchor_rounding": False}, {"anchor_offset": 0.5}):
         with pytest.raises(UserError, match="needs level_strides"):
-            DetectorSettings(**changes)  # type: ignore[arg-type]
+            Detectron2Settings(**changes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="one for each of 5 levels"):
-        DetectorSettings(level_strides=(4, 8))
+        Detectron2Settings(level_strides=(4, 8))
 
 
 def test_keypoint_probabilities_are_those_of_the_heatmap() -> None:
-    settings = DetectorSettings(num_classes=2, keypoint_channels=(8,), keypoint_score="probability")
+    settings = DetectorSettings(
+        num_classes=2,
+        roi=RoiSettings(keypoint_channels=(8,)),
+        detectron2=Detectron2Settings(keypoint_score="probability"),
+    )
     torch.manual_seed(0)
-    predictor = build_dense_detector("keypoint", settings).roi_heads.keypoint_predictor
+    predictor = settings.build("keypoint").roi_heads.keypoint_predictor
     with torch.no_grad():
         heatmaps = predictor(torch.randn(2, 8, 14, 14))
     assert heatmaps.shape == (2, 17, 56, 56)

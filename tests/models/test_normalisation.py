@@ -3,8 +3,8 @@
 import torch
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.models.detectors import DetectorSettings, build_body
-from norton_deploy.models.normalisation import TypedFrozenBatchNorm2d
+from norton_deploy.models.classifiers import TypedFrozenBatchNorm2d
+from norton_deploy.models.detector_parts import BackboneSettings
 
 
 def layers(channels: int = 6) -> tuple[TypedFrozenBatchNorm2d, FrozenBatchNorm2d]:
@@ -36,7 +36,7 @@ def test_float32_is_torchvisions_to_the_bit_and_gradients_agree() -> None:
 
 
 def test_a_frozen_body_under_autocast_hands_on_bfloat16() -> None:
-    body = build_body(DetectorSettings(backbone="resnet18")).eval()
+    body = BackboneSettings("resnet18").build_body().eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         maps = body(torch.rand(1, 3, 32, 32))
     assert {value.dtype for value in maps.values()} == {torch.bfloat16}

@@ -6,18 +6,26 @@ import pytest
 import torch
 from torchvision.ops import MultiScaleRoIAlign
 
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 
 SETTINGS = DetectorSettings(
-    num_classes=3, backbone="resnet18", fpn_channels=16, box_features=16, mask_channels=(16,), min_size=96,
-    max_size=128, score_threshold=0.0, rpn_post_nms=(20, 20), detections_per_image=5,
-)  # fmt: skip
+    num_classes=3,
+    backbone=BackboneSettings("resnet18", fpn_channels=16),
+    roi=RoiSettings(box_features=16, mask_channels=(16,), score_threshold=0.0, detections_per_image=5),
+    image=ImageSettings(96, 128),
+    rpn=RpnSettings(post_nms=(20, 20)),
+)
 
 
 @pytest.mark.parametrize("side", [40, 64, 75, 192, 800, 1000])
 def test_scales_are_those_that_torchvision_infers_at_the_design_size(side: int) -> None:
-    settings = DetectorSettings(num_classes=3, backbone="resnet18", fpn_channels=8, box_features=8, mask_channels=(8,),
-                                min_size=side, max_size=2 * side)  # fmt: skip
+    settings = DetectorSettings(
+        num_classes=3,
+        backbone=BackboneSettings("resnet18", fpn_channels=8),
+        roi=RoiSettings(box_features=8, mask_channels=(8,)),
+        image=ImageSettings(side, 2 * side),
+    )
     model = build_dense_detector("mask", settings).eval()
     names = [name for name in model.state_dict() if "roi_pool" in name]
     assert not names  # Published weights still fit.

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.parity.detection_matching import Pairing, box_iou, pair_detections
-from norton_deploy.parity.gate import (
-    TOLERANCES,
-    ParityReport,
+from norton_deploy.parity.comparison import (
+    Pairing,
+    box_iou,
+    pair_detections,
     quantile,
     relative_difference,
     set_distance,
 )
-from norton_deploy.parity.inputs import canvases
+from norton_deploy.parity.gate import TOLERANCES, ParityReport
 from norton_deploy.structures import Detections
 
 
@@ -78,13 +78,6 @@ def test_report_keeps_the_worst_and_names_the_first_failure() -> None:
     report.record("rpn", "gap", float("nan"), 1.0)
     report.record("rpn", "gap", 0.0, 1.0)
     assert np.isnan(report.stages[0].worst) and not report.stages[0].passed
-
-
-def test_images_are_letterboxed_and_batches_filled() -> None:
-    images = [np.full((10, 20, 3), value, np.uint8) for value in (1, 2, 3)]
-    batches = list(canvases(images, 2, (16, 16)))
-    assert [batch.shape for batch in batches] == [(2, 16, 16, 3)] * 2
-    assert [int(batch[index, 0, 0, 0]) for batch in batches for index in range(2)] == [1, 2, 3, 1]
 
 
 def test_fp32_limits_are_those_the_project_promises() -> None:

@@ -1,6 +1,6 @@
 import numpy as np
 
-from norton_deploy.parity.keypoint_ties import keypoint_distances
+from norton_deploy.parity.comparison import keypoint_distances
 
 
 def heatmaps(*peaks: tuple[int, int]) -> np.ndarray:

@@ -13,6 +13,7 @@ from norton_deploy.compression.compress import compress
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.gradcam import (
     Question,
@@ -24,9 +25,11 @@ from norton_deploy.reporting.gradcam import (
 
 CLASSIFIER = ClassifierSettings("resnet18", 3, image_size=(64, 64))
 DETECTOR = DetectorSettings(
-    num_classes=4, backbone="resnet18", norm="batch", fpn_channels=16, box_features=32, min_size=96, max_size=96,
-    trainable_layers=0,
-)  # fmt: skip
+    num_classes=4,
+    backbone=BackboneSettings("resnet18", norm="batch", fpn_channels=16, trainable_layers=0),
+    roi=RoiSettings(box_features=32),
+    image=ImageSettings(96, 96),
+)
 PLAN = CompressionPlan("resnet18", {"layer2.0.conv2": 1, "layer3.0.conv2": 1}, {"layer4": 400})
 
 

@@ -15,6 +15,7 @@ from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.layer_graphs import LayerShape
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget
@@ -23,9 +24,12 @@ from norton_deploy.search.plan_record import plan_record
 from norton_deploy.search.plan_search import FoundPlan, PlanRequest, find_plan
 
 SETTINGS = DetectorSettings(
-    num_classes=3, backbone="resnet18", fpn_channels=32, box_features=32, min_size=64, max_size=64,
-    rpn_post_nms=(20, 20), detections_per_image=5,
-)  # fmt: skip
+    num_classes=3,
+    backbone=BackboneSettings("resnet18", fpn_channels=32),
+    roi=RoiSettings(box_features=32, detections_per_image=5),
+    image=ImageSettings(64, 64),
+    rpn=RpnSettings(post_nms=(20, 20)),
+)
 NOISE = np.array([1.0, 1.02, 0.97, 1.01])
 FORM_MS = {"dense": 1.0, "grouped": 1.1, "separable": 5.0}
 

@@ -14,6 +14,7 @@ from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.cost.layer_calls import layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.search.decisions import Decision, list_decisions, to_plan, untouched
 from norton_deploy.search.joint_cost import PYRAMID, calibrate, joint_cost
@@ -21,9 +22,11 @@ from norton_deploy.search.planner import Planner
 from norton_deploy.search.sensitivity import Sensitivity
 
 SETTINGS = DetectorSettings(
-    num_classes=3, backbone="resnet18", fpn_channels=32, box_features=32, keypoint_channels=(32, 32),
-    min_size=64, max_size=64,
-)  # fmt: skip
+    num_classes=3,
+    backbone=BackboneSettings("resnet18", fpn_channels=32),
+    roi=RoiSettings(box_features=32, keypoint_channels=(32, 32)),
+    image=ImageSettings(64, 64),
+)
 SIZE = (64, 64)
 
 

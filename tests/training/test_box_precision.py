@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.structures import Task
-from norton_deploy.training.box_precision import keep_boxes_in_float32
+from norton_deploy.training.detector_training import keep_boxes_in_float32
 
 BOX = [20.3, 10.7, 121.9, 140.2]  # no coordinate is a bfloat16
 
@@ -12,15 +13,9 @@ BOX = [20.3, 10.7, 121.9, 140.2]  # no coordinate is a bfloat16
 def tiny_detector(task: Task) -> nn.Module:
     settings = DetectorSettings(
         num_classes=2,
-        backbone="resnet18",
-        norm="group",
-        trainable_layers=5,
-        min_size=160,
-        max_size=160,
-        fpn_channels=16,
-        box_features=16,
-        mask_channels=(16,),
-        keypoint_channels=(16,),
+        backbone=BackboneSettings("resnet18", norm="group", trainable_layers=5, fpn_channels=16),
+        image=ImageSettings(160, 160),
+        roi=RoiSettings(box_features=16, mask_channels=(16,), keypoint_channels=(16,)),
     )
     torch.manual_seed(0)
     return build_dense_detector(task, settings).train()

@@ -13,16 +13,20 @@ from norton_deploy.compression.compress import compress
 from norton_deploy.data.synthetic.dataset import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
-from norton_deploy.training import detector_training, run
-from norton_deploy.training.batch import Batch
+from norton_deploy.training import detector_training
+from norton_deploy.training.batches import Batch
 from norton_deploy.training.distillation import FeatureImitation, correlation_loss
 from norton_deploy.training.trainer import Trainer
 
 SETTINGS = DetectorSettings(
-    num_classes=3, backbone="resnet18", norm="group", trainable_layers=5, fpn_channels=16, box_features=16,
-    min_size=64, max_size=64, anchor_sizes=(8, 16, 32, 48, 64),
-)  # fmt: skip
+    num_classes=3,
+    backbone=BackboneSettings("resnet18", norm="group", trainable_layers=5, fpn_channels=16),
+    roi=RoiSettings(box_features=16),
+    image=ImageSettings(64, 64),
+    rpn=RpnSettings(anchor_sizes=(8, 16, 32, 48, 64)),
+)
 NARROW = CompressionPlan("rcnn", {}, {"backbone.fpn.layer_blocks": 6})
 SMALL = CompressionPlan("rcnn", {"backbone.body.layer4.1.conv2": 1}, {"backbone.fpn.layer_blocks": 6})
 
@@ -169,7 +173,7 @@ def test_resume_leaves_no_trace(trained, tmp_path, monkeypatch):
     steps = ["--steps", "5", "--state-every", "2", "--distillation-weight", "1"]
     main(arguments(trained, tmp_path / "whole", *steps))
     with monkeypatch.context() as patch:
-        patch.setattr(run, "Trainer", DyingTrainer)
+        patch.setattr(detector_training, "Trainer", DyingTrainer)
         with pytest.raises(KilledError):
             main(arguments(trained, tmp_path / "killed", *steps))
     main(arguments(trained, tmp_path / "killed", *steps, "--resume"))
@@ -191,9 +195,9 @@ def test_without_a_teacher_a_run_is_what_it_was(trained):
     [
         ("box", {}, "task is mask, the student's is box"),
         ("mask", {"teacher": "small.safetensors"}, "plan: it is compressed itself"),
-        ("mask", {"detector.min-size": "72"}, "min_size is 80, the student's is 72"),
-        ("mask", {"detector.image-mean": "0 0 0"}, r"image_mean is \(0\.485, 0\.456, 0\.406\), the student's is"),
-        ("mask", {"detector.fpn-channels": "8"}, "fpn_channels is 16, the student's pyramid has 8 channels"),
+        ("mask", {"detector.image.min-size": "72"}, "min_size is 80, the student's is 72"),
+        ("mask", {"detector.image.mean": "0 0 0"}, r"image\.mean is \(0\.485, 0\.456, 0\.406\), the student's is"),
+        ("mask", {"detector.backbone.fpn-channels": "8"}, "fpn_channels is 16, the student's pyramid has 8 channels"),
         ("mask", {"data": "two"}, "categories are "),
         ("mask", {"distillation-weight": "0"}, "distillation_weight: expected a positive number"),
     ],

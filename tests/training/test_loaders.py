@@ -3,7 +3,7 @@ import torch
 
 from norton_deploy.data.samplers import GroupedBatchSampler
 from norton_deploy.errors import UserError
-from norton_deploy.training.loaders import SampledBatches, collate_classes
+from norton_deploy.training.batches import SampledBatches, collate_classes
 
 
 class Numbers:

@@ -15,10 +15,10 @@ from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands.train_cls import main
 from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.training.batch import Batch
+from norton_deploy.training.batches import Batch
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
+from norton_deploy.training.distillation import DistilledClassification, distillation_loss
 from norton_deploy.training.initial_weights import InitialModel
-from norton_deploy.training.logit_distillation import DistilledClassification, distillation_loss
 
 CLASSES = {"blue": (40, 60, 210), "red": (220, 50, 40)}
 

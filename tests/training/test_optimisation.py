@@ -6,9 +6,12 @@ import torch
 from torch import nn
 
 from norton_deploy.errors import UserError
-from norton_deploy.training.optimisation import build_optimizer, learning_rate, parameter_groups
-from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.weight_average import build_weight_average
+from norton_deploy.training.settings import (
+    TrainingSettings,
+    build_optimizer,
+    build_weight_average,
+    parameter_groups,
+)
 
 
 def settings(**changes) -> TrainingSettings:
@@ -16,7 +19,7 @@ def settings(**changes) -> TrainingSettings:
 
 
 def rate(step: int, s: TrainingSettings, total: int = 1200, per_epoch: int = 100) -> float:
-    return learning_rate(step, settings=s, peak=0.02, total_steps=total, steps_per_epoch=per_epoch)
+    return s.learning_rate(step, peak=0.02, total_steps=total, steps_per_epoch=per_epoch)
 
 
 def test_step_schedule_with_warm_up():

@@ -6,8 +6,9 @@ import torch
 from tiny_run import cross_entropy, tiny_settings, tiny_trainer
 
 from norton_deploy.errors import UserError
-from norton_deploy.training.batch import Batch, Evaluation
-from norton_deploy.training.resume import check_identity
+from norton_deploy.training.batches import Batch
+from norton_deploy.training.run_folder import check_identity
+from norton_deploy.training.trainer import Evaluation
 
 
 class KilledError(Exception):

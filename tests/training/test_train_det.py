@@ -20,7 +20,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.structures import Categories
-from norton_deploy.training import run, trainer
+from norton_deploy.training import detector_training, trainer
 from norton_deploy.training.initial_weights import training_categories
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
     """All images have one size and yield their full sample of anchors and proposals (see `Trainer`)."""
     data = tmp_path / "data"
     write_dataset(data, 8, 2, seed=5, image_sizes=(96, 96))
-    monkeypatch.setattr(run, "Trainer", ChancelessTrainer)
+    monkeypatch.setattr(detector_training, "Trainer", ChancelessTrainer)
     train_without_chance(data, tmp_path / "one", batch_size=4)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = str(Path(__file__).with_name("tiny_detector.py"))
@@ -98,10 +98,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("task", ["box", "keypoint"])
 def test_from_a_compressed_classifier_to_a_checkpoint(tiny_coco, tmp_path, compressed_classifier, task):
-    arguments = tiny_arguments(tiny_coco, tmp_path / "run", task, "--steps", "2", "--detector.norm", "frozen")
+    arguments = tiny_arguments(tiny_coco, tmp_path / "run", task, "--steps", "2", "--detector.backbone.norm", "frozen")
     figures_file = tmp_path / "figures.json"
     arguments += ["--init", str(compressed_classifier), "--json", str(figures_file)]
-    arguments += ["--detector.trainable-layers", "2"]
+    arguments += ["--detector.backbone.trainable-layers", "2"]
     assert main(arguments) == 0
     checkpoint = load_checkpoint(tmp_path / "run" / "best.safetensors")
     assert checkpoint.header.plan == PLAN
@@ -132,8 +132,8 @@ def test_init_from_a_detector(tiny_coco, tmp_path, capsys):
     assert all(torch.equal(mask[name], trained[name]) for name in shared)
     assert not torch.equal(mask["rpn.head.cls_logits.weight"], trained["rpn.head.cls_logits.weight"])
     assert "own settings" not in capsys.readouterr().err  # the command line gives what the file has
-    main(tiny_arguments(tiny_coco, tmp_path / "large", "box", *none, "--detector.max-size", "1333"))
-    assert "the file's own settings where none but a default is given: max_size 128\n" in capsys.readouterr().err
+    main(tiny_arguments(tiny_coco, tmp_path / "large", "box", *none, "--detector.image.max-size", "1333"))
+    assert "the file's own settings where none but a default is given: image.max_size 128\n" in capsys.readouterr().err
 
 
 def test_other_objects_under_known_ids_keep_their_own_names(tiny_coco, tmp_path):
@@ -161,10 +161,10 @@ def test_a_run_is_kept_when_the_one_to_replace_it_cannot_start(tiny_coco, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--detector.min-size", "-5"], "min_size: expected at least 1"),
+        (["--detector.image.min-size", "-5"], "min_size: expected at least 1"),
         (["--evaluation-images", "0"], "evaluation_images: expected at least 1"),
-        (["--detector.norm", "frozen"], "goes with a pretrained backbone"),
-        (["--detector.norm", "sync"], "sync needs GPUs"),
+        (["--detector.backbone.norm", "frozen"], "goes with a pretrained backbone"),
+        (["--detector.backbone.norm", "sync"], "sync needs GPUs"),
         (["--detector.num-classes", "5"], r"num_classes is 5, but the data has 7"),
         (["--init", "nowhere.safetensors"], r"nowhere\.safetensors: no such file"),
         (["--precision", "fp16"], "fp16 needs a GPU"),

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from norton_deploy.commands import train_det
 from norton_deploy.config import parse_settings
-from norton_deploy.training import run
+from norton_deploy.training import detector_training
 from norton_deploy.training.detector_training import train_detector
 from norton_deploy.training.trainer import Trainer
 
 # Not under 75 px: torchvision's MultiScaleRoIAlign keeps the scales that it rounds from its first batch, and
 # below that size they depend on that batch.
 TINY_DETECTOR = """
-    --detector.backbone resnet18 --detector.norm group --detector.trainable-layers 5
-    --detector.min-size 80 --detector.max-size 128 --detector.fpn-channels 16 --detector.box-features 32
-    --detector.mask-channels 16 --detector.keypoint-channels 16 --detector.anchor-sizes 8 16 32 48 64
-    --detector.rpn-pre-nms 60 60 --detector.rpn-post-nms 40 40
-    --detector.rpn-batch-per-image 16 --detector.roi-batch-per-image 16
+    --detector.backbone.architecture resnet18 --detector.backbone.norm group --detector.backbone.trainable-layers 5
+    --detector.image.min-size 80 --detector.image.max-size 128 --detector.backbone.fpn-channels 16
+    --detector.roi.box-features 32 --detector.roi.mask-channels 16 --detector.roi.keypoint-channels 16
+    --detector.rpn.anchor-sizes 8 16 32 48 64
+    --detector.rpn.pre-nms 60 60 --detector.rpn.post-nms 40 40
+    --detector.rpn.batch-per-image 16 --detector.roi.batch-per-image 16
 """
 TINY_TRAINING = """
     --batch-size 2 --workers 0 --lr 0.02 --warmup-steps 2 --log-every 1 --no-progress --device cpu
@@ -76,10 +77,10 @@ def train_without_chance(data: Path, out: Path, batch_size: int) -> None:
     arguments = tiny_arguments(data, out, "box", "--steps", "4", "--batch-size", str(batch_size))
     arguments += ["--flip", "0", "--ema-decay", "0.5", "--clip-norm", "1"]
     settings = parse_settings(train_det.Settings, arguments, prog="test", description="")
-    train_detector(settings, detector_of_model=train_det.wrap_detector, command="test")
+    train_detector(settings, command="test")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run.Trainer = ChancelessTrainer  # type: ignore[misc]  # a test double
+    detector_training.Trainer = ChancelessTrainer  # type: ignore[misc]  # a test double
     train_without_chance(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

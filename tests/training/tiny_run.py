@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from norton_deploy.training.batch import Batch, Evaluation
+from norton_deploy.training.batches import Batch
 from norton_deploy.training.run_folder import RunFolder
-from norton_deploy.training.settings import TrainingSettings
-from norton_deploy.training.trainer import Trainer, build_accelerator
+from norton_deploy.training.settings import TrainingSettings, build_accelerator
+from norton_deploy.training.trainer import Evaluation, Trainer
 
 IMAGES = 24
 

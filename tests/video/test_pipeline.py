@@ -14,9 +14,10 @@ import pytest
 
 from norton_deploy.commands import run
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import Predictor, StageTiming, load_predictor
+from norton_deploy.inference.drawing import BAR_HEIGHT
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.predictor import Predictor, StageTiming
 from norton_deploy.structures import Categories, Detections
-from norton_deploy.video.overlay import BAR_HEIGHT
 from norton_deploy.video.pipeline import VideoPipeline
 from norton_deploy.video.sinks import VideoFile, Window
 from norton_deploy.video.sources import (

@@ -1,24 +1,44 @@
-"""Random weights with which a detector detects something: to try a target before there is anything to deploy.
+"""A detector with random weights that detects something: to try a target before there is anything to deploy.
 
-A freshly initialised detector overflows fp16 (its residual stream doubles at every block) and finds nothing
-(every class scores 1 / classes). Both make an export look fine, or broken, for the wrong reason.
+A freshly initialised detector overflows fp16 (its residual stream doubles at every block) and finds nothing (every
+class scores 1 / classes). Both make an export look fine, or broken, for the wrong reason.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from norton_deploy.compression.builders import build_detector
 from norton_deploy.compression.reestimate import reestimate_batch_norm
+from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.structures import Task
 
 LOGIT_SPREAD = 2.0
 """Standard deviation that objectness, class and mask logits are scaled to."""
 BRANCH_GAIN = 0.25
 """Share of a residual branch beside its identity; with 1, rounding errors grow from block to block as in no
 trained network, and the comparison with eager mode would measure that."""
+
+
+def random_detector(task: Task, image_size: tuple[int, int], plan: CompressionPlan | None = None) -> FasterRCNN:
+    """A detector with calibrated random weights, always the same, for images of (height, width); in eval mode."""
+    settings = DetectorSettings(image=ImageSettings(min_size=min(image_size), max_size=max(image_size)))
+    settings = replace(settings, num_classes=2) if task == "keypoint" else settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_detector(task, settings, plan)
+    scenes = [draw_scene(seed, image_size).image for seed in (1000, 1001)]
+    pixels = [torch.from_numpy(scene).permute(2, 0, 1).to(torch.float32) / 255 for scene in scenes]
+    calibrate_random_detector(model, pixels, settings)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -1,28 +1,85 @@
-"""Convolutions over small maps as matrix products, for mixed precision on a CPU.
+"""The forms in which layers train quickest on a CPU: the same functions of the same Parameters, computed otherwise.
+
+A pass over a model (`use_cpu_forms`) puts other layers in place of its CPDBlocks and plain 3 x 3 convolutions; names,
+state and gradients stay. When a block trains as one convolution is chosen by the constants below, from its shape and
+the precision; how well is in benchmarks/results/training_forms.md.
 
 oneDNN's bfloat16 convolutions are slow where a map has 4 x 4 or 2 x 2 positions, as in the last six convolutions of
 VGG-16 at 32 x 32. The same sums written as one product over all positions of all images are not; see
 benchmarks/results/small_maps.md.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LARGEST_MAP = 16  # positions; from 8 x 8 on oneDNN's own convolutions are the faster ones
+from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.lower_model import is_quicker_dense
+from norton_deploy.compression.surgery import replace_submodule
+from norton_deploy.training.gpu_forms import RecomposedBlock
+
+LARGEST_MAP = 16
+"""Positions of the largest map that is a matrix product; from 8 x 8 on oneDNN's own convolutions are quicker."""
+MOVED_CHANNEL_COST_BFLOAT16 = 900
+"""As `lower_model.MOVED_CHANNEL_COST`, in bfloat16 on a CPU with AMX, where products are cheaper and memory is not."""
+RECOMPOSED_WEIGHT_COST_BFLOAT16 = 540
+"""What recomposing a weight and its gradient costs there: as much as a convolution with it at so many positions."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class CpuBlock(RecomposedBlock):
+    """A CPDBlock that trains as one convolution where that should take less time on a CPU."""
+
+    def trains_as_one(self, x: Tensor) -> bool:
+        """By rank and width; in bfloat16, where the recomposed weight is dear, also by the number of positions."""
+        if not is_bfloat16_on_cpu(x):
+            return is_quicker_dense(self)
+        kernel_h, kernel_w = self.kernel_size
+        positions = x.shape[0] * x.shape[2] * x.shape[3]
+        three = self.rank * (self.in_channels + MOVED_CHANNEL_COST_BFLOAT16) * positions
+        one = self.in_channels * kernel_h * kernel_w * (positions + RECOMPOSED_WEIGHT_COST_BFLOAT16)
+        return three > one
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] -> [N, O, H', W'], in evaluation by eq. 4-7."""
+        if self.training and self.trains_as_one(x):
+            return convolve(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
+        return CPDBlock.forward(self, x)
 
 
 class SmallMapConv2d(nn.Conv2d):
     """A 3 x 3 convolution (stride 1, padding 1) that is a matrix product over small maps under bfloat16 autocast.
 
-    Weights, state and results are those of `nn.Conv2d`, up to bfloat16's rounding; anywhere else it is one.
+    Results are those of `nn.Conv2d`, up to bfloat16's rounding; anywhere else it is one.
     """
+
+    @classmethod
+    def sharing(cls, conv: nn.Conv2d) -> "SmallMapConv2d":
+        """One with the very weight and bias of a plain 3 x 3 convolution."""
+        twin = cls(conv.in_channels, conv.out_channels, 3, padding=1, device="meta")
+        twin.weight, twin.bias = conv.weight, conv.bias
+        return twin.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, H, W]."""
         return convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def use_cpu_forms(model: M) -> M:
+    """Give CPDBlocks and plain 3 x 3 convolutions the forms that train quickest on a CPU, in place.
+
+    Returns:
+        `model`, with the same Parameters; the layers that hold them are new.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CPDBlock):
+            replace_submodule(model, name, CpuBlock.sharing(layer))
+        elif type(layer) is nn.Conv2d and _is_plain(layer):
+            replace_submodule(model, name, SmallMapConv2d.sharing(layer))
+    return model
 
 
 def convolve(
@@ -93,13 +150,6 @@ def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
     """[N H W, C] -> [N, C, H, W], channels last in memory."""
     images, _, height, width = like.shape
     return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
-
-
-def use_products_on_small_maps(model: nn.Module) -> None:
-    """Give all plain 3 x 3 convolutions of a model the form of `SmallMapConv2d`, in place."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d and _is_plain(module):
-            module.__class__ = SmallMapConv2d
 
 
 def _is_plain(convolution: nn.Conv2d) -> bool:

@@ -1,18 +1,38 @@
-"""Forms in which a network trains fast on a GPU; they compute what it computes and have its parameters' names."""
+"""Forms in which a network trains fast on a GPU: the same functions of the same Parameters, computed otherwise."""
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import cast
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.surgery import replace_submodule
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class RecomposedBlock(CPDBlock):
-    """A CPDBlock that always runs as the one convolution that it equals, since GPUs are slow at depthwise ones."""
+    """A CPDBlock that runs as the one convolution that it equals (eq. 2), since GPUs are slow at depthwise ones."""
+
+    @classmethod
+    def sharing(cls, block: CPDBlock) -> Self:
+        """One with the very layers and bias of `block`."""
+        twin = cls(
+            block.in_channels,
+            block.out_channels,
+            block.kernel_size,
+            block.rank,
+            block.stride,
+            block.padding,
+            block.dilation,
+            device="meta",
+        )
+        twin.pointwise, twin.horizontal, twin.vertical = block.pointwise, block.horizontal, block.vertical
+        twin.bias = block.bias
+        return twin.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I, H, W] -> [N, O, H', W']."""
@@ -21,15 +41,25 @@ class RecomposedBlock(CPDBlock):
         return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
 
+def recompose_blocks(model: M) -> M:
+    """Have every CPDBlock run as one convolution, in place.
+
+    Returns:
+        `model`, with the same Parameters under the same names; the blocks that hold them are new.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CPDBlock):
+            replace_submodule(model, name, RecomposedBlock.sharing(layer))
+    return model
+
+
 @torch.no_grad()
-def use_gpu_forms(model: nn.Module) -> nn.Module:
+def use_gpu_forms(model: M) -> M:
     """Recompose all CPDBlocks and move biases that a BatchNorm follows into its mean, in place; returns the model.
 
     Such a bias changes nothing in training but costs a pass over the maps there and one back.
     """
-    for block in model.modules():
-        if type(block) is CPDBlock:
-            block.__class__ = RecomposedBlock
+    recompose_blocks(model)
     for layer, norm in _normalised_layers(model):
         if isinstance(layer.bias, Tensor):
             cast(Tensor, norm.running_mean).sub_(layer.bias)

@@ -1,4 +1,9 @@
-"""What a detector does to images before, and to detections after the network, where it is not torchvision's way."""
+"""The layers that Detectron2 computes otherwise than torchvision, as subclasses of torchvision's.
+
+Images resized as Pillow does and masks pasted at subpixel positions (`DetectorTransform`); anchors and RoIAlign on a
+pyramid of fixed strides (`PyramidAnchorGenerator`, `PyramidRoIAlign`); keypoint scores that are probabilities
+(`NormalisedKeypointPredictor`). `Detectron2Settings` chooses among them.
+"""
 
 import math
 from typing import Literal
@@ -6,11 +11,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from torchvision.models.detection.transform import (
     GeneralizedRCNNTransform,
     resize_boxes,
     resize_keypoints,
 )
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.poolers import LevelMapper, _convert_to_roi_format, _filter_input
 
 from norton_deploy.structures import MaskPaste
 
@@ -165,3 +175,136 @@ def _hat_weights(low: Tensor, high: Tensor, pixels: int, side: int) -> Tensor:
     position = (centre[None, :] - low[:, None]) / extent[:, None] * side - 0.5
     cells = torch.arange(side, dtype=low.dtype, device=low.device)
     return (1 - (position[:, :, None] - cells).abs()).clamp(min=0)
+
+
+class PyramidAnchorGenerator(AnchorGenerator):
+    """torchvision's `AnchorGenerator`, but the strides are given instead of derived from the image's size.
+
+    The two differ where a feature map's size was rounded up: the last level of an 800 x 800 image has 13 cells,
+    so that torchvision places its anchors 800 // 13 = 61 pixels apart, and not 64.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[tuple[int, ...], ...],
+        aspect_ratios: tuple[tuple[float, ...], ...],
+        strides: tuple[int, ...],
+        *,
+        rounding: bool = True,
+        offset: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            sizes: anchor sides in pixels, per level.
+            aspect_ratios: height over width, per level.
+            strides: pixels between neighbouring cells, per level.
+            rounding: whether anchors have whole pixels, as torchvision's.
+            offset: centre of the first anchor, in strides from the image's corner.
+        """
+        self.rounding = rounding
+        self.strides = strides
+        self.offset = offset
+        super().__init__(sizes, aspect_ratios)
+
+    def generate_anchors(
+        self,
+        scales: list[int],
+        aspect_ratios: list[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (torchvision's signature)
+    ) -> Tensor:
+        """Anchors centred on the origin, [ratios * sizes, 4] xyxy, ratio by ratio."""
+        if self.rounding:
+            return super().generate_anchors(scales, aspect_ratios, dtype, device)
+        side = torch.tensor(scales, dtype=torch.float64)
+        height = torch.tensor(aspect_ratios, dtype=torch.float64).sqrt()
+        widths = (side[None, :] / height[:, None]).flatten()
+        heights = (side[None, :] * height[:, None]).flatten()
+        return (torch.stack([-widths, -heights, widths, heights], dim=1) / 2).to(dtype=dtype, device=device)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """The anchors of all levels, [A, 4] xyxy in pixels, once for each image of the batch."""
+        dtype, device = feature_maps[0].dtype, feature_maps[0].device
+        self.set_cell_anchors(dtype, device)
+        levels = []
+        for feature_map, stride, cell in zip(feature_maps, self.strides, self.cell_anchors, strict=True):
+            height, width = feature_map.shape[-2:]
+            y = (torch.arange(height, dtype=dtype, device=device) + self.offset) * stride
+            x = (torch.arange(width, dtype=dtype, device=device) + self.offset) * stride
+            centre_y, centre_x = torch.meshgrid(y, x, indexing="ij")
+            centres = torch.stack([centre_x, centre_y, centre_x, centre_y], dim=-1)
+            levels.append((centres[:, :, None, :] + cell).reshape(-1, 4))
+        anchors = torch.cat(levels)
+        return [anchors] * len(image_list.image_sizes)
+
+
+class PyramidRoIAlign(MultiScaleRoIAlign):
+    """torchvision's `MultiScaleRoIAlign`, but strides are given and the sampling may be aligned.
+
+    torchvision infers the scales from the first batch's image sizes and samples without alignment: half a cell
+    to the right and below. Levels are chosen by eq. 1 of the FPN paper without torchvision's 1e-6.
+    """
+
+    scales: list[float]
+    map_levels: LevelMapper
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size: int,
+        sampling_ratio: int,
+        strides: tuple[int, ...],
+        *,
+        aligned: bool,
+        canonical_scale: int = 224,
+    ) -> None:
+        """
+        Args:
+            featmap_names: names of the pyramid levels, finest first.
+            output_size: cells per axis.
+            sampling_ratio: samples per cell and axis; 0: as many as the cell has pixels, rounded up.
+            strides: pixels per cell of each level; every level has twice that of the one before.
+            aligned: sample at true pixel centres.
+            canonical_scale: side in pixels of a RoI that is pooled from stride 16.
+        """
+        super().__init__(featmap_names, output_size, sampling_ratio, canonical_scale=canonical_scale)
+        self.aligned = aligned
+        self.scales = [1.0 / stride for stride in strides]
+        finest, coarsest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
+        self.map_levels = LevelMapper(finest, coarsest, canonical_scale, self.canonical_level, eps=0.0)
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """
+        Args:
+            x: name -> features [B, C, H, W].
+            boxes: per image [R, 4] xyxy in pixels.
+            image_shapes: not used; torchvision's signature.
+
+        Returns:
+            [sum of R, C, output_size, output_size].
+        """
+        maps = _filter_input(x, self.featmap_names)
+        rois = _convert_to_roi_format(boxes)
+        levels = self.map_levels(boxes)
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
+            chosen = torch.where(levels == level)[0]
+            cells = roi_align(
+                features, rois[chosen], self.output_size, scale, self.sampling_ratio, aligned=self.aligned
+            )
+            # under autocast the levels' types may differ
+            pooled[chosen] = cells.to(pooled.dtype)
+        return pooled
+
+
+class NormalisedKeypointPredictor(KeypointRCNNPredictor):
+    """torchvision's predictor with heatmaps that are normalised to log probabilities over their cells.
+
+    The value at a decoded keypoint is then its log probability: decoding is linear with weights that sum to 1, so
+    a constant passes through it. The training loss, a cross entropy over the cells, is the same either way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, P, P] -> log probabilities [N, K, S, S]."""
+        heatmaps: Tensor = super().forward(x)
+        return heatmaps - heatmaps.flatten(2).logsumexp(dim=2)[:, :, None, None]

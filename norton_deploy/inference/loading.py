@@ -1,0 +1,151 @@
+"""Which kind of model file needs which predictor, and several graphs of one model as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from norton_deploy.errors import UserError
+from norton_deploy.inference.predictor import Backend, Image, Predictor, StageTiming
+from norton_deploy.structures import Detections
+
+BACKEND_OF_SUFFIX: dict[str, Backend] = {
+    ".safetensors": "torch",
+    ".onnx": "onnxruntime",
+    ".engine": "tensorrt",
+}
+
+
+def load_predictor(
+    path: str | Path | Sequence[str | Path],
+    *,
+    score_threshold: float | None = None,
+    device: str | None = None,
+    providers: Sequence[str] | None = None,
+) -> Predictor:
+    """Load a model file: a checkpoint (`.safetensors`), a graph (`.onnx`) or a TensorRT engine (`.engine`).
+
+    Args:
+        path: one file; or several `.onnx`/`.engine` files, or a folder of them, that differ in image size:
+            each image then goes to the one whose aspect ratio is nearest.
+        score_threshold: detections below it are dropped, 0..1; None keeps the model's own threshold.
+        device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one. An engine needs a GPU.
+        providers: ONNX Runtime's execution providers, in order of preference, e.g.
+            ["TensorrtExecutionProvider", "CUDAExecutionProvider"]; by default that of `device`.
+
+    Raises:
+        UserError: a missing or foreign file, a package, device or provider that is not there, or a
+            threshold that the exported graph cannot honour.
+    """
+    if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
+        raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
+    files = _model_files(path)
+    predictors = [_load_one(file, score_threshold, device, providers) for file in files]
+    if len(predictors) == 1:
+        return predictors[0]
+    return SizeBucketPredictor(predictors)
+
+
+def _model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    if isinstance(path, (str, Path)):
+        folder = Path(path)
+        if not folder.is_dir():
+            return [folder]
+        found = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*.engine"))
+        if not found:
+            raise UserError(f"{folder}: no .onnx or .engine file in this folder")
+        return found
+    files = [Path(entry) for entry in path]
+    if not files:
+        raise UserError("load_predictor: the list of model files is empty")
+    return files
+
+
+def _load_one(
+    file: Path,
+    score_threshold: float | None,
+    device: str | None,
+    providers: Sequence[str] | None,
+) -> Predictor:
+    """Load one file; a backend is imported only when it is asked for."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such model file")
+    backend = BACKEND_OF_SUFFIX.get(file.suffix)
+    if backend is None:
+        raise UserError(f"{file}: unknown kind of model file; expected {', '.join(BACKEND_OF_SUFFIX)}")
+    if providers is not None and backend != "onnxruntime":
+        raise UserError(f"{file}: providers are ONNX Runtime's; a {file.suffix} file has none")
+    if backend == "torch":
+        from norton_deploy.inference.torch_backend import TorchPredictor
+
+        return TorchPredictor.load(file, score_threshold, device)
+    if backend == "onnxruntime":
+        from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+
+        return OnnxRuntimePredictor(file, score_threshold, device, providers)
+    from norton_deploy.inference.tensorrt_backend import TensorRTPredictor
+
+    return TensorRTPredictor(file, score_threshold, device)
+
+
+class SizeBucketPredictor(Predictor):
+    """Sends each image to the graph whose aspect ratio is nearest, so that little of its input is padding.
+
+    A landscape and a portrait graph (800x1088, 1088x800) serve most photographs. What the letterboxing that
+    remains costs in AP is a matter for `eval_det` on this predictor.
+    """
+
+    def __init__(self, predictors: Sequence[Predictor]) -> None:
+        """Join loaded predictors of one model.
+
+        Raises:
+            UserError: they disagree in task or categories, come from different weights, one takes any size
+                already, or two have the same aspect ratio.
+        """
+        first = predictors[0]
+        names = ", ".join(predictor.name for predictor in predictors)
+        for other in predictors:
+            if other.input_size is None:
+                raise UserError(f"{other.name}: takes any image size; size buckets are for exported graphs")
+            if (other.task, other.categories) != (first.task, first.categories):
+                raise UserError(f"{other.name} and {first.name}: another task or other categories; not one model")
+            if _weights(other) != _weights(first):
+                raise UserError(f"{other.name} and {first.name} were exported from different weights")
+        self._buckets = [(_log_aspect(predictor.input_size or (1, 1)), predictor) for predictor in predictors]
+        if len({round(aspect, 6) for aspect, _ in self._buckets}) < len(predictors):
+            raise UserError(f"{names}: two graphs have the same aspect ratio; keep one of them")
+        self.name = names
+        self.backend = first.backend
+        self.task = first.task
+        self.categories = first.categories
+        self.input_size = None
+        self.device = first.device
+
+    def bucket_of(self, image_size: tuple[int, int]) -> Predictor:
+        """The predictor whose aspect ratio is nearest (in the logarithm) to (height, width)."""
+        aspect = _log_aspect(image_size)
+        return min(self._buckets, key=lambda bucket: abs(bucket[0] - aspect))[1]
+
+    def _detect(self, images: Sequence[Image]) -> list[Detections]:
+        members: dict[int, list[int]] = {}
+        chosen = [self.bucket_of((image.shape[0], image.shape[1])) for image in images]
+        for position, predictor in enumerate(chosen):
+            members.setdefault(id(predictor), []).append(position)
+        found: dict[int, Detections] = {}
+        timing = StageTiming()
+        for positions in members.values():
+            predictor = chosen[positions[0]]
+            found.update(zip(positions, predictor([images[position] for position in positions]), strict=True))
+            timing += predictor.timing
+        self.timing = timing
+        return [found[position] for position in range(len(images))]
+
+
+def _log_aspect(image_size: tuple[int, int]) -> float:
+    return math.log(image_size[0] / image_size[1])
+
+
+def _weights(predictor: Predictor) -> str:
+    contract = getattr(predictor, "contract", None)
+    return contract.weights_sha256 if contract is not None else ""

@@ -1,0 +1,254 @@
+"""Export that hands nothing over unless it detects what the model detects."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.checkpoints.published_weights import published_categories
+from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.random_detector import random_detector
+from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.errors import UserError
+from norton_deploy.evaluation.detector_evaluation import evaluate_detector
+from norton_deploy.export.contract import GraphContract, InputDtype, Precision, Target
+from norton_deploy.export.onnx_export import export_onnx, weights_digest
+from norton_deploy.export.precision import to_fp16
+from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS
+from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+from norton_deploy.export.static_roi_align import fix_sampling, is_adaptive
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.predictor import Image
+from norton_deploy.inference.torch_backend import TorchPredictor
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.parity.gate import ParityReport, check_parity
+from norton_deploy.parity.sampling_effect import SamplingEffect, measure_sampling_effect
+from norton_deploy.structures import Categories, Task
+
+RANDOM_SIZE = (800, 800)
+"""Of random detectors, as in the paper's Table III."""
+FAR = 2.0
+"""A graph whose short side differs by more than this factor from the model's own is remarked upon."""
+SCENES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the graph of a detector shall be."""
+
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels of the image that the detector sees, the graph's input without --input-size; by
+    default a square of the model's own short side (800 without --model)."""
+    input_size: tuple[int, int] | None = None
+    """Height and width of the camera's frames: the graph letterboxes them into --image-size itself, takes no other
+    size, and gives boxes in their pixels."""
+    batch: int = 1
+    """Images per run."""
+    precision: Precision = "fp32"
+    """fp32, or fp16 (see export/precision.py for what stays fp32)."""
+    max_detections: int | None = None
+    """Detections per image; by default the model's own number."""
+    candidates: int = 1024
+    """(Proposal, class) pairs that are decoded per image; an output says when they were too few."""
+    nms_iterations: int = DEFAULT_ITERATIONS
+    """Unrolled NMS steps of the tensorrt target; an output says when they were too few."""
+    input_dtype: InputDtype = "uint8"
+    """uint8 [B, H, W, 3] RGB, or float32 [B, 3, H, W] RGB in 0..1."""
+    letterbox: bool = True
+    """Whether the predictor may letterbox images of another size, or refuses them (as always with --input-size)."""
+    form: Form = "grouped"
+    """How CPDBlocks leave: grouped, separable or dense."""
+    target: Target = "onnxruntime"
+    """onnxruntime: with ONNX's NonMaxSuppression; tensorrt: standard operators of fixed shape only."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A graph that was checked.
+
+    Attributes:
+        file: the .onnx file.
+        contract: what stands in it.
+        parity: the comparison with eager mode.
+        sampling_effect: what fixing adaptive RoIAlign changed; None where nothing was adaptive.
+        average_precision: "before" and "after" -> measure -> COCO AP; None without a dataset.
+        export_s, parity_s: seconds that export and comparison took.
+    """
+
+    file: Path
+    contract: GraphContract
+    parity: ParityReport
+    sampling_effect: SamplingEffect | None
+    average_precision: dict[str, dict[str, float]] | None
+    export_s: float
+    parity_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; what was not measured is left out."""
+        report: dict[str, Any] = {
+            "file": str(self.file),
+            "contract": self.contract.to_json(),
+            "parity": self.parity.to_dict(),
+            "export_s": self.export_s,
+            "parity_s": self.parity_s,
+        }
+        if self.sampling_effect is not None:
+            report["sampling_effect"] = self.sampling_effect.to_dict()
+        if self.average_precision is not None:
+            report["average_precision"] = self.average_precision
+        return report
+
+
+def export_checked(
+    model: GeneralizedRCNN,
+    task: Task,
+    categories: Categories,
+    out: Path,
+    options: ExportOptions,
+    images: Sequence[Image] = (),
+    *,
+    scenes: int = SCENES,
+    dataset: CocoDetection | None = None,
+    eval_limit: int | None = None,
+    report: Callable[[str], None] = print,
+) -> Export:
+    """Write `out` if, and only if, it passes the parity check.
+
+    Args:
+        model: a detector in eval mode, on the CPU; not changed.
+        task: of the model.
+        categories: of the model.
+        out: the .onnx file.
+        options: what the graph shall be.
+        images: uint8 RGB [H, W, 3] to compare on.
+        scenes: without `images`, how many embedded scenes to compare on.
+        dataset: also evaluate AP before and after on it ...
+        eval_limit: ... on its first so many images.
+        report: gets each message for people.
+
+    Raises:
+        UserError: impossible options, or the graph differs; it then stays beside `out` as *.unchecked.onnx.
+    """
+    image_size = graph_size(model, options.image_size, report)
+    compared_on = images or [draw_scene(seed, options.input_size or image_size).image for seed in range(scenes)]
+    adaptive = is_adaptive(model)
+    fixed = fix_sampling(model) if adaptive else model
+    shared = {field.name: getattr(options, field.name) for field in fields(GraphSettings)}
+    unchecked = out.with_suffix(".unchecked.onnx")
+    started = time.perf_counter()
+    graph = StaticRCNN(
+        lower_model(fixed, options.form),
+        GraphSettings(**shared | {"image_size": image_size}),
+    )
+    if options.precision == "fp16":
+        to_fp16(graph)
+    contract = export_onnx(
+        graph,
+        unchecked,
+        categories=categories,
+        precision=options.precision,
+        weights_sha256=weights_digest(fixed),
+        letterbox=options.letterbox,
+    )
+    exported = time.perf_counter()
+    parity = check_parity(fixed, unchecked, compared_on)
+    compared = time.perf_counter()
+    report(f"{out}: {task}, {options.precision}, {options.target}\n{parity.table()}")
+    if parity.detections == 0:
+        report("warning: nothing was detected in any image; compare on better --images")
+    parity.require()
+    os.replace(unchecked, out)
+    parity.graph = str(out)
+    effect = measure_sampling_effect(model, fixed, compared_on, image_size) if adaptive else None
+    if effect is not None:
+        report(f"note: {effect.sentence()}")
+    scores = None if dataset is None else average_precision(model, task, dataset, out, eval_limit)
+    for measure, before in scores["before"].items() if scores else ():
+        after = scores["after"][measure] if scores else 0.0
+        report(f"{measure} AP: {before:.4f} in eager mode, {after:.4f} as {options.precision} graph")
+    result = Export(out, contract, parity, effect, scores, exported - started, compared - exported)
+    report(
+        f"{out}: equal to eager mode on {parity.images} images ({parity.detections} detections); "
+        f"export {result.export_s:.0f} s, comparison {result.parity_s:.0f} s"
+    )
+    return result
+
+
+def open_detector(
+    model: str | None,
+    task: Task | None = None,
+    *,
+    plan: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    score_threshold: float | None = None,
+) -> tuple[GeneralizedRCNN, Task, Categories]:
+    """The detector that the user named, or a random calibrated one, in eval mode.
+
+    Args:
+        model: a checkpoint or torchvision's .pth; None: random weights.
+        task: needed without `model`, compared with it otherwise.
+        plan: compresses the random detector.
+        image_size: (height, width) that the random detector is made for, 800 x 800 by default.
+        score_threshold: replaces the model's own.
+
+    Raises:
+        UserError: no detector, another task, or options that contradict one another.
+    """
+    if score_threshold is not None and not 0.0 <= score_threshold < 1.0:
+        raise UserError(f"score_threshold: expected 0 to 1, got {score_threshold}")
+    if model is None:
+        if task is None:
+            raise UserError("--task: needed without --model")
+        fitted = None if plan is None else CompressionPlan.load(plan)
+        detector: GeneralizedRCNN = random_detector(task, image_size or RANDOM_SIZE, fitted)
+        categories = published_categories(task, 2 if task == "keypoint" else 91)
+    else:
+        if plan is not None:
+            raise UserError("--plan: only without --model; compress a model with the command compress")
+        checkpoint = open_model(model)
+        found = checkpoint.header.task
+        if found == "cls":
+            raise UserError(f"{model}: a classifier; export takes detectors")
+        if task not in (None, found):
+            raise UserError(f"{model}: a detector for task '{found}', --task is '{task}'")
+        detector, task, categories = cast(GeneralizedRCNN, checkpoint.model), found, checkpoint.header.categories
+    if score_threshold is not None:
+        detector.roi_heads.score_thresh = score_threshold
+    return detector.eval(), task, categories
+
+
+def graph_size(
+    model: GeneralizedRCNN, image_size: tuple[int, int] | None, report: Callable[[str], None]
+) -> tuple[int, int]:
+    """The size asked for, or the square of the model's own short side; a size far from it is remarked upon."""
+    own = int(model.transform.min_size[-1])
+    if image_size is None:
+        return own, own
+    if not own / FAR <= min(image_size) <= own * FAR:
+        report(
+            f"warning: --image-size {image_size[0]} {image_size[1]} is far from the {own} pixels of the short side "
+            "that this model was made for: expect it to miss much; leave --image-size out, or see what is lost with "
+            "--eval"
+        )
+    return image_size
+
+
+def average_precision(
+    model: GeneralizedRCNN, task: Task, dataset: CocoDetection, graph: Path, limit: int | None
+) -> dict[str, dict[str, float]]:
+    """COCO AP, by measure, before (eager mode, its own resizing and decoding) and after (the graph)."""
+    scores: dict[str, dict[str, float]] = {}
+    for name, predictor in (
+        ("before", TorchPredictor(model, task, dataset.categories, device="cpu")),
+        ("after", OnnxRuntimePredictor(graph, device="cpu")),
+    ):
+        metrics = evaluate_detector(predictor, dataset, limit=limit).metrics
+        scores[name] = {measure: float(values["AP"]) for measure, values in metrics.items()}
+    return scores
