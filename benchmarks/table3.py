@@ -31,12 +31,11 @@ from benchmarks.lib.stage_split import split_stages, stage_macs
 from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.compression.compress import compress
-from norton_deploy.compression.lower_model import lower_model
-from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic.scene import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import export_onnx
@@ -273,7 +272,7 @@ def measure_task(task: Task, settings: Settings, images: Sequence[Path]) -> dict
         "device": {name: predictor.device for name, predictor in predictors.items()},
         "latency": {name: summary_to_dict(run.summary(name)) for name in predictors},
         "inexact_batches": {name: predictors[name].inexact_batches for name in graphs},
-        "total_ms": {name: run.total_ms[:, index].tolist() for index, name in enumerate(run.names)},
+        "total_ms": run.to_dict(),
         "stages": {name: vars(split) for name, split in splits.items()},
         "complexity": {
             name: {"macs": without[name].macs, "macs_with_detections": c.macs, "params": c.params}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.compression.compress import is_detector
+from norton_deploy.compression.channel_groups import is_detector
+from norton_deploy.models.detectors import ModelSettings
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
 
@@ -31,11 +32,17 @@ class LayerComplexity:
 
 @dataclass(frozen=True)
 class Complexity:
-    """MACs of one image and parameters of a whole model, and the layers that they come from."""
+    """MACs of one image and parameters of a whole model, and the layers that they come from.
+
+    `image_size` is (height, width) in pixels, `proposals` and `detections` are the RoIs through a detector's heads.
+    """
 
     macs: int
     params: int
     layers: tuple[LayerComplexity, ...]
+    image_size: tuple[int, int]
+    proposals: int
+    detections: int
 
 
 def layer_macs(layer: nn.Module, output: Tensor) -> int:
@@ -96,11 +103,7 @@ def count_complexity(
     counted = [layer for layer in shadow.modules() if layer_params(layer) and not list(layer.children())]
     for layer in counted:
         layer.register_forward_hook(record)
-    with torch.no_grad():
-        if is_detector(shadow):
-            run_detector(shadow, image_size, proposals, detections)
-        else:
-            shadow(torch.empty(1, 3, *image_size, device="meta"))
+    run_on_meta(shadow, image_size, proposals, detections)
     layers = tuple(
         LayerComplexity(
             names[layer],
@@ -112,18 +115,34 @@ def count_complexity(
         for layer in counted
     )
     params = sum(layer_params(layer) for layer in shadow.modules())
-    return Complexity(sum(layer.macs for layer in layers), params, layers)
+    proposals, detections = (proposals, detections) if is_detector(shadow) else (0, 0)
+    return Complexity(sum(layer.macs for layer in layers), params, layers, image_size, proposals, detections)
 
 
-def run_detector(model: Any, image_size: tuple[int, int], proposals: int, detections: int, batch: int = 1) -> None:
-    """Send tensors of the right shapes through every stage that has weights.
+def complexity_of(model: nn.Module, settings: ModelSettings) -> Complexity:
+    """Count a model, dense or compressed, at the size that it is made for.
 
     Args:
-        model: a detector on the meta device.
+        model: classifier or detector.
+        settings: its settings: an image of their input size; a detector's short side is taken for both sides, and
+            as many proposals reach the box head as in testing.
+    """
+    return count_complexity(model, settings.input_size, proposals=settings.proposals)
+
+
+@torch.no_grad()
+def run_on_meta(model: Any, image_size: tuple[int, int], proposals: int, detections: int, batch: int = 1) -> None:
+    """Send tensors of the right shapes through a classifier, or through every stage of a detector that has weights.
+
+    Args:
+        model: on the meta device.
         image_size: (height, width) of the images.
         proposals, detections: RoIs in all, through the box head and through the mask or keypoint head.
         batch: images.
     """
+    if not is_detector(model):
+        model(torch.empty(batch, 3, *image_size, device="meta"))
+        return
     divisor = model.transform.size_divisible
     height, width = (-(-side // divisor) * divisor for side in image_size)
     features = model.backbone(torch.empty(batch, 3, height, width, device="meta"))

@@ -5,7 +5,6 @@ a translation table. The tensors between the stages keep their names inside the 
 parity check can read them from the very graph that is shipped.
 """
 
-import hashlib
 import json
 import logging
 import warnings
