@@ -16,7 +16,6 @@ import numpy.typing as npt
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.layer_shapes import LayerCall, LayerShape
 from norton_deploy.cost.turns import time_in_turns
-from norton_deploy.errors import UserError
 from norton_deploy.files import ResultFile
 
 FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
