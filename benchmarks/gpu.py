@@ -78,7 +78,7 @@ def cell_list() -> dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]]:
 def main(settings: Settings) -> int:
     """Run what is missing; 1 if a cell failed."""
     if settings.prepare is not None:
-        from lib.gpu_parity import prepare
+        from benchmarks.lib.gpu_parity import prepare
 
         prepare(settings.prepare)
         return 0

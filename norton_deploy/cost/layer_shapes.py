@@ -4,13 +4,11 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.cpd_block import CPDBlock, Pair
 from norton_deploy.compression.lowering import Form
-from norton_deploy.cost.complexity import run_detector
+from norton_deploy.cost.complexity import run_on_meta
 
 LayerKind = Literal["conv", "transposed", "linear"]
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -126,7 +124,6 @@ class LayerCall:
     shape: LayerShape
 
 
-@torch.no_grad()
 def layer_calls(
     model: nn.Module, image_size: tuple[int, int], *, proposals: int = 1000, detections: int = 100, batch: int = 1
 ) -> list[LayerCall]:
@@ -148,9 +145,5 @@ def layer_calls(
     for name, layer in shadow.named_modules():
         if isinstance(layer, (CPDBlock, *LAYERS)) and not name.startswith(inside):
             layer.register_forward_pre_hook(lambda module, inputs, name=name: record(name, module, inputs))
-    if is_detector(shadow):
-        detector: Any = shadow
-        run_detector(detector, image_size, proposals * batch, detections * batch, batch)
-    else:
-        shadow(torch.empty(batch, 3, *image_size, device="meta"))
+    run_on_meta(shadow, image_size, proposals * batch, detections * batch, batch)
     return calls

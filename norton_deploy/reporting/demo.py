@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.checkpoints.packaged import PACKAGED_TASKS, packaged_path
-from norton_deploy.cost.complexity import Complexity, count_complexity
+from norton_deploy.cost.complexity import Complexity, complexity_of
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.files import atomic_write
@@ -58,7 +59,8 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
     metrics = {name: json.loads((folder / "metrics.json").read_text()) for name, folder in folders.items()}
     images = find_images(data / "val2017")
     latency = measure_alternating(models, images, rounds=LATENCY_ROUNDS)
-    counts = {name: _complexity(folder / "last.safetensors") for name, folder in folders.items()}
+    loaded = {name: load_checkpoint(folder / "last.safetensors") for name, folder in folders.items()}
+    counts = {name: complexity_of(found.model, found.header.settings) for name, found in loaded.items()}
     shown = images[: 4 * PICTURES : 4]
     pairs = _draw_panels(models, shown, out / "pictures", "detections")
     packaged = {kind: load_predictor(packaged_path(kind)) for kind in PACKAGED_TASKS if packaged_path(kind).is_file()}
@@ -100,14 +102,6 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
     with atomic_write(out / "report.json", "w") as stream:
         stream.write(json.dumps(record, indent=2) + "\n")
     return out / "report.md"
-
-
-def _complexity(checkpoint: Path) -> Complexity:
-    from norton_deploy.checkpoints.checkpoint import load_checkpoint
-
-    loaded = load_checkpoint(checkpoint)
-    settings = loaded.header.settings
-    return count_complexity(loaded.model, settings.input_size, proposals=settings.proposals)
 
 
 def _row(
