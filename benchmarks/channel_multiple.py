@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from norton_deploy import commands
 from norton_deploy.compression.compress import channel_groups, compress, fit_plan
-from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import lower_model
 from norton_deploy.compression.surgery import output_width
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import count_complexity

@@ -27,7 +27,7 @@ from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import export_onnx
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.static_rcnn import TARGETS
 from norton_deploy.files import atomic_write

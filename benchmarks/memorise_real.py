@@ -28,7 +28,7 @@ from pycocotools.coco import COCO
 from benchmarks.lib.narrow_plan import narrow_plan
 from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.commands import Steps
+from norton_deploy.commands.demo import Steps
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.coco_index import annotation_file

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
-from norton_deploy.checkpoints.published_weights import published_categories
+from norton_deploy.checkpoints.open_model import published_categories
 from norton_deploy.compression.random_detector import calibrate_random_detector
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import read_images

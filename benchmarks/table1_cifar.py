@@ -19,11 +19,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.lib.recovery import Recovery, RecoverySettings, Teacher, percent
 from benchmarks.lib.result_cells import ResultCells
-from norton_deploy.compression.compress import compress
+from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.probe import make_probes
 from norton_deploy.compression.refit import refit
 from norton_deploy.config import parse_settings
@@ -116,15 +116,15 @@ def cells_of(stem: str, settings: Settings) -> dict[str, Teacher | None]:
 
 def compressed(recovery: Recovery, settings: Settings, plan: CompressionPlan) -> tuple[nn.Module, dict[str, Any]]:
     """The dense model compressed by the plan and refitted if asked, and what that took."""
-    kept: dict[str, Tensor] = {}
-    small = compress(recovery.dense, plan, seed=settings.seed, kept=kept)
+    found = compress_with_kept(recovery.dense, plan, seed=settings.seed)
+    small = found.model
     if not settings.refit_images:
         return small, {}
     figures = {"top1_before_refit": recovery.top1(small)}
     images = read_images(settings.data / "train", settings.refit_images)
     started = time.perf_counter()
     probes = list(make_probes(recovery.dense, images, recovery.settings, batch=PROBE_BATCH))
-    refit(small, recovery.dense, kept, probes, seed=settings.seed)
+    refit(small, recovery.dense, found.kept, probes, seed=settings.seed)
     return small, {**figures, "refit_s": round(time.perf_counter() - started, 1)}
 
 

@@ -31,12 +31,11 @@ from benchmarks.lib.stage_split import split_stages, stage_macs
 from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.compression.compress import compress
-from norton_deploy.compression.lower_model import lower_model
-from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.data.synthetic.scene import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.onnx_export import export_onnx

@@ -21,7 +21,7 @@ from benchmarks.lib.narrow_plan import narrow_plan
 from benchmarks.lib.table3_accuracy import DENSE, TRAINED, accuracy_report
 from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.commands import Steps
+from norton_deploy.commands.demo import Steps
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.image_folder import find_images

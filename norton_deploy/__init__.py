@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from norton_deploy.checkpoints.checkpoint import CheckpointHeader, load_checkpoint, save_checkpoint
-    from norton_deploy.compression.builders import build_classifier, build_detector
-    from norton_deploy.compression.compress import compress
+    from norton_deploy.compression.compress import build_classifier, build_detector, compress
     from norton_deploy.compression.cpd_block import CPDBlock
     from norton_deploy.cost.complexity import count_complexity
     from norton_deploy.errors import UserError
@@ -35,8 +34,8 @@ _HOME = {
     "Detections": "structures",
     "DetectorSettings": "models.detectors",
     "UserError": "errors",
-    "build_classifier": "compression.builders",
-    "build_detector": "compression.builders",
+    "build_classifier": "compression.compress",
+    "build_detector": "compression.compress",
     "compress": "compression.compress",
     "count_complexity": "cost.complexity",
     "decompose_filters": "method.cp",

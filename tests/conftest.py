@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from norton_deploy.data.synthetic.dataset import write_dataset
+from norton_deploy.data.synthetic import write_dataset
 
 Once = Callable[[str, Callable[[Path], None]], Path]
 

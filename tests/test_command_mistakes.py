@@ -6,7 +6,7 @@ import pytest
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.commands import run
-from norton_deploy.data.synthetic.dataset import CATEGORIES
+from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
 from norton_deploy.structures import Categories
 
@@ -37,7 +37,7 @@ def test_compress_names_another_architecture_and_random_weights(
     out = tmp_path / "small.safetensors"
     plan = str(PLANS / "table3.yaml")
     assert run("compress", ["--model", "resnet18", "--plan", plan, "--out", str(out)]) == 1
-    assert "a plan for resnet50, and resnet18 is a resnet18" in capsys.readouterr().err
+    assert "table3.yaml: a plan for resnet50, and the model is a resnet18" in capsys.readouterr().err
     assert run("compress", ["--model", "resnet18", "--plan", str(write_plan(tmp_path)), "--out", str(out)]) == 0
     assert "note: the weights of resnet18 are random" in capsys.readouterr().err
 

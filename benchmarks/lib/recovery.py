@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.reestimate import reestimate_batch_norm
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.classification import ClassificationFolder
@@ -183,7 +184,7 @@ class Recovery:
         recovery = self.recovery
         label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         start_of_run = [
-            model_digest(model),
+            tensors_digest(model.state_dict()),
             seed,
             self.identity(),
             teacher and (sha256_of(teacher.model), *teacher.how),
@@ -232,15 +233,6 @@ class Recovery:
         for file in ("state.pt", "best.safetensors"):  # nobody needs them once the run has ended
             (out / file).unlink(missing_ok=True)
         return metrics["classification"]["top1"]
-
-
-def model_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def percent(share: float | None) -> str:

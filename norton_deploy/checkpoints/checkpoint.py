@@ -1,6 +1,5 @@
 """One file per model: safetensors with a JSON header that says how to rebuild it and where it comes from."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
@@ -183,7 +183,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, header: CheckpointHeader
         for name, tensor in model.state_dict().items()
     }
     content = header.to_dict()
-    content["digest"] = _digest(content, tensors)
+    content["digest"] = tensors_digest(tensors, _header_bytes(content))
     with atomic_write(path) as stream:
         stream.write(safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(content)}))
 
@@ -208,7 +208,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     content, tensors = _open(path)
     recorded = content.pop("digest", None)
-    if recorded != _digest(content, tensors):
+    if recorded != tensors_digest(tensors, _header_bytes(content)):
         raise UserError(f"{path}: the contents do not match their recorded digest; get the file again")
     header = CheckpointHeader.from_dict(content, str(path))
     model = build_structure(header)
@@ -287,11 +287,6 @@ def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
-def _digest(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the header (without the digest) and every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _header_bytes(content: dict[str, Any]) -> bytes:
+    """What a checkpoint's digest covers of its header (which must not hold the digest itself)."""
+    return json.dumps(content, sort_keys=True).encode()

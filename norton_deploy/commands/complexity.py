@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from norton_deploy.commands import write_json
-from norton_deploy.compression.builders import build_classifier, build_detector
+from norton_deploy.compression.compress import build_classifier, build_detector
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.errors import UserError

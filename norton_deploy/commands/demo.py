@@ -3,14 +3,18 @@
 Every step is one of the other commands, printed before it runs; a step that is done is not repeated.
 """
 
+import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from norton_deploy.commands import Steps, command_line
+from norton_deploy.commands import INTERRUPTED, command_line, run, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
+from norton_deploy.files import sha256_of
 from norton_deploy.reporting.demo import write_demo_report
 from norton_deploy.structures import Task
 
@@ -49,6 +53,75 @@ class Step:
     command: str
     arguments: tuple[str, ...]
     product: Path
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one experiment.
+
+    Attributes:
+        root: folder below which all steps write; their records (command, seconds) are in root/steps.
+    """
+
+    root: Path
+
+    def run(
+        self, name: str, argv: Sequence[str], product: Path, *, title: str | None = None, once: Sequence[str] = ()
+    ) -> str:
+        """Run a command, unless it has been run with these arguments (and contents of YAML files among them) and its
+        product is there.
+
+        Args:
+            name: of the command.
+            argv: its arguments.
+            product: the file or folder below root that it writes last.
+            title: to print before the command, by default nothing.
+            once: further arguments of this very call.
+
+        Returns:
+            The command as a user would type it.
+
+        Raises:
+            UserError: it has been run with other arguments or contents, or fails.
+            KeyboardInterrupt: it was interrupted.
+        """
+        command = f"tools/{name}.py {shlex.join(argv)}"
+        record = self.root / "steps" / f"{product.relative_to(self.root).as_posix()}.json"
+        contents = {
+            argument: sha256_of(argument)
+            for option, argument in pairwise(["", *argv])
+            if argument.endswith(".yaml") and option != "--out" and Path(argument).is_file()
+        }
+        if record.is_file() and product.exists():
+            before = json.loads(record.read_text())
+            if before["command"] != command or before.get("contents", contents) != contents:
+                raise UserError(
+                    f"{product}: was made by another command or other YAML files (see {record}); choose another "
+                    f"folder, or delete {self.root}"
+                )
+            if title is not None:
+                print(f"\n{title}: done already", flush=True)
+            return command
+        print("\n" if title is None else f"\n{title}\n", f"$ {command}", sep="", flush=True)
+        started = time.perf_counter()
+        status = run(name, [*argv, *once])
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+        if status:
+            raise UserError(f"failed: {command}")
+        seconds = round(time.perf_counter() - started, 1)
+        write_json({"command": command, "contents": contents, "seconds": seconds}, record)
+        return command
+
+    def train(self, name: str, argv: Sequence[str], folder: Path, *, title: str | None = None) -> str:
+        """Run a training command into `folder`, from its last state where there is one; see `run`.
+
+        The metrics of its last evaluation are in folder/metrics.json then.
+        """
+        product = folder / "metrics.json"
+        begun = (folder / "settings.json").is_file()
+        once = [] if not begun else ["--resume" if (folder / "state.pt").is_file() else "--overwrite"]
+        return self.run(name, [*argv, "--out", str(folder), "--json", str(product)], product, title=title, once=once)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

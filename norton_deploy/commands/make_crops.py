@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from norton_deploy.config import parse_settings
-from norton_deploy.data.object_crops import write_crops
+from norton_deploy.data.classification import write_crops
 
 
 @dataclass

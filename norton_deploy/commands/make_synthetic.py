@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from norton_deploy.config import parse_settings
-from norton_deploy.data.synthetic.dataset import CATEGORIES, write_dataset
+from norton_deploy.data.synthetic import CATEGORIES, write_dataset
 
 
 @dataclass

@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="train_cls", description=__doc__ or "")
     result = train_classifier(
-        settings,
-        command=command_line("train_cls", argv),
-        announce=lambda message: print(message, file=sys.stderr),
+        settings, command=command_line("train_cls", argv), announce=lambda message: print(message, file=sys.stderr)
     )
     if PartialState().is_main_process:
         accuracy = result.metrics["classification"]

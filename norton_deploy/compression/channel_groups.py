@@ -17,6 +17,9 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from norton_deploy.compression.cpd_block import CPDBlock
 
+PYRAMID_GROUP = "backbone.fpn.layer_blocks"
+"""The channels of a detector's feature pyramid, which the RPN and all RoI heads read."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -45,6 +48,17 @@ class ChannelGroup:
     producers: tuple[str, ...]
     norms: tuple[str, ...]
     readers: tuple[Reader, ...]
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether `model` is a two-stage detector rather than a classifier."""
+    return hasattr(model, "roi_heads")
+
+
+def channel_groups(model: nn.Module) -> dict[str, ChannelGroup]:
+    """All prunable channel groups of a detector or classifier, by name."""
+    groups = detector_groups(model) if is_detector(model) else classifier_groups(model)
+    return {group.name: group for group in groups}
 
 
 def resnet_groups(
@@ -120,10 +134,7 @@ def sequential_groups(
     for (layer, norm), (following, _) in itertools.pairwise(layers):
         model.get_submodule(layer)
         yield ChannelGroup(
-            layer,
-            (layer,),
-            () if norm is None else (norm,),
-            (Reader(following, columns.get(following, 1)),),
+            layer, (layer,), () if norm is None else (norm,), (Reader(following, columns.get(following, 1)),)
         )
 
 
@@ -151,7 +162,7 @@ def detector_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     levels = len(list(fpn.get_submodule("inner_blocks").children()))
     stages = ["layer1", "layer2", "layer3", "layer4"][-levels:]
     inner = [f"backbone.fpn.inner_blocks.{level}.0" for level in range(levels)]
-    outer = [f"backbone.fpn.layer_blocks.{level}.0" for level in range(levels)]
+    outer = [f"{PYRAMID_GROUP}.{level}.0" for level in range(levels)]
     groups = list(
         resnet_groups(
             model.get_submodule("backbone.body"),
@@ -166,7 +177,7 @@ def detector_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     pyramid_readers = [Reader("rpn.head.conv.0.0")]
     for name in pooled:
         pyramid_readers.append(Reader(f"roi_heads.{name}", height * width if name.endswith("fc6") else 1))
-    groups.append(ChannelGroup("backbone.fpn.layer_blocks", tuple(outer), (), tuple(pyramid_readers)))
+    groups.append(ChannelGroup(PYRAMID_GROUP, tuple(outer), (), tuple(pyramid_readers)))
     groups.extend(_head_groups(model))
     return tuple(groups)
 

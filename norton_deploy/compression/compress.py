@@ -6,40 +6,45 @@ backbone inside a detector, and a detector's plan gives its backbone part to a c
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from norton_deploy.compression.channel_groups import ChannelGroup, classifier_groups, detector_groups
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP, ChannelGroup, channel_groups, is_detector
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.surgery import (
-    cut_inputs,
-    cut_outputs,
-    filter_rows,
-    output_width,
-    replace_submodule,
-)
+from norton_deploy.compression.surgery import cut_inputs, cut_outputs, filter_rows, output_width, replace_submodule
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters, max_rank
 from norton_deploy.method.filter_choices import FilterChoice, choose_by_angles
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.structures import Task
 
 BODY = "backbone.body."
 OPTIONAL_HEADS = ("mask", "keypoint")
 
 
-def is_detector(model: nn.Module) -> bool:
-    """Whether `model` is a two-stage detector rather than a classifier."""
-    return hasattr(model, "roi_heads")
+Progress = Callable[[str, int], None]
+"""Gets the name of each layer or group when it is done, and how many there are."""
 
 
-def channel_groups(model: nn.Module) -> dict[str, ChannelGroup]:
-    """All prunable channel groups of a detector or classifier, by name."""
-    groups = detector_groups(model) if is_detector(model) else classifier_groups(model)
-    return {group.name: group for group in groups}
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress_with_kept` made of a dense model.
+
+    Attributes:
+        model: the compressed copy, in the mode (training or evaluation) of the dense one.
+        kept: of every pruned group the kept channels of the dense model, int64 [O'] ascending.
+    """
+
+    model: nn.Module
+    kept: dict[str, Tensor]
 
 
 def fit_plan(model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
@@ -51,9 +56,9 @@ def fit_plan(model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
     Raises:
         UserError: an unknown layer or group, an impossible rank or count; the message names the layer.
     """
-    if is_detector(model) and plan.architecture != "rcnn":
-        plan = plan.with_prefix("rcnn", BODY)
-    elif not is_detector(model) and plan.architecture == "rcnn":
+    if is_detector(model) and plan.architecture != WHOLE_DETECTOR:
+        plan = plan.with_prefix(WHOLE_DETECTOR, BODY)
+    elif not is_detector(model) and plan.architecture == WHOLE_DETECTOR:
         plan = plan.within_prefix(plan.architecture, BODY)
     absent = tuple(
         f"roi_heads.{head}_"
@@ -64,15 +69,15 @@ def fit_plan(model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
     keep = {name: count for name, count in plan.keep.items() if not (absent and name.startswith(absent))}
     layers = dict(model.named_modules())
     for name, rank in ranks.items():
-        _check_rank(name, layers, rank)
+        _check_rank(plan, name, layers, rank)
     groups = channel_groups(model)
     for name, count in keep.items():
         if name not in groups:
-            raise UserError(f"plan: keep: unknown group '{name}'{_hint(name, groups)}")
+            raise UserError(f"{plan.source}: keep: unknown group '{name}'{_hint(name, groups)}")
         width = output_width(layers[groups[name].producers[0]])
         if count > width:
-            raise UserError(f"plan: keep: '{name}' has {width} filters, cannot keep {count}")
-    return CompressionPlan(plan.architecture, ranks, keep, plan.note)
+            raise UserError(f"{plan.source}: keep: '{name}' has {width} filters, cannot keep {count}")
+    return replace(plan, ranks=ranks, keep=keep)
 
 
 def compress(
@@ -82,16 +87,32 @@ def compress(
     seed: int = 0,
     starts: int = 4,
     choose: FilterChoice = choose_by_angles,
-    progress: Callable[[str], None] | None = None,
-    kept: dict[str, Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
+    """Compress a copy of a dense model; see `compress_with_kept`, which also tells the kept channels.
+
+    Raises:
+        UserError: the plan does not fit the model.
+    """
+    return compress_with_kept(model, plan, seed=seed, starts=starts, choose=choose, progress=progress).model
+
+
+def compress_with_kept(
+    model: nn.Module,
+    plan: CompressionPlan,
+    *,
+    seed: int = 0,
+    starts: int = 4,
+    choose: FilterChoice = choose_by_angles,
+    progress: Progress | None = None,
+) -> Compressed:
     """Compress a copy of a dense model.
 
     Phase 1 replaces every planned convolution by a CPDBlock of its filters' CP factors (eq. 2, eq. 4-7);
     phase 2 chooses every planned group's filters by the principal angles between those factors (eq. 11,
-    Algorithm 1) and cuts all others out of the producers, their normalisation and all readers. Distances
-    of coupled producers are summed, so that they keep the same channels. Filters of layers that are not
-    decomposed are compared as vectors.
+    Algorithm 1) and cuts all others out of the producers, their normalisation and all readers. Distances are
+    those of the dense layer's factors, before any input channel is cut. Those of coupled producers are summed,
+    so that they keep the same channels. Filters of layers that are not decomposed are compared as vectors.
 
     Args:
         model: a classifier or detector with dense convolutions; it is not changed.
@@ -99,32 +120,28 @@ def compress(
         seed: seed of the decomposition's random starts.
         starts: starts per decomposition; the best is kept per filter.
         choose: which filters of a group survive: by default eq. 11 and Algorithm 1; others are in
-            `pruning.filter_choices`.
-        progress: called with the name of each layer or group when it is done.
-        kept: filled in place with the kept channels of every pruned group, int64 [O'] ascending.
-
-    Returns:
-        The compressed copy, in the mode (training or evaluation) of `model`.
+            `method.filter_choices`.
+        progress: told of each layer or group.
 
     Raises:
         UserError: the plan does not fit the model.
     """
     plan = fit_plan(model, plan)
     small = copy.deepcopy(model)
-    report = progress or (lambda name: None)
+    steps = len(plan.ranks) + len(plan.keep)
+    report = progress or (lambda name, steps: None)
     for name, rank in plan.ranks.items():
         conv = _convolution(model, name)
         factors = decompose_filters(conv.weight.detach(), rank, seed=seed, starts=starts)
         replace_submodule(small, name, CPDBlock.from_factors(factors, conv))
-        report(name)
-    kept = {} if kept is None else kept
+        report(name, steps)
     groups = channel_groups(model)
-    kept.update(_chosen_filters(small, groups, plan.keep, choose, report))
+    kept = _chosen_filters(small, groups, plan.keep, choose, lambda name: report(name, steps))
     _cut_groups(small, groups, kept)
     for name, layer in model.named_modules():
         if any(not parameter.requires_grad for parameter in layer.parameters(recurse=False)):
             small.get_submodule(name).requires_grad_(False)
-    return small.train(model.training)
+    return Compressed(small.train(model.training), kept)
 
 
 def prune(model: nn.Module, keep: Mapping[str, int], *, choose: FilterChoice = choose_by_angles) -> nn.Module:
@@ -182,11 +199,9 @@ def _chosen_filters(
     kept = {}
     for name, count in keep.items():
         layers = [model.get_submodule(producer) for producer in groups[name].producers]
-        if count == output_width(layers[0]):
-            continue
-        kept[name] = choose(
-            [layer.factors() if isinstance(layer, CPDBlock) else filter_rows(layer) for layer in layers], count
-        )
+        if count < output_width(layers[0]):
+            filters = [layer.factors() if isinstance(layer, CPDBlock) else filter_rows(layer) for layer in layers]
+            kept[name] = choose(filters, count)
         report(name)
     return kept
 
@@ -200,7 +215,7 @@ def _cut_groups(model: nn.Module, groups: dict[str, ChannelGroup], kept: dict[st
         for reader in group.readers:
             small = cut_inputs(model.get_submodule(reader.layer), index, reader.columns)
             replace_submodule(model, reader.layer, small)
-        if name == "backbone.fpn.layer_blocks":
+        if name == PYRAMID_GROUP:
             cast(BackboneWithFPN, model.get_submodule("backbone")).out_channels = len(index)
 
 
@@ -210,23 +225,47 @@ def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
     return conv
 
 
-def _check_rank(name: str, layers: dict[str, nn.Module], rank: int) -> None:
+def _check_rank(plan: CompressionPlan, name: str, layers: dict[str, nn.Module], rank: int) -> None:
     conv = layers.get(name)
     if conv is None:
         candidates = {key: layer for key, layer in layers.items() if isinstance(layer, nn.Conv2d)}
-        raise UserError(f"plan: ranks: unknown layer '{name}'{_hint(name, candidates)}")
+        raise UserError(f"{plan.source}: ranks: unknown layer '{name}'{_hint(name, candidates)}")
     if isinstance(conv, CPDBlock):
-        raise UserError(f"plan: ranks: layer '{name}' is already decomposed; start from the dense model")
+        raise UserError(f"{plan.source}: ranks: layer '{name}' is already decomposed; start from the dense model")
     if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or max(conv.kernel_size) == 1:
         raise UserError(
-            f"plan: ranks: layer '{name}' cannot be decomposed; only ungrouped convolutions with a kernel "
+            f"{plan.source}: ranks: layer '{name}' cannot be decomposed; only ungrouped convolutions with a kernel "
             "larger than 1x1 can (1x1 convolutions are pruned, under 'keep')"
         )
     largest = max_rank(conv.in_channels, conv.kernel_size[0], conv.kernel_size[1])
     if rank > largest:
-        raise UserError(f"plan: ranks: layer '{name}': rank {rank} is above its maximum {largest} (eq. 8)")
+        raise UserError(f"{plan.source}: ranks: layer '{name}': rank {rank} is above its maximum {largest} (eq. 8)")
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), n=3, cutoff=0.3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def build_detector(
+    task: Task, settings: DetectorSettings | None = None, plan: CompressionPlan | None = None
+) -> FasterRCNN:
+    """A Faster (box), Mask (mask) or Keypoint (keypoint) R-CNN, dense or compressed by `plan`.
+
+    The weights are random; a compressed detector is a random dense one that went through `compress`.
+
+    Raises:
+        UserError: unknown task, impossible settings, or a plan that does not fit.
+    """
+    model = (settings or DetectorSettings()).build(task)
+    return model if plan is None else cast(FasterRCNN, compress(model, plan, starts=1))
+
+
+def build_classifier(settings: ClassifierSettings, plan: CompressionPlan | None = None) -> nn.Module:
+    """A classifier with random weights, dense or compressed by `plan`.
+
+    Raises:
+        UserError: unknown architecture or a plan that does not fit.
+    """
+    model = settings.build()
+    return model if plan is None else compress(model, plan, starts=1)

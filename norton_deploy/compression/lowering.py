@@ -1,6 +1,9 @@
-"""Exact forms of a CPDBlock as ordinary convolutions, for running it, with normalisation and bias folded in."""
+"""Exact forms of CPDBlocks as ordinary convolutions, for running them, with normalisation and bias folded in."""
 
-from typing import Literal, TypeAlias
+import copy
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +13,15 @@ from norton_deploy.compression.cpd_block import CPDBlock, Padding, Pair
 from norton_deploy.errors import UserError
 
 Form = Literal["separable", "grouped", "dense"]
-Norm: TypeAlias = nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d
+FoldableNorm: TypeAlias = nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d
+M = TypeVar("M", bound=nn.Module)
+MOVED_CHANNEL_COST = 300
+"""What a channel costs on its way through a block's two depthwise convolutions and the sum, which move memory rather
+than compute: as much as so many input channels of the pointwise convolution. Chosen on a CPU; how well it chooses is in
+benchmarks/results/training_forms.md."""
 
 
-def lower_block(block: CPDBlock, norm: Norm | None = None, form: Form = "grouped") -> nn.Sequential | nn.Conv2d:
+def lower_block(block: CPDBlock, norm: FoldableNorm | None = None, form: Form = "grouped") -> nn.Sequential | nn.Conv2d:
     """The convolutions that compute norm(block(x)) in evaluation mode.
 
     - separable: pointwise I -> R*O, depthwise 1 x Kw, then Kh x 1 with groups=O and R inputs per group, which
@@ -82,7 +90,7 @@ def lower_block(block: CPDBlock, norm: Norm | None = None, form: Form = "grouped
         return nn.Sequential(pointwise, horizontal, vertical).eval()
 
 
-def fold_norm(conv: nn.Conv2d, norm: Norm) -> nn.Conv2d:
+def fold_norm(conv: nn.Conv2d, norm: FoldableNorm) -> nn.Conv2d:
     """The convolution that computes norm(conv(x)) in evaluation mode; a new module with a bias, no gradient.
 
     Raises:
@@ -108,11 +116,11 @@ def fold_norm(conv: nn.Conv2d, norm: Norm) -> nn.Conv2d:
     return folded.requires_grad_(False).eval()
 
 
-def _affine(channels: int, bias: Tensor | None, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+def _affine(channels: int, bias: Tensor | None, norm: FoldableNorm | None) -> tuple[Tensor | None, Tensor | None]:
     """norm(y + bias) = scale * y + shift per channel, float64 [O]; None where there is nothing to apply."""
     if norm is None:
         return None, None if bias is None else bias.double()
-    if not isinstance(norm, Norm):
+    if not isinstance(norm, FoldableNorm):
         raise UserError(f"a {type(norm).__name__} cannot be folded: expected BatchNorm2d or FrozenBatchNorm2d")
     if norm.running_mean is None or norm.running_var is None:
         raise UserError("a BatchNorm without running statistics cannot be folded: it needs the batch it sees")
@@ -159,3 +167,72 @@ def _conv(
     if bias is not None:
         conv.bias.copy_(bias)
     return conv.requires_grad_(False).eval()
+
+
+def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | None = None) -> M:
+    """A copy of `model` in which every CPDBlock has its running form and BatchNorm is folded away.
+
+    Args:
+        model: in eval mode; any module that holds its layers as torchvision does, a normalisation directly
+            after the convolution whose output it takes: `convN`, `bnN` in a ResNet, neighbours in an
+            `nn.Sequential`.
+        form: how CPDBlocks leave, see `lower_block`.
+        forms: name of a CPDBlock in `model` -> its own form, for those that shall not take `form`.
+
+    Returns:
+        A copy with the same outputs to rounding; GroupNorm and other normalisations stay.
+
+    Raises:
+        UserError: the model is in training mode, where BatchNorm is no fixed affine map; a BatchNorm keeps no
+            statistics; or a name in `forms` is no CPDBlock.
+    """
+    if model.training:
+        raise UserError("lower_model: the model is in training mode; call .eval() first")
+    chosen = dict(forms or {})
+    blocks = {name for name, module in model.named_modules() if isinstance(module, CPDBlock)}
+    for name in chosen:
+        if name not in blocks:
+            raise UserError(f"lower_model: '{name}' is not a CPDBlock of this model")
+    lowered = copy.deepcopy(model)
+    for path, parent in list(lowered.named_modules()):
+        if not isinstance(parent, CPDBlock):
+            _lower_children(parent, f"{path}." if path else "", form, chosen)
+    return lowered.eval()
+
+
+def quickest_forms(model: nn.Module) -> dict[str, Form]:
+    """Name of every CPDBlock -> the form that should run quickest in PyTorch, by its rank and width; not measured."""
+    return {
+        name: "dense" if is_quicker_dense(block) else "grouped"
+        for name, block in model.named_modules()
+        if isinstance(block, CPDBlock)
+    }
+
+
+def is_quicker_dense(block: CPDBlock) -> bool:
+    """Whether one convolution with a block's `dense_weight` should take less time on a CPU than the block's three.
+
+    So it is at high ranks, where R * O channels pass through the block.
+    """
+    kernel_h, kernel_w = block.kernel_size
+    return block.rank * (block.in_channels + MOVED_CHANNEL_COST) > block.in_channels * kernel_h * kernel_w
+
+
+def _lower_children(parent: nn.Module, prefix: str, form: Form, forms: Mapping[str, Form]) -> None:
+    """Replace, in place, the direct children of `parent` that are blocks or convolutions with a BatchNorm."""
+    children: list[tuple[str, nn.Module | None]] = [*parent.named_children(), ("", None)]
+    for (name, layer), (next_name, next_layer) in pairwise(children):
+        norm = next_layer if isinstance(next_layer, FoldableNorm) and _follows(parent, name, next_name) else None
+        if isinstance(layer, CPDBlock):
+            setattr(parent, name, lower_block(layer, norm, forms.get(prefix + name, form)))
+        elif isinstance(layer, nn.Conv2d) and norm is not None:
+            setattr(parent, name, fold_norm(layer, norm))
+        else:
+            continue
+        if norm is not None:
+            setattr(parent, next_name, nn.Identity())
+
+
+def _follows(parent: nn.Module, name: str, next_name: str) -> bool:
+    """Whether child `next_name` of `parent` is known to take the output of its neighbour `name`."""
+    return isinstance(parent, nn.Sequential) or next_name == name.replace("conv", "bn")

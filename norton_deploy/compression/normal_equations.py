@@ -74,12 +74,7 @@ class NormalEquations:
     def of_outputs(self, index: Tensor) -> "NormalEquations":
         """The same samples with the outputs `index` [O'] only."""
         return NormalEquations(
-            self.samples,
-            self.gram,
-            self.cross[:, index],
-            self.energy[index],
-            self.input_sum,
-            self.output_sum[index],
+            self.samples, self.gram, self.cross[:, index], self.energy[index], self.input_sum, self.output_sum[index]
         )
 
     def merged(self, other: "NormalEquations") -> "NormalEquations":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.compression.compress import is_detector
+from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.models.detectors import ModelSettings
 
 BATCH = 8

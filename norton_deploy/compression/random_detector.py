@@ -13,9 +13,9 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from norton_deploy.compression.builders import build_detector
+from norton_deploy.compression.compress import build_detector
 from norton_deploy.compression.reestimate import reestimate_batch_norm
-from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings

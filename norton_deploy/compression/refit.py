@@ -6,7 +6,7 @@ layer's, the inputs those that the small model computes with all earlier layers 
 one closed form; a CPDBlock has one for each factor given the other two.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.compression.compress import channel_groups
+from norton_deploy.compression.channel_groups import channel_groups
+from norton_deploy.compression.compress import Progress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.normal_equations import RIDGES, NormalEquations, fit_factors
 from norton_deploy.compression.probe import Probe, run_stages
@@ -59,7 +60,7 @@ def refit(
     samples: int = SAMPLES,
     sweeps: int = SWEEPS,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[LayerRefit]:
     """Refit the layers of `small`, in place.
 
@@ -69,12 +70,12 @@ def refit(
     Args:
         small: what `compress` made of `dense`.
         dense: the model it was made from.
-        kept: kept channels of every pruned group, as `compress` tells them.
+        kept: kept channels of every pruned group, as `compress_with_kept` tells them.
         probes: batches of images (`make_probes`).
         samples: output positions per layer, or twice its number of inputs if that is more.
         sweeps: rounds over the factors of a CPDBlock.
         seed: of the choice of positions.
-        progress: called with each layer's name.
+        progress: told of each layer.
 
     Returns:
         What happened to each layer, in order. The error on the sampled positions never rises: a filter whose
@@ -89,13 +90,13 @@ def refit(
         for producer in group.producers
     }
     order = _layers_in_order(small, probes[0])
-    report = progress or (lambda name: None)
+    report = progress or (lambda name, layers: None)
     targets = _dense_outputs(dense, order, _budgets(small, order, samples), channels, probes, seed)
     results = []
     for name in order:
         halves = _collect(small, name, targets.pop(name), probes)
         results.append(_refit_layer(small.get_submodule(name), halves, name, sweeps))
-        report(name)
+        report(name, len(order))
     small.train(modes[0]), dense.train(modes[1])
     return results
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.compression.compress import is_detector
+from norton_deploy.compression.channel_groups import is_detector
+from norton_deploy.models.detectors import ModelSettings
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
 
@@ -31,11 +32,17 @@ class LayerComplexity:
 
 @dataclass(frozen=True)
 class Complexity:
-    """MACs of one image and parameters of a whole model, and the layers that they come from."""
+    """MACs of one image and parameters of a whole model, and the layers that they come from.
+
+    `image_size` is (height, width) in pixels, `proposals` and `detections` are the RoIs through a detector's heads.
+    """
 
     macs: int
     params: int
     layers: tuple[LayerComplexity, ...]
+    image_size: tuple[int, int]
+    proposals: int
+    detections: int
 
 
 def layer_macs(layer: nn.Module, output: Tensor) -> int:
@@ -112,7 +119,19 @@ def count_complexity(
         for layer in counted
     )
     params = sum(layer_params(layer) for layer in shadow.modules())
-    return Complexity(sum(layer.macs for layer in layers), params, layers)
+    proposals, detections = (proposals, detections) if is_detector(shadow) else (0, 0)
+    return Complexity(sum(layer.macs for layer in layers), params, layers, image_size, proposals, detections)
+
+
+def complexity_of(model: nn.Module, settings: ModelSettings) -> Complexity:
+    """Count a model, dense or compressed, at the size that it is made for.
+
+    Args:
+        model: classifier or detector.
+        settings: its settings: an image of their input size; a detector's short side is taken for both sides, and
+            as many proposals reach the box head as in testing.
+    """
+    return count_complexity(model, settings.input_size, proposals=settings.proposals)
 
 
 def run_detector(model: Any, image_size: tuple[int, int], proposals: int, detections: int, batch: int = 1) -> None:

@@ -125,7 +125,7 @@ def tune_blocks(
 
     Returns:
         One entry per block, in the order of the calls. `{t.name: t.form for t in ...}` is what
-        `norton_deploy.compression.lower_model.lower_model` takes as `forms`.
+        `norton_deploy.compression.lowering.lower_model` takes as `forms`.
     """
     before_ms: dict[str, float] = {}
     for call in original:

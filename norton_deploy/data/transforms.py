@@ -128,11 +128,7 @@ def resize(image: Tensor, target: Target, image_size: tuple[int, int]) -> tuple[
 
 
 def training_transform(
-    *,
-    flip: float = 0.5,
-    short_sides: tuple[int, int] | None = None,
-    max_size: int = 1333,
-    photometric: bool = False,
+    *, flip: float = 0.5, short_sides: tuple[int, int] | None = None, max_size: int = 1333, photometric: bool = False
 ) -> Compose:
     """The detection recipe: flip, then (when given) scale jitter and photometric jitter.
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, read_header
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import BODY
 from norton_deploy.detectron2.config import Detectron2Config
 from norton_deploy.errors import UserError
@@ -12,7 +13,6 @@ from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 
 BACKBONE = "backbone."
-PYRAMID = "backbone.fpn.layer_blocks"
 RPN = "rpn.head.conv.0.0"
 PIXEL_TOLERANCE = 1e-4
 """Of the pixels' mean and std, in units of 0..1."""
@@ -45,9 +45,9 @@ def backbone_structure(config: Detectron2Config) -> tuple[DetectorSettings, Comp
     if plan is None or plan.architecture != "rcnn":
         return settings, None if plan is None else plan.with_prefix("rcnn", BODY)
     part = plan.within_prefix("rcnn", BACKBONE).with_prefix("rcnn", BACKBONE)
-    if PYRAMID in part.keep:
+    if PYRAMID_GROUP in part.keep:
         # Detectron2's RPN is as wide as the pyramid that it reads.
-        part = replace(part, keep={**part.keep, RPN: part.keep[PYRAMID]})
+        part = replace(part, keep={**part.keep, RPN: part.keep[PYRAMID_GROUP]})
     return settings, part
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from norton_deploy.compression.lower_model import lower_model, quickest_forms
+from norton_deploy.compression.lowering import lower_model, quickest_forms
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.loading import iterate
 

@@ -5,7 +5,6 @@ a translation table. The tensors between the stages keep their names inside the 
 parity check can read them from the very graph that is shipped.
 """
 
-import hashlib
 import json
 import logging
 import warnings
@@ -248,15 +247,3 @@ def describe(
         score_threshold=detector.box_head.score_thresh,
         mask_paste=detector.mask_paste,
     )
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and values of a model's state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}:{tuple(values.shape)}:{values.dtype};".encode())
-        digest.update(
-            values.reshape(-1).view(torch.uint8).numpy().tobytes() if values.dim() else repr(values.item()).encode()
-        )
-    return digest.hexdigest()

@@ -75,7 +75,7 @@ class StaticRCNN(nn.Module):
     """The whole detector, from pixels to padded detections.
 
     It shares the layers of the model it is made from, so give it a copy that may be changed
-    (`norton_deploy.compression.lower_model.lower_model` returns one).
+    (`norton_deploy.compression.lowering.lower_model` returns one).
 
     Attributes:
         task: box, mask or keypoint.

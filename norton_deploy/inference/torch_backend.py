@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import lower_model
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.structures import TASKS, Categories, Detections, Task

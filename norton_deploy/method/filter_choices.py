@@ -13,7 +13,7 @@ from torch import Tensor
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import CPFactors
 from norton_deploy.method.filter_selection import select_filters
-from norton_deploy.method.subspace_angles import EQUAL_WEIGHTS, Measure, pabs_distance
+from norton_deploy.method.subspace_angles import EQUAL_WEIGHTS, AngleMeasure, pabs_distance
 
 Filters = CPFactors | Tensor
 FilterChoice = Callable[[Sequence[Filters], int], Tensor]
@@ -24,7 +24,7 @@ def choose_by_angles(
     keep: int,
     *,
     weights: tuple[float, float, float] = EQUAL_WEIGHTS,
-    measure: Measure = "largest",
+    measure: AngleMeasure = "largest",
 ) -> Tensor:
     """The paper's choice: Algorithm 1 on the principal angles between the factors (eq. 11), summed over the layers.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from norton_deploy.config import read_yaml
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 
+WHOLE_DETECTOR = "rcnn"
+"""Architecture of plans that name a detector's pyramid and heads too."""
 _HEADER = """\
 # Compression plan. `ranks`: CP rank R of every decomposed convolution (the others stay as they are).
 # `keep`: how many filters remain in every pruned group; layers whose channels are added together
@@ -31,20 +33,22 @@ class CompressionPlan:
         keep: channel group name -> number of kept filters O' >= 1 (Algorithm 1). Groups that are not named
             keep all of theirs.
         note: free text: where the plan comes from.
+        source: what to call the plan in an error, usually its file.
     """
 
     architecture: str
     ranks: Mapping[str, int] = field(default_factory=dict)
     keep: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+    source: str = field(default="plan", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for kind, entries in (("ranks", self.ranks), ("keep", self.keep)):
             for name, value in entries.items():
                 if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int):
-                    raise UserError(f"plan: {kind}: '{name}': expected a whole number, found {value!r}")
+                    raise UserError(f"{self.source}: {kind}: '{name}': expected a whole number, found {value!r}")
                 if value < 1:
-                    raise UserError(f"plan: {kind}: layer '{name}': expected at least 1, found {value}")
+                    raise UserError(f"{self.source}: {kind}: layer '{name}': expected at least 1, found {value}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "plan") -> CompressionPlan:
@@ -65,10 +69,7 @@ class CompressionPlan:
             if not isinstance(section, Mapping):
                 raise UserError(f"{source}: '{kind}' must map layer names to whole numbers")
             sections[kind] = dict(section)
-        try:
-            return cls(values["architecture"], note=str(values.get("note", "")), **sections)
-        except UserError as error:
-            raise UserError(f"{source}: {str(error).removeprefix('plan: ')}") from None
+        return cls(values["architecture"], note=str(values.get("note", "")), source=source, **sections)
 
     def to_dict(self) -> dict[str, Any]:
         """Mapping form, for YAML and checkpoint headers."""
@@ -96,18 +97,12 @@ class CompressionPlan:
 
     def with_prefix(self, architecture: str, prefix: str) -> CompressionPlan:
         """The same plan for a model in which every layer's name starts with `prefix`."""
-        return CompressionPlan(
-            architecture,
-            {prefix + name: rank for name, rank in self.ranks.items()},
-            {prefix + name: count for name, count in self.keep.items()},
-            self.note,
-        )
+        ranks = {prefix + name: rank for name, rank in self.ranks.items()}
+        keep = {prefix + name: count for name, count in self.keep.items()}
+        return replace(self, architecture=architecture, ranks=ranks, keep=keep)
 
     def within_prefix(self, architecture: str, prefix: str) -> CompressionPlan:
         """The part of the plan below `prefix`, with `prefix` taken off the names."""
-        return CompressionPlan(
-            architecture,
-            {name.removeprefix(prefix): rank for name, rank in self.ranks.items() if name.startswith(prefix)},
-            {name.removeprefix(prefix): n for name, n in self.keep.items() if name.startswith(prefix)},
-            self.note,
-        )
+        ranks = {name.removeprefix(prefix): rank for name, rank in self.ranks.items() if name.startswith(prefix)}
+        keep = {name.removeprefix(prefix): n for name, n in self.keep.items() if name.startswith(prefix)}
+        return replace(self, architecture=architecture, ranks=ranks, keep=keep)

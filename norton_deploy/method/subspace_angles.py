@@ -13,7 +13,7 @@ from torch import Tensor
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import CPFactors
 
-Measure = Literal["largest", "norm"]
+AngleMeasure = Literal["largest", "norm"]
 EQUAL_WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
 # Singular values below this fraction of the largest are noise: the factors are float32.
 RANK_TOLERANCE = 1e-6
@@ -48,7 +48,7 @@ def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def pabs_distance(
-    factors: CPFactors | Tensor, weights: Sequence[float] = EQUAL_WEIGHTS, measure: Measure = "largest"
+    factors: CPFactors | Tensor, weights: Sequence[float] = EQUAL_WEIGHTS, measure: AngleMeasure = "largest"
 ) -> Tensor:
     """Distances between all filters of a layer: D = alpha D^A + beta D^B + gamma D^C (eq. 11).
 
@@ -81,7 +81,7 @@ def pabs_distance(
     return torch.stack(terms).sum(dim=0)
 
 
-def _mode_distance(factor: Tensor, measure: Measure) -> Tensor:
+def _mode_distance(factor: Tensor, measure: AngleMeasure) -> Tensor:
     """phi between all pairs of one mode: [O, n, R] -> [O, O]."""
     count = len(factor)
     basis, dimension = _orthonormal_bases(factor)

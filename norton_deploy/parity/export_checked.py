@@ -9,17 +9,16 @@ from typing import Any, cast
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.checkpoints.published_weights import published_categories
-from norton_deploy.compression.lower_model import lower_model
-from norton_deploy.compression.lowering import Form
+from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.open_model import open_model, published_categories
+from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.compression.random_detector import random_detector
 from norton_deploy.data.coco import CocoDetection
-from norton_deploy.data.synthetic.dataset import draw_scene
+from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.detector_evaluation import evaluate_detector
 from norton_deploy.export.contract import GraphContract, InputDtype, Precision, Target
-from norton_deploy.export.onnx_export import export_onnx, weights_digest
+from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
@@ -154,7 +153,7 @@ def export_checked(
         unchecked,
         categories=categories,
         precision=options.precision,
-        weights_sha256=weights_digest(fixed),
+        weights_sha256=tensors_digest(fixed.state_dict()),
         letterbox=options.letterbox,
     )
     exported = time.perf_counter()

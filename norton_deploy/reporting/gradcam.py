@@ -5,7 +5,7 @@ class logit of one given box, which every model pools from its own features.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
 
-from norton_deploy.compression.compress import BODY, is_detector
+from norton_deploy.checkpoints.checkpoint import Checkpoint
+from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.compression.channel_groups import is_detector
+from norton_deploy.compression.compress import BODY
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import ClassifierSettings
 
+DENSE = "dense"
 STAGES = ("layer2", "layer3", "layer4")
 SHARED_IOU = 0.5
 PANEL_LETTERS = 20
@@ -34,6 +38,7 @@ INSTALL = (
     "(with its dependencies it would put opencv-python-headless over opencv-python, and windows would be gone)"
 )
 Map = npt.NDArray[np.float32]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,7 @@ def ask_classifier(dense: nn.Module, image: Tensor, settings: ClassifierSettings
     return Question(pixels, _picture(pixels[0], settings.image_mean, settings.image_std), label)
 
 
-def ask_detector(
-    detectors: Sequence[nn.Module], image: Tensor, box: tuple[float, float, float, float] | None = None
-) -> Question | None:
+def ask_detector(detectors: Sequence[nn.Module], image: Tensor, box: Box | None = None) -> Question | None:
     """A box of an image and what is in it.
 
     Args:
@@ -182,21 +185,122 @@ def map_correlation(first: Map, second: Map) -> float | None:
     return float(np.corrcoef(first.ravel(), second.ravel())[0, 1])
 
 
-def draw_gradcam(
-    path: Path, rows: Sequence[tuple[Question, str, Mapping[str, Mapping[str, Map]]]], models: Sequence[str]
-) -> None:
+@dataclass(frozen=True)
+class GradcamComparison:
+    """What `compare_gradcam` found.
+
+    Attributes:
+        images: how many images were explained.
+        skipped: how many were not, because the detectors share no detection in them.
+        correlation: compressed model -> layer -> mean and standard deviation of the correlations with the dense
+            model's maps (None without any), and their number: maps that are constant have none.
+        rows: of the first images the question, the name of its class, and model -> layer -> map.
+    """
+
+    images: int
+    skipped: int
+    correlation: dict[str, dict[str, dict[str, Any]]]
+    rows: list[tuple[Question, str, dict[str, dict[str, Map]]]]
+
+
+def open_compared(dense: Path, compressed: Sequence[Path]) -> dict[str, Checkpoint]:
+    """A dense model and its compressed forms, by their names in the picture.
+
+    Raises:
+        UserError: they are not of one task with the same categories, or two have the same name.
+    """
+    models = {DENSE: open_model(str(dense))}
+    for path in compressed:
+        name = path.stem if path.stem not in ("last", "best") else path.parent.name
+        if name in models:
+            raise UserError(f"--compressed {path}: a second model named '{name}'; rename the file or its folder")
+        models[name] = open_model(str(path))
+        own, expected = models[name].header, models[DENSE].header
+        if (own.task, own.categories) != (expected.task, expected.categories):
+            raise UserError(f"--compressed {path}: is a {own.task} model of other categories than {dense}")
+    return models
+
+
+def compare_gradcam(
+    models: Mapping[str, Checkpoint],
+    images: Iterable[Tensor],
+    *,
+    layers: Sequence[str] = (),
+    box: Box | None = None,
+    rows: int = 5,
+) -> GradcamComparison:
+    """Map the same score in all models, image by image, and correlate the maps with the dense model's.
+
+    Args:
+        models: from `open_compared`.
+        images: float32 [3, H, W] in 0..1 RGB.
+        layers: names of the layers to map; by default `explained_layers`.
+        box: of detectors, the box to explain; by default the best detection that all share.
+        rows: images to keep the maps of, at most.
+
+    Raises:
+        UserError: no image could be explained, a box does not fit, or see `gradcam_maps`.
+    """
+    dense = models[DENSE]
+    layers = list(layers) or explained_layers(dense.model)
+    names = dict(zip(dense.header.categories.labels, dense.header.categories.names, strict=True))
+    shown: list[tuple[Question, str, dict[str, dict[str, Map]]]] = []
+    found: dict[str, dict[str, list[float]]] = {name: {layer: [] for layer in layers} for name in models}
+    asked = skipped = 0
+    for image in images:
+        question = _ask(models, image, box)
+        if question is None:
+            skipped += 1
+            continue
+        asked += 1
+        maps = {name: gradcam_maps(checkpoint.model, question, layers) for name, checkpoint in models.items()}
+        for name, layer in ((name, layer) for name in models for layer in layers):
+            correlation = map_correlation(maps[DENSE][layer], maps[name][layer])
+            found[name][layer] += [] if correlation is None else [correlation]
+        if len(shown) < rows:
+            shown.append((question, names[question.label + (question.box is None)], maps))
+    if asked == 0:
+        raise UserError(f"Grad-CAM: the models share no detection in {skipped} images; give an image and --box")
+    correlations = {
+        name: {layer: _summary(values) for layer, values in levels.items()}
+        for name, levels in found.items()
+        if name != DENSE
+    }
+    return GradcamComparison(asked, skipped, correlations, shown)
+
+
+def _ask(models: Mapping[str, Checkpoint], image: Tensor, box: Box | None) -> Question | None:
+    """What the models are to explain in an image."""
+    if models[DENSE].header.task == "cls":
+        if box is not None:
+            raise UserError("--box: goes with detectors, not with a classifier")
+        return ask_classifier(models[DENSE].model, image, models[DENSE].header.classifier)
+    if box is not None:
+        (left, top, right, bottom), (height, width) = box, image.shape[-2:]
+        if not (max(left, 0) < min(right, width) and max(top, 0) < min(bottom, height)):
+            raise UserError(f"--box {box}: covers nothing of the image, which has {width} x {height} pixels")
+    return ask_detector([checkpoint.model for checkpoint in models.values()], image, box)
+
+
+def _summary(correlations: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation and number."""
+    numbers = np.array(correlations)
+    return {
+        "mean": round(float(numbers.mean()), 4) if correlations else None,
+        "std": round(float(numbers.std()), 4) if correlations else None,
+        "maps": len(correlations),
+    }
+
+
+def draw_gradcam(path: Path, comparison: GradcamComparison) -> None:
     """A picture of maps over their images: a row per image; the image, then for each layer all models.
 
     Args:
         path: .png or .jpg to write.
-        rows: question, name of its class, and model -> layer -> map.
-        models: names in the order of the columns, the dense one first.
-
-    Raises:
-        UserError: there are no rows.
+        comparison: whose rows are drawn; the dense model's maps come first.
     """
-    if not rows:
-        raise UserError("Grad-CAM: no image to draw")
+    rows = comparison.rows
+    models = [DENSE, *comparison.correlation]
     from pytorch_grad_cam.utils.image import show_cam_on_image
 
     layers = list(rows[0][2][models[0]])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import lower_model
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.cost.layer_calls import layer_calls
 from norton_deploy.export.onnx_export import export_onnx

@@ -12,14 +12,13 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import nn
 
-from norton_deploy.compression.compress import channel_groups
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP, channel_groups
 from norton_deploy.cost.complexity import layer_params
 from norton_deploy.cost.layer_calls import LayerCall
 from norton_deploy.cost.layer_graphs import LayerShape
 from norton_deploy.method.plan import CompressionPlan
 
 Measure = Literal["macs", "params", "latency_ms"]
-PYRAMID = "backbone.fpn.layer_blocks"
 LAST_WEIGHT = 10.0
 
 
@@ -56,7 +55,7 @@ class JointCost:
 
     def of(self, ranks: Mapping[str, int], keep: Mapping[str, int]) -> float:
         """Cost of a plan given by the ranks of layers and the kept filters of groups (absent: untouched)."""
-        total = self.fixed + self.per_pyramid_channel * keep.get(PYRAMID, self.pyramid_width)
+        total = self.fixed + self.per_pyramid_channel * keep.get(PYRAMID_GROUP, self.pyramid_width)
         return total + sum(self.layer(layer, ranks, keep) for layer in self.layers)
 
     def of_plan(self, plan: CompressionPlan) -> float:
@@ -103,7 +102,7 @@ def joint_cost(
         )
         for name, found in shapes.items()
     )
-    width = next((layer.shapes[0].out_channels for layer in layers if layer.writes == PYRAMID), 0)
+    width = next((layer.shapes[0].out_channels for layer in layers if layer.writes == PYRAMID_GROUP), 0)
     if measure == "latency_ms":
         assert time_ms is not None
         return JointCost(layers, time_ms, pyramid_width=width)
@@ -124,7 +123,7 @@ def calibrate(cost: JointCost, measured_ms: list[tuple[CompressionPlan, float]])
     """
     cost.scale, cost.fixed, cost.per_pyramid_channel = 1.0, 0.0, 0.0
     layers_ms = [cost.of_plan(plan) for plan, _ in measured_ms]
-    widths = [plan.keep.get(PYRAMID, cost.pyramid_width) for plan, _ in measured_ms]
+    widths = [plan.keep.get(PYRAMID_GROUP, cost.pyramid_width) for plan, _ in measured_ms]
     total_ms = np.array([ms for _, ms in measured_ms])
     weight = np.ones(len(total_ms))
     weight[-1] = LAST_WEIGHT

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.errors import UserError
 from norton_deploy.search.decisions import Choice, Decision, Option, untouched
-from norton_deploy.search.joint_cost import PYRAMID, JointCost
+from norton_deploy.search.joint_cost import JointCost
 
 SWEEPS = 30
 BISECTIONS = 40
@@ -112,7 +113,7 @@ class Planner:
         """Harm + weight * cost of what depends on this group; leaves the option in `ranks` and `keep`."""
         self._set(ranks, keep, decision, option)
         cost = sum(self.cost.layer(layer, ranks, keep) for layer in self._touching[decision.group])
-        if decision.group == PYRAMID:
+        if decision.group == PYRAMID_GROUP:
             cost += self.cost.per_pyramid_channel * option.keep
         if math.isinf(weight):
             return cost

@@ -5,23 +5,21 @@ compressed, coupled layers together, and the dense model's feature pyramid and h
 that come out now, at the same boxes.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from norton_deploy.compression.compress import compress
+from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP
+from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.probe import Probe, run_stages
 from norton_deploy.errors import UserError
-from norton_deploy.export.onnx_export import weights_digest
 from norton_deploy.files import atomic_write
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.decisions import Choice, Decision
-
-PYRAMID = "backbone.fpn.layer_blocks"
 
 
 class Sensitivity:
@@ -56,7 +54,11 @@ class Sensitivity:
         """
         self.dense, self.architecture, self.probes, self.seed = dense, architecture, probes, seed
         self.path = path
-        self.identity = {"weights": weights_digest(dense), "pixels": _digest(probes), "seed": seed}
+        self.identity = {
+            "weights": tensors_digest(dense.state_dict()),
+            "pixels": tensors_digest({str(number): probe.pixels for number, probe in enumerate(probes)}),
+            "seed": seed,
+        }
         self.harm: dict[str, float] = {}
         if resume and path is not None and path.is_file():
             content = json.loads(path.read_text())
@@ -86,15 +88,14 @@ class Sensitivity:
     @torch.no_grad()
     def of_plan(self, plan: CompressionPlan) -> float:
         """Measured harm of a plan."""
-        kept: dict[str, Tensor] = {}
-        small = compress(self.dense, plan, seed=self.seed, starts=1, kept=kept)
+        small = compress_with_kept(self.dense, plan, seed=self.seed, starts=1)
         squared: dict[str, float] = {}
         energy: dict[str, float] = {}
         for probe, wanted in zip(self.probes, self._wanted, strict=True):
-            for name, found in run_stages(small, probe).items():
+            for name, found in run_stages(small.model, probe).items():
                 target = wanted[name]
                 if found.shape != target.shape:  # A narrower pyramid is compared where it still exists.
-                    target = target[:, kept[PYRAMID]]
+                    target = target[:, small.kept[PYRAMID_GROUP]]
                 kind = name.partition(".")[0]
                 squared[kind] = squared.get(kind, 0.0) + float((found - target).square().sum())
                 energy[kind] = energy.get(kind, 0.0) + float((target - target.mean()).square().sum())
@@ -118,11 +119,3 @@ class Sensitivity:
         if self.path is not None:
             with atomic_write(self.path, "w") as stream:
                 json.dump({"identity": self.identity, "harm": self.harm}, stream, indent=1)
-
-
-def _digest(probes: Sequence[Probe]) -> str:
-    """SHA-256 over the pixels of all probes; their boxes follow from these and the weights, up to rounding."""
-    digest = hashlib.sha256()
-    for probe in probes:
-        digest.update(f"{tuple(probe.pixels.shape)}".encode() + probe.pixels.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
-from norton_deploy.data.loading import iterate
-from norton_deploy.data.samplers import GroupedBatchSampler
+from norton_deploy.data.loading import GroupedBatchSampler, iterate
 from norton_deploy.training.settings import TrainingSettings
 
 

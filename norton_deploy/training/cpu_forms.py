@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.lower_model import is_quicker_dense
+from norton_deploy.compression.lowering import is_quicker_dense
 from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.training.gpu_forms import RecomposedBlock
 
 LARGEST_MAP = 16
 """Positions of the largest map that is a matrix product; from 8 x 8 on oneDNN's own convolutions are quicker."""
 MOVED_CHANNEL_COST_BFLOAT16 = 900
-"""As `lower_model.MOVED_CHANNEL_COST`, in bfloat16 on a CPU with AMX, where products are cheaper and memory is not."""
+"""As `lowering.MOVED_CHANNEL_COST`, in bfloat16 on a CPU with AMX, where products are cheaper and memory is not."""
 RECOMPOSED_WEIGHT_COST_BFLOAT16 = 540
 """What recomposing a weight and its gradient costs there: as much as a convolution with it at so many positions."""
 

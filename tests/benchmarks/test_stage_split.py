@@ -68,8 +68,8 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     import torch
 
     from benchmarks.lib.stage_split import STAGES, split_stages
-    from norton_deploy.compression.lower_model import lower_model
-    from norton_deploy.data.synthetic.scene import draw_scene
+    from norton_deploy.compression.lowering import lower_model
+    from norton_deploy.data.synthetic import draw_scene
     from norton_deploy.export.onnx_export import export_onnx
     from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
     from norton_deploy.inference.loading import load_predictor

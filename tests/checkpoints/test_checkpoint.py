@@ -19,7 +19,7 @@ from norton_deploy.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.compression.builders import build_classifier, build_detector
+from norton_deploy.compression.compress import build_classifier, build_detector
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan

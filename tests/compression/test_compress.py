@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.compression.builders import build_classifier, build_detector
-from norton_deploy.compression.compress import channel_groups, compress
+from norton_deploy.compression.compress import build_classifier, build_detector, channel_groups, compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.reestimate import reestimate_batch_norm
 from norton_deploy.errors import UserError

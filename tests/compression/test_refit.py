@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.compression import refit as refit_module
-from norton_deploy.compression.compress import compress
+from norton_deploy.compression.compress import compress, compress_with_kept
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.normal_equations import NormalEquations, fit_factors
 from norton_deploy.compression.probe import make_probes, run_stages
@@ -93,11 +93,11 @@ def test_channel_factor_is_the_least_squares_solution() -> None:
 
 
 def test_a_full_rank_unpruned_model_stays_exact() -> None:
-    dense, kept = classifier(), {}
-    small = compress(dense, CompressionPlan("resnet18", {"layer1.0.conv1": 9, "layer3.1.conv2": 9}), kept=kept)
+    dense = classifier()
+    small = compress(dense, CompressionPlan("resnet18", {"layer1.0.conv1": 9, "layer3.1.conv2": 9}))
     probes = list(make_probes(dense, pictures(4, 32), CLASSIFIER))
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    results = refit(small, dense, kept, probes)
+    results = refit(small, dense, {}, probes)
     assert all(result.error_after == 0 for result in results)
     for name, tensor in small.state_dict().items():
         torch.testing.assert_close(tensor, before[name], atol=0, rtol=0)
@@ -109,8 +109,8 @@ def test_linearly_dependent_channels_are_repaired_exactly() -> None:
     with torch.no_grad():
         block = dense.layer1[0]
         block.conv1.weight[32:] = 2.5 * block.conv1.weight[:32]
-    kept: dict[str, Tensor] = {}
-    small = compress(dense, CompressionPlan("resnet18", {}, {"layer1.0.conv1": 32}), kept=kept)
+    compressed = compress_with_kept(dense, CompressionPlan("resnet18", {}, {"layer1.0.conv1": 32}))
+    small, kept = compressed.model, compressed.kept
     probes = list(make_probes(dense, pictures(8, 32), CLASSIFIER))
     with torch.no_grad():
         wanted = run_stages(dense, probes[0])["logits"]
@@ -135,8 +135,8 @@ def test_no_layer_gets_worse_and_the_detector_gets_better() -> None:
         {f"{body}layer2.0.conv1": 96, f"{body}layer3": 200, "backbone.fpn.inner_blocks": 12,
          "backbone.fpn.layer_blocks": 12, f"{heads}box_head.fc6": 24, f"{heads}mask_head.0.0": 12},
     )  # fmt: skip
-    kept: dict[str, Tensor] = {}
-    small = compress(dense, plan, starts=1, kept=kept)
+    compressed = compress_with_kept(dense, plan, starts=1)
+    small, kept = compressed.model, compressed.kept
     probes = list(make_probes(dense, pictures(4, 64), DETECTOR, batch=2))
     names = ("rpn_logits.0", "class_logits", "masks")
 

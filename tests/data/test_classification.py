@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from norton_deploy.data.classification import ClassificationFolder
-from norton_deploy.data.object_crops import crop_square, write_crops
+from norton_deploy.data.classification import ClassificationFolder, crop_square, write_crops
 from norton_deploy.errors import UserError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from norton_deploy.data.samplers import ASPECT_EDGES, GroupedBatchSampler
+from norton_deploy.data.loading import ASPECT_EDGES, GroupedBatchSampler
 from norton_deploy.errors import UserError
 
 SIZES = np.random.default_rng(0).integers(100, 300, (103, 2))

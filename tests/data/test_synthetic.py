@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 
 from norton_deploy.data.coco import decode_segmentation
 from norton_deploy.data.coco_annotation import annotation_of_mask, mask_to_polygons
+from norton_deploy.data.synthetic import CATEGORIES, draw_scene, write_dataset
 from norton_deploy.data.synthetic.canvas import SUPERSAMPLING, Canvas
-from norton_deploy.data.synthetic.dataset import CATEGORIES, draw_scene, write_dataset
 from norton_deploy.data.synthetic.people import KEYPOINTS, REACH, SKELETON, draw_person
 from norton_deploy.data.synthetic.scene import SyntheticVideo
 from norton_deploy.data.synthetic.shapes import SHAPES

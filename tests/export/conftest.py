@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from reduced_detectors import IMAGE_SIZE, compressed_detector, reduced_detector
 
-from norton_deploy.compression.lower_model import lower_model
-from norton_deploy.export.onnx_export import Precision, export_onnx, weights_digest
+from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.compression.lowering import lower_model
+from norton_deploy.export.onnx_export import Precision, export_onnx
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN, Target
 from norton_deploy.structures import Categories, Task
@@ -34,7 +35,8 @@ def exported(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[..
             graph = StaticRCNN(lower_model(copy.deepcopy(model)), settings)
             if precision == "fp16":
                 to_fp16(graph)
-            export_onnx(graph, path, categories=CATEGORIES, precision=precision, weights_sha256=weights_digest(model))
+            digest = tensors_digest(model.state_dict())
+            export_onnx(graph, path, categories=CATEGORIES, precision=precision, weights_sha256=digest)
 
         return model, once(f"{task}_{target}_{precision}_{compressed}.onnx", export)
 

@@ -13,7 +13,7 @@ from reduced_detectors import IMAGE_SIZE, compressed_detector, reduced_detector
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import lower_model
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.structures import TASKS, Task

@@ -13,7 +13,7 @@ from conftest import CATEGORIES
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
 
-from norton_deploy.compression.lower_model import lower_model
+from norton_deploy.compression.lowering import lower_model
 from norton_deploy.errors import UserError
 from norton_deploy.export import tensorrt_build
 from norton_deploy.export.frame_resize import FrameResize

@@ -7,8 +7,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.lower_model import lower_model, quickest_forms
-from norton_deploy.compression.lowering import Form
+from norton_deploy.compression.lowering import Form, lower_model, quickest_forms
 from norton_deploy.errors import UserError
 
 

@@ -10,9 +10,10 @@ import pytest
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs
 
+from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
-from norton_deploy.export.onnx_export import read_contract, weights_digest
+from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.static_rcnn import TARGETS, Target
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.parity.gate import check_parity
@@ -48,7 +49,7 @@ def test_contract(exported: Callable) -> None:
     contract = read_contract(path)
     assert contract.task == "mask" and contract.image_size == contract.input_size == IMAGE_SIZE
     assert (contract.batch, contract.max_detections) == (2, 20)
-    assert contract.weights_sha256 == weights_digest(model)
+    assert contract.weights_sha256 == tensors_digest(model.state_dict())
     assert contract.score_threshold == 0.05 and contract.resize == "letterbox"
     assert {output.name: (output.dtype, output.shape) for output in contract.outputs} == {
         "num_detections": ("int32", (2,)),

@@ -10,7 +10,7 @@ from norton_deploy.checkpoints.checkpoint import CheckpointHeader, load_checkpoi
 from norton_deploy.commands import make_synthetic
 from norton_deploy.commands.demo_video import Settings, chosen_model
 from norton_deploy.compression.compress import compress
-from norton_deploy.data.synthetic.dataset import CATEGORIES
+from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings

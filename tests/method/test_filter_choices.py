@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from norton_deploy.compression.compress import compress
+from norton_deploy.compression.compress import compress, compress_with_kept
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters
 from norton_deploy.method.filter_choices import (
@@ -78,16 +78,14 @@ def test_compress_keeps_what_the_choice_says() -> None:
     torch.manual_seed(0)
     dense = build_dense_classifier(ClassifierSettings("resnet18", 10)).eval()
     plan = CompressionPlan("resnet18", {"layer1.0.conv1": 1}, {"layer1.0.conv1": 5, "layer3": 9})
-    kept: dict[str, Tensor] = {}
-    compress(dense, plan, starts=1, choose=choose_by_l1_norm, kept=kept)
+    kept = compress_with_kept(dense, plan, starts=1, choose=choose_by_l1_norm).kept
     rebuilt = decompose_filters(dense.get_submodule("layer1.0.conv1").weight, 1, starts=1).reconstruct()  # type: ignore[arg-type]
     assert torch.equal(kept["layer1.0.conv1"], rebuilt.abs().sum(dim=(1, 2, 3)).topk(5).indices.sort().values)
     coupled = [f"layer3.{name}.weight" for name in ("0.conv2", "0.downsample.0", "1.conv2")]
     norms = torch.stack([dense.state_dict()[name].abs().sum(dim=(1, 2, 3)) for name in coupled]).sum(dim=0)
     assert torch.equal(kept["layer3"], norms.topk(9).indices.sort().values)
-    again: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(1)
-    compress(dense, plan, starts=1, choose=partial(choose_at_random, generator=generator), kept=again)
+    again = compress_with_kept(dense, plan, starts=1, choose=partial(choose_at_random, generator=generator)).kept
     assert not torch.equal(kept["layer3"], again["layer3"])
 
 

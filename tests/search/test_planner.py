@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress, fit_plan
 from norton_deploy.compression.probe import Probe, make_probes, run_stages
 from norton_deploy.cost.complexity import count_complexity
@@ -17,7 +18,7 @@ from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.search.decisions import Decision, list_decisions, to_plan, untouched
-from norton_deploy.search.joint_cost import PYRAMID, calibrate, joint_cost
+from norton_deploy.search.joint_cost import calibrate, joint_cost
 from norton_deploy.search.planner import Planner
 from norton_deploy.search.sensitivity import Sensitivity
 
@@ -56,9 +57,9 @@ def toy_harm(group: str, rank: int, keep: int) -> float:
 def test_coupled_layers_are_one_decision_and_impossible_ranks_are_left_out(decisions: list[Decision]) -> None:
     by_group = {decision.group: decision for decision in decisions}
     assert by_group["backbone.fpn.inner_blocks"].ranks == (0,)
-    assert by_group[PYRAMID].decomposed == tuple(f"backbone.fpn.layer_blocks.{level}.0" for level in range(4))
-    assert by_group[PYRAMID].ranks == (0, 1, 2, 9)
-    assert by_group[PYRAMID].widths == (32, 16)
+    assert by_group[PYRAMID_GROUP].decomposed == tuple(f"backbone.fpn.layer_blocks.{level}.0" for level in range(4))
+    assert by_group[PYRAMID_GROUP].ranks == (0, 1, 2, 9)
+    assert by_group[PYRAMID_GROUP].widths == (32, 16)
     assert by_group["backbone.body.layer3"].widths == (256, 192, 128)
     # The stem shares the first stage's residual stream, whose other producers are decomposed.
     assert "backbone.body.conv1" not in by_group["backbone.body.conv1"].decomposed
@@ -81,7 +82,7 @@ def test_no_combination_is_better_than_the_plan_by_more_than_the_grid_allows(
     dense: nn.Module, decisions: list[Decision]
 ) -> None:
     """Three neighbouring groups, all 3 x 8 x 8 combinations tried."""
-    names = ("backbone.fpn.inner_blocks", PYRAMID, "rpn.head.conv.0.0")
+    names = ("backbone.fpn.inner_blocks", PYRAMID_GROUP, "rpn.head.conv.0.0")
     some = [decision for decision in decisions if decision.group in names]
     cost = joint_cost(dense, layer_calls(dense, SIZE), "macs")
     planner = Planner(some, cost, toy_harm)
@@ -116,7 +117,7 @@ def test_latency_is_calibrated_by_whole_models(dense: nn.Module) -> None:
     plans = [
         CompressionPlan("rcnn"),
         CompressionPlan("rcnn", {"rpn.head.conv.0.0": 1, "backbone.body.layer1.0.conv1": 1}),
-        CompressionPlan("rcnn", {}, {PYRAMID: 16}),
+        CompressionPlan("rcnn", {}, {PYRAMID_GROUP: 16}),
     ]
     widths = (32, 32, 16)
     truth = [1.25 * cost.of_plan(plan) + 30 + 0.5 * width for plan, width in zip(plans, widths, strict=True)]
@@ -150,13 +151,13 @@ def test_harm_is_the_relative_error_of_what_the_detector_is_judged_by(
         expected.append(wrong / sum(energy(name) for name in names))
     assert sensitivity.of_plan(plan) == pytest.approx(sum(expected) / 6, rel=1e-4)
 
-    rpn = [decision for decision in decisions if decision.group in ("rpn.head.conv.0.0", PYRAMID)]
+    rpn = [decision for decision in decisions if decision.group in ("rpn.head.conv.0.0", PYRAMID_GROUP)]
     seen: list[int] = []
     sensitivity.measure(rpn, seen.append)
     assert seen == list(range(1, 9))
     assert Sensitivity.count(rpn) == 8
     assert sensitivity.of_option("rpn.head.conv.0.0", 1, 32) == pytest.approx(sum(expected) / 6, rel=1e-4)
-    assert sensitivity.of_option(PYRAMID, 9, 32) < 1e-4 < sensitivity.of_option(PYRAMID, 1, 32)
+    assert sensitivity.of_option(PYRAMID_GROUP, 9, 32) < 1e-4 < sensitivity.of_option(PYRAMID_GROUP, 1, 32)
 
     again = Sensitivity(dense, "rcnn", probes, path=path, resume=True)
     assert again.harm == sensitivity.harm

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.lower_model import is_quicker_dense
+from norton_deploy.compression.lowering import is_quicker_dense
 from norton_deploy.training import cpu_forms
 from norton_deploy.training.cpu_forms import CpuBlock, SmallMapConv2d, use_cpu_forms
 from norton_deploy.training.gpu_forms import RecomposedBlock, recompose_blocks

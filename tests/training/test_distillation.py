@@ -9,8 +9,8 @@ from tiny_detector import tiny_arguments
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, read_header
 from norton_deploy.commands import compress as compress_command
 from norton_deploy.commands.train_det import main
-from norton_deploy.compression.compress import compress
-from norton_deploy.data.synthetic.dataset import write_dataset
+from norton_deploy.compression.compress import compress, compress_with_kept
+from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
@@ -108,10 +108,9 @@ def test_gradients_reach_the_student_only():
 
 
 def test_a_narrowed_pyramid_imitates_the_channels_that_were_kept():
-    kept: dict[str, torch.Tensor] = {}
     teacher = dense_detector()
-    student = compress(teacher, NARROW, kept=kept)
-    channels = kept["backbone.fpn.layer_blocks"]
+    compressed = compress_with_kept(teacher, NARROW)
+    student, channels = compressed.model, compressed.kept["backbone.fpn.layer_blocks"]
     weight = 6.0
     assert float(FeatureImitation(student, teacher, channels, weight)(student, batch())["imitation"].detach()) < 1e-5
     others = torch.tensor([c for c in range(16) if c not in channels])[:6]

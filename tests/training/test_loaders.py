@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from norton_deploy.data.samplers import GroupedBatchSampler
+from norton_deploy.data.loading import GroupedBatchSampler
 from norton_deploy.errors import UserError
 from norton_deploy.training.batches import SampledBatches, collate_classes
 

@@ -15,7 +15,7 @@ from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, load_checkpoint, save_checkpoint
 from norton_deploy.commands.train_det import main
 from norton_deploy.compression.compress import compress
-from norton_deploy.data.synthetic.dataset import write_dataset
+from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier

@@ -12,8 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from norton_deploy.data.synthetic.canvas import Canvas, Colour, Points, capsule, ellipse
-from norton_deploy.data.synthetic.textures import random_colour, tint
+from norton_deploy.data.synthetic.canvas import Canvas, Colour, Points, capsule, ellipse, random_colour, tint
 
 KEYPOINTS = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",

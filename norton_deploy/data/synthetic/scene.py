@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.data.coco_annotation import annotation_of_mask
-from norton_deploy.data.synthetic.canvas import SUPERSAMPLING, Canvas, Layer, Points
+from norton_deploy.data.synthetic.canvas import SUPERSAMPLING, Canvas, Layer, Points, background, object_shading
 from norton_deploy.data.synthetic.people import REACH, draw_person
 from norton_deploy.data.synthetic.shapes import SHAPES, draw_distractor
-from norton_deploy.data.synthetic.textures import background, object_shading
 
 PERSON = 1
 SMALLEST_VISIBLE_SHARE = 0.2

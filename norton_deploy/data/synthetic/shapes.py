@@ -14,8 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from norton_deploy.data.synthetic.canvas import Canvas, Colour, Points, capsule, ellipse
-from norton_deploy.data.synthetic.textures import random_colour, tint
+from norton_deploy.data.synthetic.canvas import Canvas, Colour, Points, capsule, ellipse, random_colour, tint
 
 COLOUR_HINT = 0.9
 WHITE: Colour = (240, 240, 236)
