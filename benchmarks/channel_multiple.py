@@ -30,7 +30,7 @@ from norton_deploy.compression.surgery import output_width
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.cost.form_tuning import CPU, TimingTable, tune_blocks
-from norton_deploy.cost.layer_calls import layer_calls
+from norton_deploy.cost.layer_shapes import layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import OPSET
 from norton_deploy.export.static_roi_align import fix_sampling

@@ -38,6 +38,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.tables import Table
+from norton_deploy.training.gpu_forms import use_gpu_forms
 
 ROOT = Path(__file__).parent
 PLANS = ROOT.parent / "configs" / "plans"

@@ -26,8 +26,8 @@ from typing import Any
 STARTED = time.monotonic()
 
 import torch  # noqa: E402
-from lib.gpu_bench import Bench, Skipped  # noqa: E402
 
+from benchmarks.lib.gpu_bench import Bench, Skipped  # noqa: E402
 from norton_deploy import commands  # noqa: E402
 from norton_deploy.config import parse_settings  # noqa: E402
 from norton_deploy.errors import UserError  # noqa: E402
@@ -63,7 +63,7 @@ class Settings:
 
 def cell_list() -> dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]]:
     """Name -> seconds on an H100 and the call, in order of worth."""
-    from lib import gpu_detectors, gpu_operators, gpu_training
+    from benchmarks.lib import gpu_detectors, gpu_operators, gpu_training
 
     return {
         "environment": (10, gpu_detectors.environment),
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing; 1 if a cell failed."""
     settings = parse_settings(Settings, argv, prog="gpu", description=__doc__ or "")
     if settings.prepare is not None:
-        from lib.gpu_parity import prepare
+        from benchmarks.lib.gpu_parity import prepare
 
         prepare(settings.prepare)
         return 0

@@ -272,7 +272,7 @@ def measure_task(task: Task, settings: Settings, images: Sequence[Path]) -> dict
         "device": {name: predictor.device for name, predictor in predictors.items()},
         "latency": {name: summary_to_dict(run.summary(name)) for name in predictors},
         "inexact_batches": {name: predictors[name].inexact_batches for name in graphs},
-        "total_ms": {name: run.total_ms[:, index].tolist() for index, name in enumerate(run.names)},
+        "total_ms": run.to_dict(),
         "stages": {name: vars(split) for name, split in splits.items()},
         "complexity": {
             name: {"macs": without[name].macs, "macs_with_detections": c.macs, "params": c.params}

@@ -148,7 +148,7 @@ def measure_task(task: Task, settings: Settings) -> dict[str, Any]:
         "complexity": complexity,
         "latency": latency,
         "forms": {name: sorted(set(found.values())) for name, found in forms.items()},
-        "total_ms": {name: run.total_ms[:, index].tolist() for index, name in enumerate(run.names)},
+        "total_ms": run.to_dict(),
         "speedup": [
             {"baseline": baseline, "candidate": name, **summary_to_dict(run.speedup(baseline, name))}
             for baseline in baselines

@@ -1,10 +1,12 @@
-"""Writing files and folders whole or not at all, and naming them by their content."""
+"""Writing files and folders whole or not at all, naming them by their content, and keeping results as they come."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -111,3 +113,57 @@ def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class ResultFile:
+    """Results by name in one JSON file, {"settings": ..., "cells": {name: result}}, all made with the same settings.
+
+    What takes long is measured once: a stopped run goes on with the results that are there.
+
+    Attributes:
+        path: the file, or None to keep everything in memory.
+        settings: what the results depend on, as JSON values.
+        cells: name -> result, as JSON values.
+    """
+
+    def __init__(
+        self, path: Path | None, settings: Mapping[str, Any], *, resume: bool = True, otherwise: str, every_s: float = 0
+    ) -> None:
+        """
+        Args:
+            resume: go on with the file's results where there is one; otherwise it is replaced.
+            otherwise: what to do about a file of other settings, for the message.
+            every_s: seconds between two writings.
+
+        Raises:
+            UserError: the file's results were made with other settings, or it is no such file.
+        """
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.cells: dict[str, Any] = {}
+        self._every_s, self._saved_s = every_s, time.monotonic()
+        if not resume or path is None or not path.is_file():
+            return
+        try:
+            found = json.loads(path.read_text())
+            before, self.cells = found["settings"], found["cells"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a file of results with their settings; {otherwise}") from error
+        for name in sorted(before.keys() | self.settings.keys()):
+            old, now = before.get(name), self.settings.get(name)
+            if old != now:
+                raise UserError(f"{path}: measured with {name} = {old!r}, now it is {now!r}; {otherwise}")
+
+    def add(self, cells: Mapping[str, Any]) -> None:
+        """Take results in, and write the file if the last writing is `every_s` ago."""
+        self.cells.update(cells)
+        if time.monotonic() - self._saved_s >= self._every_s:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self._saved_s = time.monotonic()
+        if self.path is not None:
+            with atomic_write(self.path, "w") as stream:
+                json.dump({"settings": self.settings, "cells": self.cells}, stream, indent=1)
+                stream.write("\n")

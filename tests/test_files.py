@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write, check_output_file, new_folder, refuse_same_file
+from norton_deploy.files import ResultFile, atomic_write, check_output_file, new_folder, refuse_same_file
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -76,3 +76,31 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     refuse_same_file(tmp_path / "new", one)
     with pytest.raises(UserError, match="would be lost"):
         refuse_same_file(link, other, one)
+
+
+def test_results_are_kept_and_belong_to_their_settings(tmp_path: Path) -> None:
+    path, settings = tmp_path / "below" / "results.json", {"seed": 0, "size": (2, 3)}
+    first = ResultFile(path, settings, otherwise="delete it")
+    first.add({"a": 1.5})
+    first.add({"b": {"ms": [1, 2]}})
+    again = ResultFile(path, settings, otherwise="delete it")
+    assert again.cells == {"a": 1.5, "b": {"ms": [1, 2]}} == first.cells
+    with pytest.raises(UserError, match=r"results\.json: measured with size = \[2, 3\], now it is \[2, 4\]; delete it"):
+        ResultFile(path, {**settings, "size": (2, 4)}, otherwise="delete it")
+    with pytest.raises(UserError, match="measured with threads = None, now it is 2"):
+        ResultFile(path, {**settings, "threads": 2}, otherwise="")
+    assert ResultFile(path, {"seed": 1}, resume=False, otherwise="").cells == {}
+    path.write_text('{"times_ms": {}}')
+    with pytest.raises(UserError, match="not a file of results"):
+        ResultFile(path, settings, otherwise="")
+
+
+def test_results_can_wait_for_the_next_writing_or_stay_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    results = ResultFile(path, {}, otherwise="", every_s=3600)
+    results.add({"a": 1})
+    assert not path.exists()
+    results.save()
+    assert ResultFile(path, {}, otherwise="").cells == {"a": 1}
+    ResultFile(None, {}, otherwise="").add({"a": 1})
+    assert list(tmp_path.iterdir()) == [path]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.gpu_bench import (
+from benchmarks.lib.gpu_bench import (
     Bench,
     Graph,
     Outputs,
@@ -119,7 +119,7 @@ def state(outputs: Outputs) -> dict[str, Any]:
 
 def correctness(bench: Bench) -> dict[str, Any]:
     """The project's parity gate, its graph run on this device: every stage and the detections, fp32, TF32 and fp16."""
-    from lib.gpu_parity import Subject, compare
+    from benchmarks.lib.gpu_parity import Subject, compare
     from norton_deploy.checkpoints.packaged import PACKAGED_TASKS, packaged_detector
 
     subjects = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, roi_align
 
-from lib.gpu_bench import Bench, Graph, Variant, arithmetic, capture, event_ms, explain, spread, time_in_turn
+from benchmarks.lib.gpu_bench import Bench, Graph, Variant, arithmetic, capture, event_ms, explain, spread, time_in_turn
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lowering import Form, lower_block
 from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, nms_unrolled, pairwise_iou

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.gpu_bench import Bench, Graph, Precision, Variant, arithmetic, explain, static_module
+from benchmarks.lib.gpu_bench import Bench, Graph, Precision, Variant, arithmetic, explain, static_module
 from norton_deploy.export.static_rcnn import GraphSettings
 from norton_deploy.parity.eager_stages import EagerStages
 from norton_deploy.parity.gate import (

@@ -12,7 +12,7 @@ from norton_deploy.training.box_precision import keep_boxes_in_float32
 from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
-from lib.gpu_bench import Bench, Precision, arithmetic, as_torchvision, explain, spread, time_in_turn
+from benchmarks.lib.gpu_bench import Bench, Precision, arithmetic, as_torchvision, explain, spread, time_in_turn
 from norton_deploy.models.detectors import freeze_stages
 
 NormForward = Callable[[Any, Tensor], Tensor]

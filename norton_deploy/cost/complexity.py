@@ -103,11 +103,7 @@ def count_complexity(
     counted = [layer for layer in shadow.modules() if layer_params(layer) and not list(layer.children())]
     for layer in counted:
         layer.register_forward_hook(record)
-    with torch.no_grad():
-        if is_detector(shadow):
-            run_detector(shadow, image_size, proposals, detections)
-        else:
-            shadow(torch.empty(1, 3, *image_size, device="meta"))
+    run_on_meta(shadow, image_size, proposals, detections)
     layers = tuple(
         LayerComplexity(
             names[layer],
@@ -134,15 +130,19 @@ def complexity_of(model: nn.Module, settings: ModelSettings) -> Complexity:
     return count_complexity(model, settings.input_size, proposals=settings.proposals)
 
 
-def run_detector(model: Any, image_size: tuple[int, int], proposals: int, detections: int, batch: int = 1) -> None:
-    """Send tensors of the right shapes through every stage that has weights.
+@torch.no_grad()
+def run_on_meta(model: Any, image_size: tuple[int, int], proposals: int, detections: int, batch: int = 1) -> None:
+    """Send tensors of the right shapes through a classifier, or through every stage of a detector that has weights.
 
     Args:
-        model: a detector on the meta device.
+        model: on the meta device.
         image_size: (height, width) of the images.
         proposals, detections: RoIs in all, through the box head and through the mask or keypoint head.
         batch: images.
     """
+    if not is_detector(model):
+        model(torch.empty(batch, 3, *image_size, device="meta"))
+        return
     divisor = model.transform.size_divisible
     height, width = (-(-side // divisor) * divisor for side in image_size)
     features = model.backbone(torch.empty(batch, 3, height, width, device="meta"))

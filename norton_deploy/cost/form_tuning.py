@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from norton_deploy.compression.lowering import Form
-from norton_deploy.cost.layer_calls import LayerCall
-from norton_deploy.cost.layer_graphs import LayerShape, layer_graph
-from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from norton_deploy.cost.layer_shapes import LayerCall, LayerShape
+from norton_deploy.cost.turns import time_in_turns
+from norton_deploy.files import ResultFile
 
 FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
+OPSET, IR_VERSION = 20, 10
 CPU = "CPUExecutionProvider"
 FEWEST_REPEATS, MOST_REPEATS = 3, 40
 ENOUGH_MS = 14.0
-"""A layer is repeated until the measured runs of its fastest form add up to this, within the two limits above."""
+"""A layer is repeated so often that the runs of its fastest form add up to this, within the two limits above."""
 SAVE_EVERY_S = 20.0
 HOPELESS = 2.0
 """A form whose first measured run takes this many times the fastest form's is not run again."""
@@ -33,26 +33,25 @@ class TimingTable:
     """Shortest time in ms of layer shapes in each form, measured when first asked for, kept in a JSON file.
 
     Attributes:
-        path: the file, or None to keep the table in memory.
         provider: ONNX Runtime's execution provider.
-        machine: what the times belong to (processor, threads, versions), compared with the file's.
         times_ms: key of shape and form -> ms.
     """
 
     def __init__(self, path: Path | None, machine: Mapping[str, Any], provider: str = CPU) -> None:
         """
+        Args:
+            path: the file, or None to keep the table in memory.
+            machine: what the times belong to (processor, threads, versions), compared with the file's.
+            provider: that runs the layers.
+
         Raises:
             UserError: the file holds times of another machine, provider or version.
         """
-        self.path, self.provider = path, provider
-        self.machine = {key: str(value) for key, value in machine.items()} | {"provider": provider}
-        self.times_ms: dict[str, float] = {}
-        self._saved_s = time.monotonic()
-        if path is not None and path.is_file():
-            content = json.loads(path.read_text())
-            if content.get("machine") != self.machine:
-                raise UserError(f"{path}: times of another machine or version; delete it or name another file")
-            self.times_ms = content["times_ms"]
+        self.provider = provider
+        settings = {key: str(value) for key, value in machine.items()} | {"provider": provider}
+        otherwise = "times of another machine or version; delete the file or name another"
+        self._file = ResultFile(path, settings, otherwise=otherwise, every_s=SAVE_EVERY_S)
+        self.times_ms: dict[str, float] = self._file.cells
 
     def time_ms(self, shape: LayerShape, form: Form) -> float:
         """Time of a shape in a form; a plain layer (rank 0) has the form "dense" only."""
@@ -62,28 +61,20 @@ class TimingTable:
         return self.times_ms[key]
 
     def measure(self, shape: LayerShape) -> None:
-        """Time all forms of a shape in alternation; the file is written now and then."""
-        forms: tuple[Form, ...] = FORMS if shape.rank else ("dense",)
-        missing = [form for form in forms if shape.key(form) not in self.times_ms]
-        for form, time_ms in zip(missing, time_alternating(shape, missing, self.provider), strict=True):
-            self.times_ms[shape.key(form)] = time_ms
-        if time.monotonic() - self._saved_s > SAVE_EVERY_S:
-            self.save()
+        """Time all forms of a shape in turn; the file is written now and then."""
+        missing = [form for form in forms_of(shape) if shape.key(form) not in self.times_ms]
+        times_ms = time_forms(shape, missing, self.provider)
+        self._file.add({shape.key(form): time_ms for form, time_ms in zip(missing, times_ms, strict=True)})
 
     def fastest(self, shape: LayerShape) -> tuple[Form, float]:
         """The fastest form of a shape and its time in ms."""
-        forms: tuple[Form, ...] = FORMS if shape.rank else ("dense",)
-        times = {form: self.time_ms(shape, form) for form in forms}
+        times = {form: self.time_ms(shape, form) for form in forms_of(shape)}
         best = min(times, key=times.__getitem__)
         return best, times[best]
 
     def save(self) -> None:
         """Write the table, whole or not at all."""
-        self._saved_s = time.monotonic()
-        if self.path is None:
-            return
-        with atomic_write(self.path, "w") as stream:
-            json.dump({"machine": self.machine, "times_ms": self.times_ms}, stream, indent=1, sort_keys=True)
+        self._file.save()
 
 
 @dataclass(frozen=True)
@@ -143,7 +134,12 @@ def tune_blocks(
     ]
 
 
-def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str) -> list[float]:
+def forms_of(shape: LayerShape) -> tuple[Form, ...]:
+    """The forms that a layer can run in."""
+    return FORMS if shape.rank else ("dense",)
+
+
+def time_forms(shape: LayerShape, forms: Iterable[Form], provider: str) -> list[float]:
     """Shortest time in ms of a layer in each form, the forms taking turns.
 
     The shortest of few runs, not their median: whatever else the machine does can only lengthen a run.
@@ -165,25 +161,23 @@ def time_alternating(shape: LayerShape, forms: Iterable[Form], provider: str) ->
             profile = Path(folder) / str(index) if provider == CPU else None
             sessions.append(make_session(content, providers=[provider], profile_prefix=profile))
             feeds.append({"input": example})
-        for session, feed in zip(sessions, feeds, strict=True):
-            session.run(None, feed)  # The first run allocates.
-        wall_ms: list[list[float]] = [[] for _ in sessions]
-        running = list(range(len(sessions)))
-        for repeat in range(MOST_REPEATS):
-            for index in running:
-                started = time.perf_counter()
-                sessions[index].run(None, feeds[index])
-                wall_ms[index].append((time.perf_counter() - started) * 1e3)
-            fastest_ms = min((sum(wall_ms[index]) for index in running), default=math.inf)
-            if repeat == 0:
-                running = [index for index in running if wall_ms[index][0] <= HOPELESS * fastest_ms]
-            if repeat + 1 >= FEWEST_REPEATS and fastest_ms >= ENOUGH_MS:
-                break
+        calls = {
+            str(index): lambda _, session=session, feed=feed: session.run(None, feed)
+            for index, (session, feed) in enumerate(zip(sessions, feeds, strict=True))
+        }
+        first = time_in_turns(calls, rounds=1, warm_up=1)  # The very first run allocates.
+        runs_ms = {name: list(first.of(name)) for name in calls}
+        fastest_ms = first.times_ms.min()
+        running = {name: call for name, call in calls.items() if runs_ms[name][0] <= HOPELESS * fastest_ms}
+        rounds = min(MOST_REPEATS, max(FEWEST_REPEATS, math.ceil(ENOUGH_MS / fastest_ms))) - 1
+        rest = time_in_turns(running, rounds=rounds, warm_up=0)
+        for name in running:
+            runs_ms[name] += list(rest.of(name))
         if provider != CPU:
-            return [min(times) for times in wall_ms]
+            return [min(times) for times in runs_ms.values()]
         return [
             _node_time_ms(Path(session.end_profiling()), 1 + len(times))
-            for session, times in zip(sessions, wall_ms, strict=True)
+            for session, times in zip(sessions, runs_ms.values(), strict=True)
         ]
 
 
@@ -199,3 +193,63 @@ def _node_time_ms(profile: Path, runs: int) -> float:
     ]
     by_run = np.asarray(durations).reshape(runs, -1).sum(axis=1)
     return float(by_run[1:].min())
+
+
+def layer_graph(shape: LayerShape, form: Form) -> tuple[bytes, npt.NDArray[np.float32]]:
+    """An ONNX model of one layer with random weights, and an input for it.
+
+    A plain layer has the form "dense" only. The convolutions are those of `lower_block`.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    nodes: list[Any] = []
+    weights: list[Any] = []
+
+    def add(operator: str, weight_shape: tuple[int, ...], width: int, **attributes: Any) -> None:
+        index = len(nodes)
+        fan_in = max(1, int(np.prod(weight_shape)) // width)
+        weight = generator.standard_normal(weight_shape, np.float32) / np.float32(np.sqrt(fan_in))
+        weights.append(numpy_helper.from_array(weight, f"weight_{index}"))
+        weights.append(numpy_helper.from_array(np.zeros(width, np.float32), f"bias_{index}"))
+        source = f"value_{index}" if index else "input"
+        nodes.append(
+            helper.make_node(
+                operator, [source, f"weight_{index}", f"bias_{index}"], [f"value_{index + 1}"], **attributes
+            )
+        )
+
+    batch, height, width = shape.input_size
+    inputs, outputs, terms = shape.in_channels, shape.out_channels, shape.rank * shape.out_channels
+    (kernel_h, kernel_w), (stride_h, stride_w) = shape.kernel, shape.stride
+    (pad_h, pad_w), (dilation_h, dilation_w) = shape.padding, shape.dilation
+    geometry = {
+        "strides": [stride_h, stride_w],
+        "pads": [pad_h, pad_w, pad_h, pad_w],
+        "dilations": [dilation_h, dilation_w],
+    }
+    if shape.kind == "linear":
+        add("Gemm", (outputs, inputs), outputs, transB=1)
+    elif shape.kind == "transposed":
+        add("ConvTranspose", (inputs, outputs, kernel_h, kernel_w), outputs, **geometry)
+    elif form == "dense":
+        add("Conv", (outputs, inputs, kernel_h, kernel_w), outputs, **geometry)
+    else:
+        add("Conv", (terms, inputs, 1, 1), terms)
+        if form == "grouped":
+            add("Conv", (outputs, shape.rank, kernel_h, kernel_w), outputs, group=outputs, **geometry)
+        else:
+            add("Conv", (terms, 1, 1, kernel_w), terms, group=terms, strides=[1, stride_w],
+                pads=[0, pad_w, 0, pad_w], dilations=[1, dilation_w])  # fmt: skip
+            add("Conv", (outputs, shape.rank, kernel_h, 1), outputs, group=outputs, strides=[stride_h, 1],
+                pads=[pad_h, 0, pad_h, 0], dilations=[dilation_h, 1])  # fmt: skip
+    input_shape = [batch, inputs] if shape.kind == "linear" else [batch, inputs, height, width]
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)],
+        [helper.make_tensor_value_info(f"value_{len(nodes)}", TensorProto.FLOAT, None)],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return model.SerializeToString(), generator.standard_normal(input_shape, np.float32)

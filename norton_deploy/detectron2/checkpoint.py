@@ -1,22 +1,39 @@
-"""A trained Detectron2 model as one of our checkpoints. Detectron2 itself is not needed."""
+"""A trained Detectron2 model as one of our checkpoints, and the structure of one with the registered backbone.
+
+Detectron2 itself is not needed.
+"""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_tensors
-from norton_deploy.compression.compress import apply_structure
-from norton_deploy.detectron2.backbone import backbone_structure
-from norton_deploy.detectron2.config import read_config
+from norton_deploy.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointHeader,
+    load_weights,
+    read_header,
+    read_tensors,
+)
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP
+from norton_deploy.compression.compress import BODY, apply_structure
+from norton_deploy.detectron2.config import Detectron2Config, read_config
 from norton_deploy.detectron2.pickle import read_pickle
 from norton_deploy.detectron2.weights import convert_weights
 from norton_deploy.errors import UserError
-from norton_deploy.models.detectors import build_dense_detector
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
+
+BACKBONE = "backbone."
+RPN = "rpn.head.conv.0.0"
+PIXEL_TOLERANCE = 1e-4
+"""Of the pixels' mean and std, in units of 0..1."""
 
 
 def import_detectron2(config: str | Path, weights: str | Path, annotations: str | Path | None = None) -> Checkpoint:
@@ -39,7 +56,7 @@ def import_detectron2(config: str | Path, weights: str | Path, annotations: str 
     parsed = read_config(config)
     settings, plan = backbone_structure(parsed) if parsed.is_norton else (parsed.settings(), None)
     task = parsed.task
-    model = build_dense_detector(task, settings)
+    model = settings.build(task)
     if plan is not None:
         apply_structure(model, plan)
     converted = convert_weights(_read_weights(Path(weights)), model, parsed, str(weights))
@@ -91,3 +108,65 @@ def _annotated(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a COCO annotation file with 'categories' ({error})") from error
     return tuple(number for number, _ in entries), tuple(name for _, name in entries)
+
+
+def backbone_structure(config: Detectron2Config) -> tuple[DetectorSettings, CompressionPlan | None]:
+    """Settings of a detector whose backbone is the registered one, and the plan of that backbone.
+
+    The plan stands in the file MODEL.NORTON.PLAN, or in the header of the checkpoint MODEL.NORTON.WEIGHTS. Only
+    its backbone part (body and pyramid) holds: Detectron2 builds the heads.
+
+    Returns:
+        (settings, plan in a detector's names, or None when the backbone is dense).
+
+    Raises:
+        UserError: the configuration is of a model that cannot be expressed, or the two files contradict it or
+            each other; the message says what to set.
+    """
+    settings = config.settings()
+    file, weights = config["MODEL.NORTON.PLAN"], config["MODEL.NORTON.WEIGHTS"]
+    header = read_header(weights) if weights else None
+    if header is not None:
+        settings = _settings_of(header, settings, config)
+    own = None if header is None else header.plan
+    if file and own is not None:
+        raise UserError(
+            f"{config.source}: MODEL.NORTON.PLAN is {file}, but {weights} is compressed already; leave PLAN empty"
+        )
+    plan = CompressionPlan.load(file) if file else own
+    if plan is None or plan.architecture != "rcnn":
+        return settings, None if plan is None else plan.with_prefix("rcnn", BODY)
+    part = plan.within_prefix("rcnn", BACKBONE).with_prefix("rcnn", BACKBONE)
+    if PYRAMID_GROUP in part.keep:
+        # Detectron2's RPN is as wide as the pyramid that it reads.
+        part = replace(part, keep={**part.keep, RPN: part.keep[PYRAMID_GROUP]})
+    return settings, part
+
+
+def _settings_of(header: CheckpointHeader, settings: DetectorSettings, config: Detectron2Config) -> DetectorSettings:
+    """The settings with what only the checkpoint knows; what both know must agree."""
+    path, architecture = config["MODEL.NORTON.WEIGHTS"], header.settings.architecture
+    if architecture != settings.architecture:
+        raise UserError(
+            f"{config.source}: MODEL.RESNETS.DEPTH gives {settings.architecture}, but {path} is {architecture}"
+        )
+    pixels = header.classifier.pixels if header.task == "cls" else header.detector.image.pixels
+    if not np.allclose(pixels, settings.image.pixels, rtol=0, atol=PIXEL_TOLERANCE):
+        mean, std = ([round(255 * value, 3) for value in values] for values in pixels)
+        raise UserError(
+            f"{config.source}: the pixels' mean and std are not those of {path}; set INPUT.FORMAT: RGB, "
+            f"MODEL.PIXEL_MEAN: {mean}, MODEL.PIXEL_STD: {std}"
+        )
+    if header.task == "cls":
+        return settings
+    found, expected = header.detector, settings.backbone
+    if found.backbone.fpn_channels != expected.fpn_channels:
+        raise UserError(
+            f"{config.source}: MODEL.FPN.OUT_CHANNELS is {expected.fpn_channels}, but {path} has "
+            f"{found.backbone.fpn_channels}"
+        )
+    return replace(
+        settings,
+        detectron2=replace(settings.detectron2, stride_in_1x1=found.detectron2.stride_in_1x1),
+        backbone=replace(expected, norm_eps=found.backbone.norm_eps),
+    )

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from norton_deploy.config import from_mapping
-from norton_deploy.detectron2.keys import DEFAULTS, REQUIRED, REQUIRED_KEYPOINT, REQUIRED_MASK
+from norton_deploy.config import flatten, from_mapping
 from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import Norm
 from norton_deploy.models.detectors import DetectorSettings
@@ -21,6 +20,88 @@ BASE_KEY = "_BASE_"
 NORMS: dict[str, Norm] = {"FrozenBN": "frozen", "BN": "batch", "SyncBN": "sync", "GN": "group"}
 POOLERS = {"ROIAlign": False, "ROIAlignV2": True}
 STRIDES = (4, 8, 16, 32, 64)
+
+
+def _values(text: str) -> dict[str, Any]:
+    """Nested sections in YAML as "SECTION.KEY" -> value."""
+    return {name: _plain(value) for name, value in flatten(yaml.safe_load(text)).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples; texts that stand for a Python literal, as `("a", "b")`, as that literal (yacs's rule)."""
+    if isinstance(value, str):
+        try:
+            return _plain_sequence(ast.literal_eval(value))
+        except (ValueError, SyntaxError):
+            return value
+    return _plain_sequence(value)
+
+
+def _plain_sequence(value: Any) -> Any:
+    return tuple(_plain_sequence(entry) for entry in value) if isinstance(value, list | tuple) else value
+
+
+# The values that hold where a file says nothing (Detectron2 0.6), of all keys that are read.
+DEFAULTS = _values("""
+INPUT: {FORMAT: BGR, MAX_SIZE_TEST: 1333, MIN_SIZE_TEST: 800, MIN_SIZE_TRAIN: [800], MIN_SIZE_TRAIN_SAMPLING: choice}
+TEST: {DETECTIONS_PER_IMAGE: 100}
+MODEL:
+  KEYPOINT_ON: false
+  LOAD_PROPOSALS: false
+  MASK_ON: false
+  META_ARCHITECTURE: GeneralizedRCNN
+  PIXEL_MEAN: [103.53, 116.28, 123.675]
+  PIXEL_STD: [1.0, 1.0, 1.0]
+  ANCHOR_GENERATOR:
+    {ASPECT_RATIOS: [[0.5, 1.0, 2.0]], NAME: DefaultAnchorGenerator, OFFSET: 0.0, SIZES: [[32, 64, 128, 256,
+     512]]}
+  BACKBONE: {FREEZE_AT: 2, NAME: build_resnet_backbone}
+  FPN: {FUSE_TYPE: sum, IN_FEATURES: [], NORM: "", OUT_CHANNELS: 256}
+  NORTON: {PLAN: "", WEIGHTS: ""}
+  PROPOSAL_GENERATOR: {MIN_SIZE: 0, NAME: RPN}
+  RESNETS:
+    {DEFORM_ON_PER_STAGE: [false, false, false, false], DEPTH: 50, NORM: FrozenBN, NUM_GROUPS: 1, OUT_FEATURES:
+     [res4], RES2_OUT_CHANNELS: 256, RES5_DILATION: 1, STEM_OUT_CHANNELS: 64, STRIDE_IN_1X1: true,
+     WIDTH_PER_GROUP: 64}
+  ROI_BOX_HEAD:
+    {BBOX_REG_WEIGHTS: [10.0, 10.0, 5.0, 5.0], CLS_AGNOSTIC_BBOX_REG: false, FC_DIM: 1024, NAME: "", NUM_CONV: 0,
+     NUM_FC: 0, POOLER_RESOLUTION: 14, POOLER_SAMPLING_RATIO: 0, POOLER_TYPE: ROIAlignV2, USE_SIGMOID_CE: false}
+  ROI_HEADS:
+    {BATCH_SIZE_PER_IMAGE: 512, IN_FEATURES: [res4], NAME: Res5ROIHeads, NMS_THRESH_TEST: 0.5, NUM_CLASSES: 80,
+     POSITIVE_FRACTION: 0.25, SCORE_THRESH_TEST: 0.05}
+  ROI_KEYPOINT_HEAD:
+    {CONV_DIMS: [512, 512, 512, 512, 512, 512, 512, 512], NAME: KRCNNConvDeconvUpsampleHead, NUM_KEYPOINTS: 17,
+     POOLER_RESOLUTION: 14, POOLER_SAMPLING_RATIO: 0, POOLER_TYPE: ROIAlignV2}
+  ROI_MASK_HEAD:
+    {CLS_AGNOSTIC_MASK: false, CONV_DIM: 256, NAME: MaskRCNNConvUpsampleHead, NORM: "", NUM_CONV: 0,
+     POOLER_RESOLUTION: 14, POOLER_SAMPLING_RATIO: 0, POOLER_TYPE: ROIAlignV2}
+  RPN:
+    {BATCH_SIZE_PER_IMAGE: 256, BBOX_REG_WEIGHTS: [1.0, 1.0, 1.0, 1.0], CONV_DIMS: [-1], HEAD_NAME:
+     StandardRPNHead, IN_FEATURES: [res4], NMS_THRESH: 0.7, POST_NMS_TOPK_TEST: 1000, POST_NMS_TOPK_TRAIN: 2000,
+     PRE_NMS_TOPK_TEST: 6000, PRE_NMS_TOPK_TRAIN: 12000}
+""")
+# What must stand there: the structure of Faster, Mask and Keypoint R-CNN with an FPN over a plain ResNet.
+REQUIRED = _values("""
+MODEL:
+  LOAD_PROPOSALS: false
+  META_ARCHITECTURE: GeneralizedRCNN
+  ANCHOR_GENERATOR: {NAME: DefaultAnchorGenerator}
+  FPN: {FUSE_TYPE: sum, IN_FEATURES: [res2, res3, res4, res5], NORM: ""}
+  PROPOSAL_GENERATOR: {NAME: RPN}
+  RESNETS:
+    {DEFORM_ON_PER_STAGE: [false, false, false, false], NUM_GROUPS: 1, RES5_DILATION: 1, STEM_OUT_CHANNELS: 64,
+     WIDTH_PER_GROUP: 64}
+  ROI_BOX_HEAD: {NAME: FastRCNNConvFCHead, NUM_CONV: 0, NUM_FC: 2, POOLER_RESOLUTION: 7, USE_SIGMOID_CE: false}
+  ROI_HEADS: {IN_FEATURES: [p2, p3, p4, p5], NAME: StandardROIHeads}
+  RPN:
+    {BBOX_REG_WEIGHTS: [1.0, 1.0, 1.0, 1.0], CONV_DIMS: [-1], HEAD_NAME: StandardRPNHead, IN_FEATURES: [p2, p3,
+     p4, p5, p6]}
+""")
+REQUIRED_OF_TASK = {
+    "box": {},
+    "mask": _values("MODEL: {ROI_MASK_HEAD: {NAME: MaskRCNNConvUpsampleHead, NORM: '', POOLER_RESOLUTION: 14}}"),
+    "keypoint": _values("MODEL: {ROI_KEYPOINT_HEAD: {NAME: KRCNNConvDeconvUpsampleHead, POOLER_RESOLUTION: 14}}"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,11 +199,7 @@ class Detectron2Config:
         return from_mapping(DetectorSettings, values, self.source)
 
     def _check_structure(self) -> None:
-        required = dict(REQUIRED)
-        if self.task == "mask":
-            required |= REQUIRED_MASK
-        elif self.task == "keypoint":
-            required |= REQUIRED_KEYPOINT
+        required = REQUIRED | REQUIRED_OF_TASK[self.task]
         if self["MODEL.RESNETS.DEPTH"] >= 50:
             required["MODEL.RESNETS.RES2_OUT_CHANNELS"] = 256
         for key, expected in required.items():
@@ -175,7 +252,8 @@ class Detectron2Config:
 
 def config_of(tree: Mapping[str, Any], source: str) -> Detectron2Config:
     """The configuration in nested sections, as a YAML file or Detectron2's own node has them."""
-    return Detectron2Config(DEFAULTS | _flatten(tree), source)
+    known = {name: _plain(value) for name, value in flatten(tree).items() if name in DEFAULTS}
+    return Detectron2Config(DEFAULTS | known, source)
 
 
 def read_config(path: str | Path) -> Detectron2Config:
@@ -214,29 +292,3 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         mine = merged.get(key)
         merged[key] = _merge(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The known keys of nested sections as "SECTION.KEY" -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{name}.")
-        elif name in DEFAULTS:
-            flat[name] = _plain(value)
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    """Lists as tuples; texts that stand for a Python literal, as `("a", "b")`, as that literal (yacs's rule)."""
-    if isinstance(value, str):
-        try:
-            return _plain_sequence(ast.literal_eval(value))
-        except (ValueError, SyntaxError):
-            return value
-    return _plain_sequence(value)
-
-
-def _plain_sequence(value: Any) -> Any:
-    return tuple(_plain_sequence(entry) for entry in value) if isinstance(value, list | tuple) else value

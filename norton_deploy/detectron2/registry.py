@@ -25,7 +25,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, load_weights
 from norton_deploy.compression.compress import BODY, apply_structure, compress
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.detectron2.backbone import BACKBONE, backbone_structure
+from norton_deploy.detectron2.checkpoint import BACKBONE, backbone_structure
 from norton_deploy.detectron2.config import NORTON_BACKBONE, STRIDES, Detectron2Config, config_of
 from norton_deploy.detectron2.weights import swap_red_and_blue
 from norton_deploy.models.detector_parts import FREEZING_ORDER, freeze_stages

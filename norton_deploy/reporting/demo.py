@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.checkpoints.packaged import PACKAGED_TASKS, packaged_path
-from norton_deploy.cost.complexity import Complexity, count_complexity
+from norton_deploy.cost.complexity import Complexity, complexity_of
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.drawing import draw_detections
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.predictor import Predictor, read_image
-from norton_deploy.reporting.latency import AlternatingRun, measure_alternating, summary_to_dict
+from norton_deploy.reporting.latency import LatencyRun, measure_alternating
 from norton_deploy.reporting.page import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, detector_table
@@ -58,7 +59,8 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
     metrics = {name: json.loads((folder / "metrics.json").read_text()) for name, folder in folders.items()}
     images = find_images(data / "val2017")
     latency = measure_alternating(models, images, rounds=LATENCY_ROUNDS)
-    counts = {name: _complexity(folder / "last.safetensors") for name, folder in folders.items()}
+    loaded = {name: load_checkpoint(folder / "last.safetensors") for name, folder in folders.items()}
+    counts = {name: complexity_of(found.model, found.header.settings) for name, found in loaded.items()}
     shown = images[: 4 * PICTURES : 4]
     pairs = _draw_panels(models, shown, out / "pictures", "detections")
     packaged = {kind: load_predictor(packaged_path(kind)) for kind in PACKAGED_TASKS if packaged_path(kind).is_file()}
@@ -94,24 +96,16 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
         "steps": _steps(out),
         "metrics": {name: entry["metrics"] for name, entry in metrics.items()},
         "complexity": {name: {"macs": c.macs, "params": c.params} for name, c in counts.items()},
-        "latency": {name: summary_to_dict(latency.summary(name)) for name in folders},
-        "speedup": summary_to_dict(latency.speedup("dense", "NORTON")),
+        "latency": {name: latency.summary(name).to_dict() for name in folders},
+        "speedup": latency.speedup("dense", "NORTON").to_dict(),
     }
     with atomic_write(out / "report.json", "w") as stream:
         stream.write(json.dumps(record, indent=2) + "\n")
     return out / "report.md"
 
 
-def _complexity(checkpoint: Path) -> Complexity:
-    from norton_deploy.checkpoints.checkpoint import load_checkpoint
-
-    loaded = load_checkpoint(checkpoint)
-    settings = loaded.header.settings
-    return count_complexity(loaded.model, settings.input_size, proposals=settings.proposals)
-
-
 def _row(
-    name: str, task: Task, metrics: dict[str, Any], latency: AlternatingRun, counts: dict[str, Complexity]
+    name: str, task: Task, metrics: dict[str, Any], latency: LatencyRun, counts: dict[str, Complexity]
 ) -> DetectorRow:
     average_precision, average_recall = table3_scores(task, metrics[name]["metrics"])
     summary = latency.summary(name)

@@ -1,11 +1,11 @@
 """What a planner may decide: for each channel group, its rank and how many filters it keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from norton_deploy.compression.compress import channel_groups
+from norton_deploy.compression.channel_groups import channel_groups
 from norton_deploy.compression.surgery import output_width
 from norton_deploy.method.cp import max_rank
 from norton_deploy.method.plan import CompressionPlan
@@ -87,19 +87,24 @@ def list_decisions(
     return decisions
 
 
-def to_plan(choice: Choice, decisions: list[Decision], architecture: str, note: str = "") -> CompressionPlan:
+def ranks_and_keep(choice: Choice, decisions: Sequence[Decision]) -> tuple[dict[str, int], dict[str, int]]:
+    """Rank of every layer that could be decomposed, 0 if it is not, and kept filters of every group."""
+    ranks = {layer: choice[decision.group].rank for decision in decisions for layer in decision.decomposed}
+    return ranks, {decision.group: choice[decision.group].keep for decision in decisions}
+
+
+def to_plan(choice: Choice, decisions: Sequence[Decision], architecture: str, note: str = "") -> CompressionPlan:
     """The plan of a joint choice; what stays whole is not named."""
-    ranks: dict[str, int] = {}
-    keep: dict[str, int] = {}
-    for decision in decisions:
-        option = choice[decision.group]
-        if option.rank:
-            ranks |= dict.fromkeys(decision.decomposed, option.rank)
-        if option.keep < decision.widths[0]:
-            keep[decision.group] = option.keep
-    return CompressionPlan(architecture, ranks, keep, note)
+    ranks, keep = ranks_and_keep(choice, decisions)
+    widths = {decision.group: decision.widths[0] for decision in decisions}
+    return CompressionPlan(
+        architecture,
+        {layer: rank for layer, rank in ranks.items() if rank},
+        {group: count for group, count in keep.items() if count < widths[group]},
+        note,
+    )
 
 
-def untouched(decisions: list[Decision]) -> dict[str, Option]:
+def untouched(decisions: Sequence[Decision]) -> dict[str, Option]:
     """The choice that leaves the model dense."""
     return {decision.group: decision.options[0] for decision in decisions}

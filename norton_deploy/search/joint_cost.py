@@ -1,4 +1,4 @@
-"""Cost of a whole plan: MACs, parameters or milliseconds, from the widths on both sides of every layer.
+"""Cost of a whole plan: MACs, parameters or milliseconds, from the widths on both sides of every layer; its budget.
 
 A layer's cost depends on two groups, the one whose channels it reads and the one it writes: roughly the product of
 their widths. So the cost is always that of the joint plan; nothing is linearised.
@@ -6,7 +6,7 @@ their widths. So the cost is always that of the joint plan; nothing is linearise
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 from scipy.optimize import nnls
@@ -14,12 +14,53 @@ from torch import nn
 
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP, channel_groups
 from norton_deploy.cost.complexity import layer_params
-from norton_deploy.cost.layer_calls import LayerCall
-from norton_deploy.cost.layer_graphs import LayerShape
+from norton_deploy.cost.layer_shapes import LayerCall, LayerShape
+from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 
 Measure = Literal["macs", "params", "latency_ms"]
+BudgetKind = Literal[Measure, "speedup"]
+UNITS: dict[Measure, str] = {"macs": "MACs", "params": "parameters", "latency_ms": "ms"}
 LAST_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may cost.
+
+    Attributes:
+        kind: macs or params (a share of the dense model's, 0..1), latency_ms, or speedup over the dense model.
+        amount: the limit.
+    """
+
+    kind: BudgetKind
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """ "speedup=4" -> Budget("speedup", 4.0).
+
+        Raises:
+            UserError: not one of the four kinds, or an impossible number.
+        """
+        kind, _, number = text.partition("=")
+        try:
+            amount = float(number)
+        except ValueError:
+            amount = -1.0
+        if kind not in get_args(BudgetKind) or amount <= 0:
+            raise UserError(f"--budget {text}: expected macs=0.2, params=0.5, latency_ms=400 or speedup=4")
+        if kind in ("macs", "params") and amount > 1:
+            raise UserError(f"--budget {text}: a share of the dense model's, between 0 and 1")
+        return cls(cast(BudgetKind, kind), amount)
+
+    @property
+    def measure(self) -> Measure:
+        """What has to be counted or timed to keep it."""
+        return "latency_ms" if self.kind == "speedup" else self.kind
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.amount:g}"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from torch import nn
 
 from norton_deploy.compression.compress import compress
 from norton_deploy.cost.form_tuning import TimingTable
-from norton_deploy.cost.layer_calls import layer_calls
-from norton_deploy.inference.predictor import Image
+from norton_deploy.cost.turns import Turns, time_in_turns
+from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.budget import Budget
 from norton_deploy.search.decisions import Decision, Option, to_plan
-from norton_deploy.search.end_to_end import Workload, time_in_turn, tuned_predictor
-from norton_deploy.search.joint_cost import JointCost, calibrate, joint_cost
+from norton_deploy.search.end_to_end import Workload, tuned_predictor
+from norton_deploy.search.joint_cost import Budget, JointCost, calibrate, joint_cost
 from norton_deploy.search.planner import Harm, Planner, Point
 from norton_deploy.structures import Categories
 
@@ -30,21 +29,23 @@ class LatencyResult:
 
     Attributes:
         point, plan: the plan.
+        cost: latency of plans, calibrated.
         predicted_ms: by the calibrated cost.
         dense_ms: the dense model's median when the cost was calibrated.
-        times_ms: of the calls in turn that the plan was measured by, "dense" and "plan", [rounds] each.
+        turns: the calls in turn that the plan was measured by, "dense" and "plan".
     """
 
     point: Point
     plan: CompressionPlan
+    cost: JointCost
     predicted_ms: float
     dense_ms: float
-    times_ms: dict[str, npt.NDArray[np.float64]]
+    turns: Turns
 
     @property
     def speedups(self) -> npt.NDArray[np.float64]:
         """Paired ratios dense / plan of calls in the same turn, [rounds]."""
-        return self.times_ms["dense"] / self.times_ms["plan"]
+        return self.turns.of("dense") / self.turns.of("plan")
 
     @property
     def measured_ms(self) -> float:
@@ -93,8 +94,9 @@ class LatencySearch:
         self.dense, self.decisions, self.harm, self.workload = dense, decisions, harm, workload
         self.categories, self.images, self.table = categories, images, table
         self.rounds, self.seed, self.report = rounds, seed, report
-        calls = layer_calls(dense, workload.image_size, proposals=workload.proposals, detections=workload.detections)
-        self.cost: JointCost = joint_cost(dense, calls, "latency_ms", lambda shape: table.fastest(shape)[1])
+        self.cost: JointCost = joint_cost(
+            dense, workload.calls(dense), "latency_ms", lambda shape: table.fastest(shape)[1]
+        )
         self.dense_ms = 0.0
         self._dense_predictor = tuned_predictor(dense, workload, categories, table)
         self._measured: list[tuple[CompressionPlan, float]] = []
@@ -105,11 +107,11 @@ class LatencySearch:
         narrowed = {d.group: Option(decomposed[d.group].rank, d.widths[len(d.widths) // 2]) for d in self.decisions}
         plans = [to_plan(choice, self.decisions, "rcnn") for choice in (decomposed, narrowed)]
         self.report("timing the dense model and two uniform plans end to end")
-        times = self._measure({"decomposed": plans[0], "narrowed": plans[1]})
-        self.dense_ms = float(np.median(times["dense"]))
+        turns = self._measure({"decomposed": plans[0], "narrowed": plans[1]})
+        self.dense_ms = turns.summary("dense").p50_ms
         self._measured = [(CompressionPlan("rcnn"), self.dense_ms)]
         for plan, name in zip(plans, ("decomposed", "narrowed"), strict=True):
-            self._measured.append((plan, self.dense_ms * float(np.median(times[name] / times["dense"]))))
+            self._measured.append((plan, self.dense_ms * float(np.median(turns.of(name) / turns.of("dense")))))
         self.report("timing layers in their forms")
         calibrate(self.cost, self._measured)
         self.table.save()
@@ -121,7 +123,7 @@ class LatencySearch:
             point = Planner(self.decisions, self.cost, self.harm).within(limit_ms)
             self.table.save()
             plan = to_plan(point.choice, self.decisions, "rcnn")
-            result = LatencyResult(point, plan, point.cost, self.dense_ms, self._measure({"plan": plan}))
+            result = LatencyResult(point, plan, self.cost, point.cost, self.dense_ms, self._measure({"plan": plan}))
             self.report(f"plan {attempt + 1}: predicted {point.cost:.1f} ms, measured {result.measured_ms:.1f} ms")
             if abs(result.measured_ms / point.cost - 1) <= TOLERANCE or attempt == MOST_PLANS - 1:
                 break
@@ -129,10 +131,15 @@ class LatencySearch:
             calibrate(self.cost, self._measured)
         return result
 
-    def _measure(self, plans: dict[str, CompressionPlan]) -> dict[str, npt.NDArray[np.float64]]:
-        """Times of the dense model and of plans in turn, in ms."""
+    def _measure(self, plans: dict[str, CompressionPlan]) -> Turns:
+        """The dense model and plans in turn, from pixels to detections."""
         predictors = {"dense": self._dense_predictor}
         for name, plan in plans.items():
             small = compress(self.dense, plan, seed=self.seed, starts=1)
             predictors[name] = tuned_predictor(small, self.workload, self.categories, self.table)
-        return time_in_turn(predictors, self.images, rounds=self.rounds)
+
+        def call_of(predictor: Predictor) -> Callable[[int], object]:
+            return lambda step: predictor([self.images[step % len(self.images)]])
+
+        calls = {name: call_of(predictor) for name, predictor in predictors.items()}
+        return time_in_turns(calls, rounds=self.rounds, warm_up=1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.errors import UserError
-from norton_deploy.search.decisions import Choice, Decision, Option, untouched
+from norton_deploy.search.decisions import Choice, Decision, Option, ranks_and_keep, untouched
 from norton_deploy.search.joint_cost import JointCost
 
 SWEEPS = 30
@@ -41,7 +41,7 @@ class Planner:
 
     def point(self, choice: Choice) -> Point:
         """Predicted cost and harm of a choice."""
-        ranks, keep = self._as_plan(choice)
+        ranks, keep = ranks_and_keep(choice, self.decisions)
         harm = sum(self.harm(group, option.rank, option.keep) for group, option in choice.items())
         return Point(dict(choice), self.cost.of(ranks, keep), harm)
 
@@ -93,7 +93,7 @@ class Planner:
     def solve(self, weight: float, start: Choice) -> Point:
         """Minimise harm + weight * cost by optimising one group after the other; inf: cost alone."""
         choice = dict(start)
-        ranks, keep = self._as_plan(choice)
+        ranks, keep = ranks_and_keep(choice, self.decisions)
         for _ in range(SWEEPS):
             changed = False
             for decision in self.decisions:
@@ -124,13 +124,6 @@ class Planner:
         keep[decision.group] = option.keep
         for layer in decision.decomposed:
             ranks[layer] = option.rank
-
-    def _as_plan(self, choice: Choice) -> tuple[dict[str, int], dict[str, int]]:
-        ranks: dict[str, int] = {}
-        keep: dict[str, int] = {}
-        for decision in self.decisions:
-            self._set(ranks, keep, decision, choice[decision.group])
-        return ranks, keep
 
     def _cut(self, point: Point, budget: float) -> Point | None:
         """Single changes that add the least harm for what they save, until the budget is kept; None: it cannot be."""

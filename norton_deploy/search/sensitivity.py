@@ -5,7 +5,6 @@ compressed, coupled layers together, and the dense model's feature pyramid and h
 that come out now, at the same boxes.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.probe import Probe, run_stages
-from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from norton_deploy.files import ResultFile
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.decisions import Choice, Decision
 
@@ -53,18 +51,14 @@ class Sensitivity:
             UserError: the file to go on with is about another model, other images or another seed.
         """
         self.dense, self.architecture, self.probes, self.seed = dense, architecture, probes, seed
-        self.path = path
-        self.identity = {
+        identity = {
             "weights": tensors_digest(dense.state_dict()),
             "pixels": tensors_digest({str(number): probe.pixels for number, probe in enumerate(probes)}),
             "seed": seed,
         }
-        self.harm: dict[str, float] = {}
-        if resume and path is not None and path.is_file():
-            content = json.loads(path.read_text())
-            if content.get("identity") != self.identity:
-                raise UserError(f"{path}: measured for another model, seed or other images; run without --resume")
-            self.harm = content["harm"]
+        otherwise = "measured for another model, seed or other images: run without --resume"
+        self._file = ResultFile(path, identity, resume=resume, otherwise=otherwise)
+        self.harm: dict[str, float] = self._file.cells
         with torch.no_grad():
             self._wanted = [run_stages(dense, probe) for probe in probes]
 
@@ -72,8 +66,7 @@ class Sensitivity:
         """Measure what is missing; the file is written after every choice, and `progress` gets how many are done."""
         for done, (key, plan) in enumerate(self._single_choices(decisions), start=1):
             if key not in self.harm:
-                self.harm[key] = self.of_plan(plan)
-                self._save()
+                self._file.add({key: self.of_plan(plan)})
             if progress is not None:
                 progress(done)
 
@@ -114,8 +107,3 @@ class Sensitivity:
             for width in decision.widths[1:]:
                 keep = {decision.group: width}
                 yield f"{decision.group} keep {width}", CompressionPlan(self.architecture, {}, keep)
-
-    def _save(self) -> None:
-        if self.path is not None:
-            with atomic_write(self.path, "w") as stream:
-                json.dump({"identity": self.identity, "harm": self.harm}, stream, indent=1)

@@ -85,7 +85,7 @@ class Trainer:
     ) -> None:
         self.accelerator, self.loss_terms, self.loader, self.settings = accelerator, loss_terms, loader, settings
         self.evaluate, self.save_model, self.announce = evaluate, save_model, announce
-        self.identity = {**settings.identity(), **identity}
+        self.identity = {**settings.identity(), **identity, "processes": accelerator.num_processes}
         if settings.cpu_forms:
             use_cpu_forms(model)
         if settings.recompose_blocks:
@@ -140,7 +140,7 @@ class Trainer:
         if self.settings.resume:
             saved = self.folder.state.exists()
             if saved:
-                self._restore(load_state(self.folder.state, self._identity_of_state()))
+                self._restore(load_state(self.folder.state, self.identity))
             if main:
                 where = f"the state in {self.folder.state}" if saved else "no state was saved yet"
                 self.announce(f"continues at step {self.step} ({where})")
@@ -228,11 +228,8 @@ class Trainer:
 
     def _stop(self, batch: Batch, terms: dict[str, float]) -> None:
         """Save the batches of all processes and raise."""
-        own = {
-            "image_ids": list(batch.image_ids),
-            "losses": {name: str(value) for name, value in terms.items()},
-        }
-        everyone = gather_object([own])
+        losses = {name: str(value) for name, value in terms.items()}
+        everyone = gather_object([{"image_ids": list(batch.image_ids), "losses": losses}])
         if self.accelerator.is_main_process:
             with atomic_write(self.folder.non_finite, "w") as stream:
                 stream.write(json.dumps({"step": self.step, "processes": everyone}, indent=2) + "\n")
@@ -271,9 +268,6 @@ class Trainer:
                 self.save_model(self.folder.best, model)
         self.accelerator.wait_for_everyone()
 
-    def _identity_of_state(self) -> dict[str, Any]:
-        return {**self.identity, "processes": self.accelerator.num_processes}
-
     def _save_state(self) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -285,7 +279,7 @@ class Trainer:
             best=self.best,
             evaluated_step=self.evaluated_step,
             metrics=self.metrics,
-            identity=self._identity_of_state(),
+            identity=self.identity,
             model=self.bare_model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             average=None if self.average is None else self.average.state_dict(),
@@ -323,9 +317,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if self._enabled:
-            self._previous = {
-                number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            self._previous = {one: signal.signal(one, self._receive) for one in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _receive(self, _signal: int, _frame: object) -> None:

@@ -9,9 +9,8 @@ import pytest
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import count_complexity
-from norton_deploy.cost.form_tuning import TimingTable, time_alternating, tune_blocks
-from norton_deploy.cost.layer_calls import LayerCall, layer_calls
-from norton_deploy.cost.layer_graphs import LayerShape, layer_graph
+from norton_deploy.cost.form_tuning import TimingTable, layer_graph, time_forms, tune_blocks
+from norton_deploy.cost.layer_shapes import LayerCall, LayerShape, layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
@@ -63,7 +62,7 @@ def test_macs_and_parameters_are_those_of_the_complexity_counter() -> None:
 
 
 def test_measured_times_are_positive_and_one_per_form() -> None:
-    times = time_alternating(BLOCK, tuning.FORMS, tuning.CPU)
+    times = time_forms(BLOCK, tuning.FORMS, tuning.CPU)
     assert len(times) == 3
     assert min(times) > 0
 
@@ -75,7 +74,7 @@ def test_the_table_is_kept_and_belongs_to_one_machine(tmp_path: Path, monkeypatc
         asked.append(provider)
         return [{"grouped": 1.0, "separable": 2.0, "dense": 3.0}[form] for form in forms]
 
-    monkeypatch.setattr(tuning, "time_alternating", fake)
+    monkeypatch.setattr(tuning, "time_forms", fake)
     path = tmp_path / "times.json"
     table = TimingTable(path, {"cpu": "A"})
     assert table.fastest(BLOCK) == ("grouped", 1.0)

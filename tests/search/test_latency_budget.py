@@ -4,24 +4,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
+from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
-from norton_deploy.cost.layer_graphs import LayerShape
+from norton_deploy.cost.layer_shapes import LayerShape
+from norton_deploy.cost.turns import Turns
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget
-from norton_deploy.search.budget import Budget
-from norton_deploy.search.plan_record import plan_record
-from norton_deploy.search.plan_search import FoundPlan, PlanRequest, find_plan
+from norton_deploy.search.found_plan import FoundPlan
+from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 
 SETTINGS = DetectorSettings(
     num_classes=3,
@@ -41,41 +41,46 @@ def invented_times(shape: LayerShape, forms: list[Form], provider: str) -> list[
 
 
 @pytest.fixture
-def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, PlanRequest, list[str]]:
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, list[str]]:
     torch.manual_seed(0)
     detector = build_dense_detector("box", SETTINGS).eval()
     header = CheckpointHeader("box", SETTINGS, None, class_categories(["a", "b"]))
 
-    def in_turn(models: dict[str, Any], images: Any, *, rounds: int) -> dict[str, npt.NDArray[np.float64]]:
+    def in_turn(calls: dict[str, Any], *, rounds: int, warm_up: int) -> Turns:
         # The machine is twice as slow when the plan is measured as it was for the calibration.
-        slow = 2.0 if "plan" in models else 1.0
-        macs = {
-            name: count_complexity(model, (64, 64), proposals=20, detections=5).macs for name, model in models.items()
-        }
-        return {name: slow * (5 + count / 1e6) * (NOISE if name == "plan" else 1) for name, count in macs.items()}
+        slow = 2.0 if "plan" in calls else 1.0
+        columns = [
+            slow * (5 + call(0) / 1e6) * (NOISE if name == "plan" else np.ones(4)) for name, call in calls.items()
+        ]
+        return Turns(tuple(calls), np.stack(columns, axis=1))
 
-    monkeypatch.setattr(tuning, "time_alternating", invented_times)
-    monkeypatch.setattr(latency_budget, "tuned_predictor", lambda model, *_: model)
-    monkeypatch.setattr(latency_budget, "time_in_turn", in_turn)
+    def macs_of(model: nn.Module, *_: Any) -> Any:
+        return lambda images: count_complexity(model, (64, 64), proposals=20, detections=5).macs
+
+    monkeypatch.setattr(tuning, "time_forms", invented_times)
+    monkeypatch.setattr(latency_budget, "tuned_predictor", macs_of)
+    monkeypatch.setattr(latency_budget, "time_in_turns", in_turn)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("norton_deploy.search.plan_search.read_images", lambda *_: iter([image]))
-    monkeypatch.setattr("norton_deploy.search.plan_search.find_images", lambda _: [])
+    monkeypatch.setattr("norton_deploy.search.plan_search.find_images", lambda _: [tmp_path])
+    monkeypatch.setattr("norton_deploy.search.plan_search.read_image", lambda _: np.zeros((64, 64, 3), np.uint8))
+    CompressionPlan("rcnn", {}, {"backbone.body.layer4": 256}).save(tmp_path / "stage.yaml")
     request = PlanRequest(
-        budget=Budget("speedup", 2.0), image_size=None, data=tmp_path, images=1, sensitivity_size=64,
-        sensitivity_file=tmp_path / "harm.json", resume=False, ranks=(1,), multiple=16, rounds=4, seed=0,
-        compare={"stage": CompressionPlan("rcnn", {}, {"backbone.body.layer4": 256})},
+        budget="speedup=2", data=tmp_path, images=1, sensitivity_size=64, ranks=(1,), rounds=4,
+        compare=(tmp_path / "stage.yaml",),
     )  # fmt: skip
     lines: list[str] = []
     table = TimingTable(tmp_path / "times.json", {})
-    plan = find_plan(Checkpoint(detector, header), request, table, report=lines.append, progress=lambda *_: None)
-    return plan, request, lines
+    search = PlanSearch(
+        Checkpoint(detector, header), request, table, sensitivity_file=tmp_path / "harm.json", report=lines.append,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    return search.find(), lines
 
 
-def test_a_speedup_is_found_and_every_figure_is_recorded(
-    found: tuple[FoundPlan, PlanRequest, list[str]], tmp_path: Path
-) -> None:
-    plan, request, lines = found
-    record = plan_record(plan, request)
+def test_a_speedup_is_found_and_every_figure_is_recorded(found: tuple[FoundPlan, list[str]], tmp_path: Path) -> None:
+    plan, lines = found
+    record = plan.to_dict()
     latency = plan.latency
     assert latency is not None
     dense_ms = 5 + plan.dense.macs / 1e6

@@ -13,7 +13,7 @@ from norton_deploy.commands import run
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.search.budget import Budget
+from norton_deploy.search.joint_cost import Budget
 
 
 def test_budgets_are_read_and_bad_ones_refused() -> None:

@@ -12,7 +12,7 @@ from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress, fit_plan
 from norton_deploy.compression.probe import Probe, make_probes, run_stages
 from norton_deploy.cost.complexity import count_complexity
-from norton_deploy.cost.layer_calls import layer_calls
+from norton_deploy.cost.layer_shapes import layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings

@@ -1,17 +1,17 @@
-"""One layer as an ONNX graph of its own, in each exact form, for timing it on an engine."""
+"""Every call of a layer with weights during one image, with the shapes that decide its cost."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from norton_deploy.compression.cpd_block import CPDBlock, Pair
 from norton_deploy.compression.lowering import Form
+from norton_deploy.cost.complexity import run_on_meta
 
-Kind = Literal["conv", "transposed", "linear"]
-OPSET, IR_VERSION = 20, 10
+LayerKind = Literal["conv", "transposed", "linear"]
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LayerShape:
         input_size: (batch, height, width) of the input; (rows, 1, 1) for a linear layer.
     """
 
-    kind: Kind
+    kind: LayerKind
     in_channels: int
     out_channels: int
     kernel: Pair
@@ -116,61 +116,34 @@ class LayerShape:
         return f"{self.kind} {self.in_channels}>{self.out_channels} {geometry}{rank} {form} on {sizes}"
 
 
-def layer_graph(shape: LayerShape, form: Form) -> tuple[bytes, npt.NDArray[np.float32]]:
-    """An ONNX model of one layer with random weights, and an input for it.
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of the layer `name`; a layer shared between pyramid levels has one call for each."""
 
-    A plain layer has the form "dense" only. The convolutions are those of `lower_block`.
+    name: str
+    shape: LayerShape
+
+
+def layer_calls(
+    model: nn.Module, image_size: tuple[int, int], *, proposals: int = 1000, detections: int = 100, batch: int = 1
+) -> list[LayerCall]:
+    """The calls for one batch, in order; nothing is computed (meta device).
+
+    Args:
+        model: classifier or detector, dense or compressed.
+        image_size: (height, width) of the images; a detector pads them to its size divisor.
+        proposals, detections: RoIs per image through the box head and through the mask or keypoint head.
+        batch: images.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    shadow = copy.deepcopy(model).to("meta").eval()
+    inside = tuple(f"{name}." for name, layer in shadow.named_modules() if isinstance(layer, CPDBlock))
+    calls: list[LayerCall] = []
 
-    generator = np.random.default_rng(0)
-    nodes: list[Any] = []
-    weights: list[Any] = []
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append(LayerCall(name, LayerShape.of(layer, tuple(inputs[0].shape))))
 
-    def add(operator: str, weight_shape: tuple[int, ...], width: int, **attributes: Any) -> None:
-        index = len(nodes)
-        fan_in = max(1, int(np.prod(weight_shape)) // width)
-        weight = generator.standard_normal(weight_shape, np.float32) / np.float32(np.sqrt(fan_in))
-        weights.append(numpy_helper.from_array(weight, f"weight_{index}"))
-        weights.append(numpy_helper.from_array(np.zeros(width, np.float32), f"bias_{index}"))
-        source = f"value_{index}" if index else "input"
-        nodes.append(
-            helper.make_node(
-                operator, [source, f"weight_{index}", f"bias_{index}"], [f"value_{index + 1}"], **attributes
-            )
-        )
-
-    batch, height, width = shape.input_size
-    inputs, outputs, terms = shape.in_channels, shape.out_channels, shape.rank * shape.out_channels
-    (kernel_h, kernel_w), (stride_h, stride_w) = shape.kernel, shape.stride
-    (pad_h, pad_w), (dilation_h, dilation_w) = shape.padding, shape.dilation
-    geometry = {
-        "strides": [stride_h, stride_w],
-        "pads": [pad_h, pad_w, pad_h, pad_w],
-        "dilations": [dilation_h, dilation_w],
-    }
-    if shape.kind == "linear":
-        add("Gemm", (outputs, inputs), outputs, transB=1)
-    elif shape.kind == "transposed":
-        add("ConvTranspose", (inputs, outputs, kernel_h, kernel_w), outputs, **geometry)
-    elif form == "dense":
-        add("Conv", (outputs, inputs, kernel_h, kernel_w), outputs, **geometry)
-    else:
-        add("Conv", (terms, inputs, 1, 1), terms)
-        if form == "grouped":
-            add("Conv", (outputs, shape.rank, kernel_h, kernel_w), outputs, group=outputs, **geometry)
-        else:
-            add("Conv", (terms, 1, 1, kernel_w), terms, group=terms, strides=[1, stride_w],
-                pads=[0, pad_w, 0, pad_w], dilations=[1, dilation_w])  # fmt: skip
-            add("Conv", (outputs, shape.rank, kernel_h, 1), outputs, group=outputs, strides=[stride_h, 1],
-                pads=[pad_h, 0, pad_h, 0], dilations=[dilation_h, 1])  # fmt: skip
-    input_shape = [batch, inputs] if shape.kind == "linear" else [batch, inputs, height, width]
-    graph = helper.make_graph(
-        nodes,
-        "layer",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, input_shape)],
-        [helper.make_tensor_value_info(f"value_{len(nodes)}", TensorProto.FLOAT, None)],
-        weights,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    return model.SerializeToString(), generator.standard_normal(input_shape, np.float32)
+    for name, layer in shadow.named_modules():
+        if isinstance(layer, (CPDBlock, *LAYERS)) and not name.startswith(inside):
+            layer.register_forward_pre_hook(lambda module, inputs, name=name: record(name, module, inputs))
+    run_on_meta(shadow, image_size, proposals * batch, detections * batch, batch)
+    return calls

@@ -1,0 +1,223 @@
+"""A found plan with all that is known about it: cost, latency, harm, every layer, and where uniform plans stand."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from norton_deploy.compression.lowering import Form
+from norton_deploy.cost.complexity import Complexity
+from norton_deploy.cost.form_tuning import BlockTuning
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.search.decisions import STEMS, Choice, Decision, ranks_and_keep
+from norton_deploy.search.end_to_end import Workload
+from norton_deploy.search.joint_cost import Budget, JointCost
+from norton_deploy.search.latency_budget import LatencyResult
+from norton_deploy.search.planner import Harm, Point
+
+
+@dataclass(frozen=True)
+class UniformComparison:
+    """A uniform plan, and what the planner makes of the same cost.
+
+    Attributes:
+        label: the uniform plan's name.
+        cost, harm: its predicted cost and measured harm.
+        planned: the planner's choice within that cost; None where no plan considered is that cheap.
+        planned_harm: its harm, measured.
+    """
+
+    label: str
+    cost: float
+    harm: float
+    planned: Point | None = None
+    planned_harm: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One convolution with a kernel above 1 x 1 under a plan.
+
+    Attributes:
+        name: the layer.
+        rank: CP rank, 0 when it is not decomposed.
+        keep, width: its kept filters, and the dense model's.
+        form: measured fastest form of a decomposed layer; None when it is not decomposed or nothing was timed.
+        form_ms: time of that form, all calls in one image added up.
+        original_ms: time of the dense model's layer.
+        dense_because: why it runs dense; None when it does not.
+    """
+
+    name: str
+    rank: int
+    keep: int
+    width: int
+    form: Form | None = None
+    form_ms: float | None = None
+    original_ms: float | None = None
+    dense_because: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundPlan:
+    """A plan and all that is known about it.
+
+    Attributes:
+        plan: the plan.
+        budget: that it was searched for.
+        point: its joint choice with the predicted cost and harm.
+        dense_cost: cost of the dense model.
+        workload: image size, proposals and detections that every figure is for.
+        dense, small: MACs and parameters of the dense and the planned model.
+        latency: measured end to end; None for budgets of MACs or parameters.
+        measured_harm: of the plan as a whole.
+        images, short_side: number of images on which harm was measured, and their size in pixels.
+        choices: number of single choices whose harm was measured.
+        layers: the choice for every convolution that could be decomposed.
+        front: undominated choices, by rising cost.
+        uniform: the uniform plans to compare with.
+        seconds: time that each part of the search took.
+    """
+
+    plan: CompressionPlan
+    budget: Budget
+    point: Point
+    dense_cost: float
+    workload: Workload
+    dense: Complexity
+    small: Complexity
+    latency: LatencyResult | None
+    measured_harm: float
+    images: int
+    short_side: int
+    choices: int
+    layers: list[LayerChoice]
+    front: list[Point]
+    uniform: list[UniformComparison]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form.
+
+        `prediction_error` is predicted over measured milliseconds minus 1; for budgets of MACs and parameters it is
+        predicted over counted, minus 1. Spreads are 10th to 90th percentile of the paired calls.
+        """
+        own = {
+            "label": "this plan",
+            "ratio": self.dense_cost / self.point.cost,
+            "predicted_harm": self.point.harm,
+            "measured_harm": self.measured_harm,
+        }
+        return {
+            "budget": str(self.budget),
+            "image_size": list(self.workload.image_size),
+            "proposals": self.workload.proposals,
+            "detections": self.workload.detections,
+            "dense_macs": self.dense.macs,
+            "macs": self.small.macs,
+            "dense_params": self.dense.params,
+            "params": self.small.params,
+            **self._cost(),
+            "predicted_harm": self.point.harm,
+            "measured_harm": self.measured_harm,
+            "sensitivity": {"images": self.images, "short_side": self.short_side, "choices": self.choices},
+            "layers": [asdict(layer) for layer in self.layers],
+            "stays_dense": {
+                layer.name: layer.dense_because for layer in self.layers if layer.dense_because is not None
+            },
+            "frontier": [{"ratio": self.dense_cost / point.cost, "predicted_harm": point.harm} for point in self.front],
+            "marks": [own, *(self._mark(other) for other in self.uniform)],
+            "seconds": {name: round(time, 1) for name, time in self.seconds.items()},
+        }
+
+    def _cost(self) -> dict[str, Any]:
+        latency = self.latency
+        if latency is None:
+            counted = self.small.macs if self.budget.kind == "macs" else self.small.params
+            return {"prediction_error": self.point.cost / counted - 1}
+        p10, p90 = (float(value) for value in np.percentile(latency.speedups, [10, 90]))
+        return {
+            "dense_measured_ms": latency.dense_ms,
+            "predicted_ms": latency.predicted_ms,
+            "measured_ms": latency.measured_ms,
+            "measured_ms_p10_p90": [latency.dense_ms / p90, latency.dense_ms / p10],
+            "same_turns_median_ms": {name: latency.turns.summary(name).p50_ms for name in latency.turns.names},
+            "rounds": len(latency.speedups),
+            "predicted_speedup": latency.dense_ms / latency.predicted_ms,
+            "measured_speedup": latency.dense_ms / latency.measured_ms,
+            "measured_speedup_p10_p90": [p10, p90],
+            "prediction_error": latency.predicted_ms / latency.measured_ms - 1,
+        }
+
+    def _mark(self, other: UniformComparison) -> dict[str, Any]:
+        """A uniform plan with its measured harm, and the planner's at its cost."""
+        planned = other.planned and {
+            "ratio": self.dense_cost / other.planned.cost,
+            "predicted_harm": other.planned.harm,
+            "measured_harm": other.planned_harm,
+        }
+        ratio = self.dense_cost / other.cost
+        return {"label": other.label, "ratio": ratio, "measured_harm": other.harm, "planned_at_equal_cost": planned}
+
+
+def layer_choices(
+    dense: nn.Module,
+    decisions: Sequence[Decision],
+    choice: Choice,
+    cost: JointCost,
+    harm: Harm,
+    unit: str,
+    tunings: Sequence[BlockTuning] = (),
+) -> list[LayerChoice]:
+    """The choice for every convolution that could be decomposed, and for the stem, in the model's order.
+
+    Args:
+        dense: the dense model.
+        decisions: about it.
+        choice: the plan's option of each group.
+        cost: of joint plans.
+        harm: of single options.
+        unit: of the cost, for the reasons.
+        tunings: measured forms of the plan's blocks; none for budgets of MACs or parameters.
+    """
+    timed = {tuning.name: tuning for tuning in tunings}
+    found: dict[str, LayerChoice] = {}
+    for decision in decisions:
+        option, width = choice[decision.group], decision.widths[0]
+        because = None if option.rank else _why_dense(decision, decisions, choice, cost, harm, unit)
+        for name in decision.decomposed:
+            tuning = timed.get(name)
+            if tuning is None:
+                found[name] = LayerChoice(name, option.rank, option.keep, width, dense_because=because)
+                continue
+            slower = tuning.verdict.removeprefix(f"{name}: ") if tuning.form == "dense" else None
+            found[name] = LayerChoice(
+                name, option.rank, option.keep, width, tuning.form, tuning.times_ms[tuning.form], tuning.original_ms,
+                slower,
+            )  # fmt: skip
+        if decision.group in STEMS:
+            stem = decision.group
+            found[stem] = LayerChoice(stem, 0, option.keep, width, dense_because="the stem is never decomposed")
+    return [found[name] for name, _ in dense.named_modules() if name in found]
+
+
+def _why_dense(
+    decision: Decision, decisions: Sequence[Decision], choice: Choice, cost: JointCost, harm: Harm, unit: str
+) -> str:
+    """What decomposing a group would save at the plan's widths, and do."""
+    ranks, keep = ranks_and_keep(choice, decisions)
+    layers = [layer for layer in cost.layers if layer.name in decision.decomposed]
+
+    def of_rank(rank: int) -> float:
+        return sum(cost.layer(layer, {**ranks, layer.name: rank}, keep) for layer in layers)
+
+    if len(decision.ranks) == 1:
+        return "no rank is possible or considered"
+    rank = min(decision.ranks[1:], key=of_rank)
+    saved = of_rank(0) - of_rank(rank)
+    if saved <= 1e-3 * of_rank(0):
+        return f"no rank would be cheaper: {of_rank(0):.3g} {unit} dense, at best {of_rank(rank):.3g} at rank {rank}"
+    added = harm(decision.group, rank, decision.widths[0])
+    return f"rank {rank} would save {saved:.3g} {unit} and add a harm of {added:.2g}"
