@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from norton_deploy.compression.calibration import calibrate_random_detector
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.lowering import Form, lower_model
-from norton_deploy.compression.random_detector import calibrate_random_detector
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
