@@ -15,7 +15,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.compression.compress import build_detector, is_detector
+from norton_deploy.compression.channel_groups import is_detector
+from norton_deploy.compression.compress import build_detector
 from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
