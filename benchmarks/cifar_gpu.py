@@ -36,7 +36,7 @@ from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Table
 from norton_deploy.training.gpu_forms import use_gpu_forms
 
 PLANS = Path("configs/plans")

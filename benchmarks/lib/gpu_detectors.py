@@ -30,7 +30,7 @@ from benchmarks.lib.gpu_bench import (
 )
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.cost.complexity import count_complexity
-from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
+from norton_deploy.cost.turns import paired_speedup
 from norton_deploy.structures import TASKS, Task
 
 QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
@@ -184,7 +184,7 @@ def table3(bench: Bench, task: Task) -> dict[str, Any]:
     for name, values in times.items():
         rows[name] = spread(values)
         for baseline in ("eager dense fp32", "eager dense fp16 autocast"):
-            rows[name][f"speedup over {baseline}"] = summary_to_dict(paired_speedup(times[baseline], values))
+            rows[name][f"speedup over {baseline}"] = paired_speedup(times[baseline], values).to_dict()
         plan = "dense" if name.startswith("eager") else name.split()[0]
         rate = bench.rates.get(f"{'fp16' if 'fp16' in name else 'tf32' if 'tf32' in name else 'fp32'}_tflop_per_s")
         tflop_per_s = 2 * macs[plan].macs / rows[name]["median_ms"] / 1e9
