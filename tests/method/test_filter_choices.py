@@ -16,6 +16,7 @@ from norton_deploy.method.filter_choices import (
     choose_by_angles,
     choose_by_geometric_median,
     choose_by_l1_norm,
+    choose_living_by_angles,
 )
 from norton_deploy.method.filter_selection import select_filters
 from norton_deploy.method.plan import CompressionPlan
@@ -31,6 +32,31 @@ def test_l1_keeps_the_largest_norms() -> None:
     vectors = torch.tensor([[1.0, -1.0], [0.5, 0.0], [-3.0, 0.0], [1.5, -0.5]])  # norms 2, 0.5, 3, 2
     assert choose_by_l1_norm([vectors], 2).tolist() == [0, 2]  # of the two with norm 2 the first
     assert choose_by_l1_norm([vectors, torch.tensor([[0.0], [9.0], [0.0], [0.1]])], 2).tolist() == [1, 2]
+
+
+def test_filters_that_were_switched_off_go_first_though_their_angles_are_the_largest() -> None:
+    vectors = filters(12, 40)
+    vectors[::3] = torch.eye(40)[0] + 0.1 * vectors[::3]  # four that training has made alike
+    decayed = vectors.clone()
+    off = torch.arange(12) % 3 > 0
+    decayed[off] *= 1e-3
+    assert choose_by_angles([decayed], 4).tolist() != [0, 3, 6, 9]  # angles see no lengths
+    assert choose_living_by_angles([decayed], 4).tolist() == [0, 3, 6, 9]
+    living = [0, 3, 6, 9]
+    among = [living[index] for index in choose_by_angles([decayed[living]], 2).tolist()]
+    assert choose_living_by_angles([decayed], 2).tolist() == among
+    decayed[4] *= decayed[off].norm(dim=1).max() / decayed[4].norm() * 1.5
+    assert choose_living_by_angles([decayed], 5).tolist() == [0, 3, 4, 6, 9]
+    assert choose_living_by_angles([vectors], 5).tolist() == choose_by_angles([vectors], 5).tolist()
+    # a channel of coupled layers lives if one of them uses it
+    assert choose_living_by_angles([decayed, vectors], 5).tolist() == choose_by_angles([decayed, vectors], 5).tolist()
+
+
+def test_decomposed_filters_are_switched_off_by_the_length_of_their_product() -> None:
+    factors = decompose_filters(filters(6, 4 * 9).view(6, 4, 3, 3), 2)
+    for factor in (factors.A, factors.B, factors.C):
+        factor[[1, 4]] *= 0.1  # 0.001 together
+    assert choose_living_by_angles([factors], 4).tolist() == [0, 2, 3, 5]
 
 
 @pytest.mark.parametrize("seed", range(3))
