@@ -20,7 +20,7 @@ from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.surgery import cut_inputs, cut_outputs, filter_rows, output_width, replace_submodule
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters, max_rank
-from norton_deploy.method.filter_selection import FilterChoice, choose_by_angles
+from norton_deploy.method.filter_selection import FilterChoice, choose_by_angles, choose_living_by_angles
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -143,13 +143,13 @@ def compress_with_kept(
     return Compressed(small.train(model.training), kept)
 
 
-def prune(model: nn.Module, keep: Mapping[str, int], *, choose: FilterChoice = choose_by_angles) -> nn.Module:
+def prune(model: nn.Module, keep: Mapping[str, int], *, choose: FilterChoice = choose_living_by_angles) -> nn.Module:
     """Phase 2 of `compress` alone, on a copy of a model that may have been decomposed and fine-tuned before.
 
     Args:
         model: classifier or detector; it is not changed.
         keep: kept filters of every group to prune, as in a plan.
-        choose: see `compress`.
+        choose: as for `compress`, but by default filters that the fine-tuning has switched off go before all others.
     """
     small = copy.deepcopy(model)
     groups = channel_groups(small)

@@ -96,6 +96,20 @@ def test_pruning_a_decomposed_model_is_what_compress_does_in_one_go(vgg: nn.Modu
     assert decomposed.get_submodule("features.0").out_channels == 64  # untouched
 
 
+def test_pruning_after_fine_tuning_keeps_no_filter_that_was_switched_off(vgg: nn.Module) -> None:
+    tuned = use_gpu_forms(compress(vgg, CompressionPlan("vgg16_bn", {"features.0": 1}), starts=1))
+    block, norm = tuned.get_submodule("features.0"), tuned.get_submodule("features.1")
+    assert isinstance(block, CPDBlock) and isinstance(norm, nn.BatchNorm2d)
+    off = torch.arange(64) % 8 > 2
+    with torch.no_grad():
+        for part in (block.pointwise, block.horizontal, block.vertical):
+            part.weight[off] *= 0.01  # as weight decay does
+        norm.bias.copy_(torch.arange(64.0))
+    small = prune(tuned, {"features.0": 24}).get_submodule("features.1")
+    assert isinstance(small, nn.BatchNorm2d)
+    assert torch.equal(small.bias, torch.arange(64.0)[~off])
+
+
 def coloured_images(count: int) -> ResidentImages:
     """Class 0 is reddish, class 1 bluish."""
     pixels = torch.randint(0, 100, (count, 8, 8, 3), dtype=torch.uint8)
