@@ -37,7 +37,7 @@ from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.predictor import Image, Predictor, read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.latency import balanced_orders
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
@@ -107,7 +107,7 @@ def round_kept(count: int, width: int, multiple: int) -> int:
 def build_models(settings: Settings, images: Sequence[Path]) -> dict[str, nn.Module]:
     """One seeded dense detector, compressed by the plan with each rounding."""
     torch.manual_seed(0)
-    dense = build_dense_detector("box", DetectorSettings())
+    dense = DetectorSettings().build("box")
     calibrate(dense, images)
     plan = fit_plan(dense, CompressionPlan.load(settings.plan))
     widths = {

@@ -17,7 +17,7 @@ from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 
 
@@ -41,7 +41,7 @@ def main() -> int:
     shape = DetectorSettings(
         num_classes=classes, backbone=BackboneSettings(norm="batch"), roi=RoiSettings(score_threshold=0.0)
     )
-    model = build_dense_detector(settings.task, shape)
+    model = shape.build(settings.task)
     calibrate_random_detector(model, list(read_images(settings.images, 2)), shape)
     header = CheckpointHeader(settings.task, shape, None, published_categories(settings.task, classes))
     save_checkpoint(settings.out, model.eval(), header)

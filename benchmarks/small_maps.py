@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from norton_deploy.config import parse_settings
 from norton_deploy.files import atomic_write
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.training import cpu_forms
+from norton_deploy.training import forms
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS = ((256, 8), (512, 4), (512, 2))  # channels, height and width of the map
@@ -49,17 +49,17 @@ def main() -> int:
     """Run the benchmark."""
     settings = parse_settings(Settings, prog="small_maps", description=__doc__ or "")
     torch.set_num_threads(settings.threads)
-    threshold = cpu_forms.LARGEST_MAP
+    threshold = forms.LARGEST_MAP
     entries = []
     for channels, side in LAYERS:
-        cpu_forms.LARGEST_MAP = max(threshold, side**2)  # so that the product is taken whatever the map
+        forms.LARGEST_MAP = max(threshold, side**2)  # so that the product is taken whatever the map
         images = torch.randn(settings.images, channels, side, side)
         layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         name = f"{channels} -> {channels}, {side} x {side}"
         entries.append({"name": name, "used": side**2 <= threshold, **measure(layer, images, settings.repeats)})
-    cpu_forms.LARGEST_MAP = threshold
+    forms.LARGEST_MAP = threshold
     images = torch.randn(settings.images, 3, *VGG.image_size)
-    whole = measure(build_dense_classifier(VGG), images, settings.repeats)
+    whole = measure(VGG.build(), images, settings.repeats)
     entries.append({"name": "all of VGG-16-BN, 32 x 32", "used": True, **whole})
     given = asdict(settings) | {"out": settings.out.name}
     result = {"provenance": provenance(), "settings": given, "layers": entries}
@@ -73,12 +73,12 @@ def main() -> int:
 def measure(model: nn.Module, images: Tensor, repeats: int) -> dict[str, Any]:
     """Times of a model's step with convolutions, and with products in their place."""
     model = model.train().to(memory_format=torch.channels_last)
-    [products] = cpu_forms.use_cpu_forms(nn.Sequential(copy.deepcopy(model)))
+    [products] = forms.use_cpu_forms(nn.Sequential(copy.deepcopy(model)))
     images = images.to(memory_format=torch.channels_last).requires_grad_()
-    forms = {"convolution": model, "product": products}
-    times_ms: dict[str, list[float]] = {form: [] for form in forms}
+    models = {"convolution": model, "product": products}
+    times_ms: dict[str, list[float]] = {form: [] for form in models}
     for _ in range(repeats + 1):
-        for form, timed in forms.items():
+        for form, timed in models.items():
             started = time.perf_counter()
             step(timed, images)
             times_ms[form].append((time.perf_counter() - started) * 1e3)

@@ -46,7 +46,7 @@ from norton_deploy.inference.predictor import read_image
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.latency import macs_ceiling, measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.table3 import (
@@ -201,7 +201,7 @@ def random_pair(task: Task, settings: Settings, images: Sequence[Path]) -> tuple
     shape = detector_settings(settings)
     if task == "keypoint":
         shape = replace(shape, num_classes=2)
-    dense = build_dense_detector(task, shape).eval()
+    dense = shape.build(task).eval()
     calibrate(dense, images)
     norton = compress(dense, CompressionPlan.load(settings.plan), starts=1)
     calibrate(norton, images)

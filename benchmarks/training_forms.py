@@ -24,7 +24,7 @@ from norton_deploy.files import atomic_write
 from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
-from norton_deploy.training.cpu_forms import CpuBlock, convolve
+from norton_deploy.training.forms import CpuBlock, convolve
 
 RESULTS = Path(__file__).parent / "results"
 # Channels, height and width of the maps, images in a batch.

@@ -36,7 +36,7 @@ from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.search.end_to_end import Workload, export_tuned
@@ -224,7 +224,7 @@ def random_model(task: Task, name: str, images: Sequence[Path]) -> nn.Module:
     if (task, name) not in MODELS:
         if name == "dense":
             torch.manual_seed(0)
-            model: nn.Module = build_dense_detector(task, DetectorSettings(num_classes=2 if task == "keypoint" else 91))
+            model: nn.Module = DetectorSettings(num_classes=2 if task == "keypoint" else 91).build(task)
         else:
             plan = CompressionPlan.load(PLANS / f"{name}.yaml")
             model = compress(random_model(task, "dense", images), plan, starts=1)

@@ -173,8 +173,3 @@ def build_resnet(
     # FrozenBatchNorm2d has buffers where torchvision's zero initialisation expects parameters.
     options["zero_init_residual"] = zero_init_residual and norm != "frozen"
     return getattr(resnet, architecture)(weights=None, **options)
-
-
-def build_dense_classifier(settings: ClassifierSettings) -> nn.Module:
-    """`settings.build()`."""
-    return settings.build()

@@ -18,8 +18,8 @@ from norton_deploy.evaluation.classification import evaluate_classifier
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
 from norton_deploy.training.batches import Batch, SampledBatches, collate_classes
-from norton_deploy.training.cpu_forms import use_cpu_forms
 from norton_deploy.training.distillation import DistilledClassification, open_classifier_teacher
+from norton_deploy.training.forms import use_cpu_forms
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
 from norton_deploy.training.run_folder import seed_step
 from norton_deploy.training.settings import TrainingSettings, build_accelerator

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.training.batches import Batch, EpochLoader
-from norton_deploy.training.cpu_forms import use_cpu_forms
-from norton_deploy.training.gpu_forms import recompose_blocks
+from norton_deploy.training.forms import recompose_blocks, use_cpu_forms
 from norton_deploy.training.run_folder import RunFolder, RunLog, RunState, load_state, save_state, seed_step
 from norton_deploy.training.settings import TrainingSettings, build_optimizer, build_weight_average
 

@@ -14,7 +14,7 @@ from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
 
 
@@ -47,7 +47,7 @@ def test_a_checkpoint_is_packaged_in_float16(folder, monkeypatch):
     )
     plan = CompressionPlan("rcnn", {}, {f"backbone.body.layer{stage}": 16 for stage in (3, 4)})
     torch.manual_seed(0)
-    dense = build_dense_detector("mask", shape)
+    dense = shape.build("mask")
     ids = tuple(category["id"] for category in CATEGORIES)
     categories = Categories(tuple(range(1, len(ids) + 1)), ids, tuple(names))
     header = CheckpointHeader("mask", shape, None, categories)
