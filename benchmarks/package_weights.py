@@ -15,14 +15,17 @@ from typing import Any
 
 from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from norton_deploy.checkpoints.packaged import LARGEST_MB, packaged_path
 from norton_deploy.config import parse_settings
 from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
+from norton_deploy.inference.loading import packaged_path
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
 from norton_deploy.structures import Task
+
+LARGEST_MB = 12.0
+"""No packaged file may be larger, in millions of bytes."""
 
 
 @dataclass(frozen=True)

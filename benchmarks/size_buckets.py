@@ -18,7 +18,7 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import primary_iou_type
-from norton_deploy.evaluation.detector_evaluation import evaluate_detector
+from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.predictor import Predictor

@@ -11,14 +11,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint, tensors_digest
 from norton_deploy.compression.reestimate import reestimate_batch_norm
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier

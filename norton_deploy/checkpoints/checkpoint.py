@@ -1,7 +1,8 @@
 """One file per model: safetensors with a JSON header that says how to rebuild it and where it comes from."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
@@ -167,6 +167,21 @@ def class_categories(names: Sequence[str]) -> Categories:
     """A classifier's class names as categories: class index k has label and id k + 1."""
     numbers = tuple(range(1, len(names) + 1))
     return Categories(numbers, numbers, tuple(names))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], prefix: bytes = b"") -> str:
+    """SHA-256 over every tensor's name, type, shape and bytes, by names ascending; 64 hexadecimal digits.
+
+    Args:
+        tensors: on any device, for example a model's `state_dict()`.
+        prefix: bytes that come first.
+    """
+    digest = hashlib.sha256(prefix)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, header: CheckpointHeader, *, half: bool = False) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.data.classification import ClassificationFolder, Style
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
 from norton_deploy.training.batches import Batch, SampledBatches, collate_classes

@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointHeader,
+    class_categories,
+    save_checkpoint,
+    tensors_digest,
+)
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
-from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress, compress_with_kept
 from norton_deploy.compression.probe import make_probes

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from benchmarks import package_weights
-from norton_deploy.checkpoints import packaged as weights
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from norton_deploy.commands import make_synthetic
 from norton_deploy.commands.demo_video import Settings, chosen_model
 from norton_deploy.compression.compress import compress
 from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.errors import UserError
+from norton_deploy.inference import loading as weights
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -21,7 +21,7 @@ from norton_deploy.structures import Categories
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An installation without weights."""
-    monkeypatch.setattr(weights, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(weights, "PACKAGED_FOLDER", tmp_path)
     return tmp_path
 
 
