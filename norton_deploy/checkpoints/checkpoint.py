@@ -42,7 +42,7 @@ class CheckpointHeader:
 
     Attributes:
         task: cls, box, mask or keypoint.
-        settings: what the dense model was built from (normalisation, input size, anchors, ...).
+        settings: what the dense model was built from.
         plan: the plan it was compressed by, None when it is dense.
         categories: the detector's labels; a classifier's classes are labels 1..K here, in order.
         lineage: one entry per command that made it, oldest first: command, source file and its SHA-256,
@@ -81,8 +81,18 @@ class CheckpointHeader:
         return self.settings
 
     def made_by(self, command: str, source: str | Path | None = None, **changes: Any) -> "CheckpointHeader":
-        """This header with one more lineage entry, and with `changes` to its fields."""
-        return replace(self, **changes, lineage=(*self.lineage, lineage_entry(command, source)))
+        """This header with `changes` to its fields, and with one more lineage entry, made now by this version.
+
+        Args:
+            command: the command line.
+            source: the file it started from.
+            changes: to other fields.
+        """
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"command": command, "date": date, "version": version("norton-deploy")}
+        if source is not None:
+            entry |= {"source": str(source), "source_sha256": sha256_of(source)}
+        return replace(self, **changes, lineage=(*self.lineage, entry))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -149,18 +159,6 @@ class Checkpoint:
 
     model: nn.Module
     header: CheckpointHeader
-
-
-def lineage_entry(command: str, source: str | Path | None = None) -> dict[str, str]:
-    """Who made a checkpoint: the command line, the file it started from, the date and the version."""
-    entry = {
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": version("norton-deploy"),
-    }
-    if source is not None:
-        entry |= {"source": str(source), "source_sha256": sha256_of(source)}
-    return entry
 
 
 def class_categories(names: Sequence[str]) -> Categories:

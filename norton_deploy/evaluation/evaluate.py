@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,14 +46,7 @@ class DetectorEvaluation:
 
 @dataclass(frozen=True)
 class FileEvaluation:
-    """A model file on a dataset.
-
-    Attributes:
-        predictor: the loaded model.
-        dataset: the split.
-        images: how many of its images were seen.
-        evaluation: what came out.
-    """
+    """Attributes: the loaded model; the split; how many of its images were seen; what came out."""
 
     predictor: Predictor
     dataset: CocoDetection
@@ -75,16 +68,12 @@ class FileEvaluation:
 
 
 class _Pixels(Dataset[tuple[int, Image]]):
-    """Image id and undecorated pixels of the items that one process is to see."""
+    """Image id and untransformed pixels of every item."""
 
-    def __init__(self, dataset: CocoDetection, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
+    def __init__(self, dataset: CocoDetection) -> None:
+        self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, Image]:
-        index = self.indices[position]
+    def __getitem__(self, index: int) -> tuple[int, Image]:
         return self.dataset.image_ids[index], self.dataset.pixels(index)
 
 
@@ -118,7 +107,7 @@ def evaluate_detector(
     labels = dataset.categories if categories is None else categories
     chosen = range(len(dataset))[:limit]
     indices = chosen[state.process_index :: state.num_processes]
-    loader = DataLoader(_Pixels(dataset, indices), batch_size, num_workers=workers, collate_fn=list, shuffle=False)
+    loader = DataLoader(_Pixels(dataset), batch_size, sampler=indices, num_workers=workers, collate_fn=list)
     own: list[dict[str, Any]] = []
     with tqdm(
         total=len(indices),
@@ -128,9 +117,11 @@ def evaluate_detector(
         dynamic_ncols=True,
         disable=not (progress and state.is_main_process),
     ) as bar:
-        for image_id, detections in _detections(detect, loader):
-            own.extend(detections.to_coco_results(image_id, labels))
-            bar.update()
+        for batch in one_line_errors(loader):
+            found = detect([pixels for _, pixels in batch])
+            for (image_id, _), detections in zip(batch, found, strict=True):
+                own.extend(detections.to_coco_results(image_id, labels))
+                bar.update()
     results = gather_object(own)
     known = set(dataset.coco.getCatIds())
     kept = [entry for entry in results if entry["category_id"] in known]
@@ -140,13 +131,12 @@ def evaluate_detector(
             "they are left out",
             stacklevel=2,
         )
-    results = kept
-    results.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
+    kept.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
     image_ids = [dataset.image_ids[index] for index in chosen]
     metrics: list[Any] = [None]
     if state.is_main_process:
-        metrics = [evaluate_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], results), image_ids)]
-    return DetectorEvaluation(broadcast_object_list(metrics)[0], results)
+        metrics = [evaluate_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], kept), image_ids)]
+    return DetectorEvaluation(broadcast_object_list(metrics)[0], kept)
 
 
 def evaluate_file(
@@ -186,12 +176,6 @@ def evaluate_file(
         predictor, dataset, limit=limit, batch_size=batch_size, workers=workers, progress=progress
     )
     return FileEvaluation(predictor, dataset, len(range(len(dataset))[:limit]), evaluation)
-
-
-def _detections(detect: Detector, loader: DataLoader[Any]) -> Iterator[tuple[int, Detections]]:
-    for batch in one_line_errors(loader):
-        found = detect([pixels for _, pixels in batch])
-        yield from zip((image_id for image_id, _ in batch), found, strict=True)
 
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], dataset: CocoDetection) -> dict[IouType, Path]:

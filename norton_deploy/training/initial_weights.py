@@ -112,11 +112,15 @@ def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) 
             "detector.backbone.norm frozen goes with a pretrained backbone: give --init FILE, or train from random "
             "weights with --detector.backbone.norm batch (or group, or sync on several GPUs)"
         )
-    model = settings.build(task)
+    start = _random(settings.build(task), settings, plan)
+    freeze_stages(start.model.get_submodule("backbone.body"), settings.backbone.trainable_layers)
+    return start
+
+
+def _random(model: nn.Module, settings: S, plan: Path | None) -> InitialModel[S]:
     structure = None if plan is None else CompressionPlan.load(plan)
     if structure is not None:
         apply_structure(model, structure)
-    freeze_stages(model.get_submodule("backbone.body"), settings.backbone.trainable_layers)
     return InitialModel(model, settings, structure, "RANDOM weights: no --init was given")
 
 
@@ -143,18 +147,29 @@ def _kept_settings(final: DetectorSettings, given: DetectorSettings) -> str:
 
 def _take_weights(model: nn.Module, task: Task, categories: Categories, source: Checkpoint, init: Path) -> str:
     """Load what fits of the source's weights, strictly; returns what was taken, in words."""
+    if source.header.task == task and source.header.categories == categories:
+        load_weights(model, source.model.state_dict(), str(init))
+        return f"{init}: all weights"
+    load_backbone(model, source, str(init))
+    if source.header.task == "cls":
+        return f"{init}: backbone body of a classifier; pyramid and heads are random"
+    theirs = ", ".join(source.header.categories.names[:NAMED]) if source.header.task == task else source.header.task
+    return f"{init}: backbone and pyramid; the heads are random (the file's detect something else: {theirs})"
+
+
+def load_backbone(model: nn.Module, source: Checkpoint, path: str) -> None:
+    """Load the backbone (body and pyramid) of another detector, or a classifier's body, strictly; `path` is its file.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
     tensors = source.model.state_dict()
     if source.header.task == "cls":
         body = {name: t for name, t in tensors.items() if not name.startswith(CLASSIFICATION_LAYER)}
-        load_weights(model.get_submodule("backbone.body"), body, str(init))
-        return f"{init}: backbone body of a classifier; pyramid and heads are random"
-    if source.header.task == task and source.header.categories == categories:
-        load_weights(model, tensors, str(init))
-        return f"{init}: all weights"
-    backbone = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
-    load_weights(model.get_submodule("backbone"), backbone, str(init))
-    theirs = ", ".join(source.header.categories.names[:NAMED]) if source.header.task == task else source.header.task
-    return f"{init}: backbone and pyramid; the heads are random (the file's detect something else: {theirs})"
+        load_weights(model.get_submodule("backbone.body"), body, path)
+    else:
+        backbone = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+        load_weights(model.get_submodule("backbone"), backbone, path)
 
 
 def initial_classifier(
@@ -174,11 +189,7 @@ def initial_classifier(
         UserError: the file does not fit, or `plan` is given with `init`.
     """
     if init is None:
-        model = settings.build()
-        structure = None if plan is None else CompressionPlan.load(plan)
-        if structure is not None:
-            apply_structure(model, structure)
-        return InitialModel(model, settings, structure, "RANDOM weights: no --init was given")
+        return _random(settings.build(), settings, plan)
     _refuse_plan(plan, init)
     source = open_model(str(init))
     found = source.header.settings

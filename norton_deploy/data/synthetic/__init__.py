@@ -57,10 +57,6 @@ def _write_image(
     return entry, [{**annotation, "image_id": image_id} for annotation in scene.annotations]
 
 
-def _init_worker() -> None:
-    cv2.setNumThreads(1)
-
-
 def _write_split(
     folder: Path, split: str, count: int, seed: int, image_sizes: tuple[int, int], workers: int, progress: bool
 ) -> None:
@@ -70,7 +66,7 @@ def _write_split(
     bar: dict[str, Any] = {"total": count, "desc": f"{split} images", "unit": "image", "disable": not progress}
     if workers > 1 and count >= _PARALLEL_FROM:
         # Not forked: a child cannot use the threads that OpenCV and OpenMP have started in its parent.
-        with ProcessPoolExecutor(workers, get_context("spawn"), _init_worker) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
             written = list(tqdm(pool.map(_write_image, *arguments, chunksize=8), **bar))
     else:
         written = list(tqdm(map(_write_image, *arguments), **bar))
