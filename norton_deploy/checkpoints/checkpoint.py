@@ -60,22 +60,14 @@ class CheckpointHeader:
 
     @property
     def detector(self) -> DetectorSettings:
-        """A detector's settings.
-
-        Raises:
-            UserError: it is a classifier.
-        """
+        """A detector's settings; a `UserError` where it is a classifier."""
         if not isinstance(self.settings, DetectorSettings):
             raise UserError(f"expected a detector, found the classifier {self.settings.architecture}")
         return self.settings
 
     @property
     def classifier(self) -> ClassifierSettings:
-        """A classifier's settings.
-
-        Raises:
-            UserError: it is a detector.
-        """
+        """A classifier's settings; a `UserError` where it is a detector."""
         if not isinstance(self.settings, ClassifierSettings):
             raise UserError(f"expected a classifier, found a {self.task} detector")
         return self.settings

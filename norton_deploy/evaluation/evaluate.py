@@ -100,7 +100,6 @@ def evaluate_detector(
         limit: evaluate the first so many images only.
         batch_size: images per call of `detect`.
         workers: processes that decode images.
-        progress: show a bar on the main process.
     """
     # joins torchrun's processes, unless a trainer has done so before; without `cpu` it would not on CPUs
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -109,14 +108,8 @@ def evaluate_detector(
     indices = chosen[state.process_index :: state.num_processes]
     loader = DataLoader(_Pixels(dataset), batch_size, sampler=indices, num_workers=workers, collate_fn=list)
     own: list[dict[str, Any]] = []
-    with tqdm(
-        total=len(indices),
-        desc="evaluating",
-        unit="image",
-        leave=False,
-        dynamic_ncols=True,
-        disable=not (progress and state.is_main_process),
-    ) as bar:
+    hidden = not (progress and state.is_main_process)
+    with tqdm(None, "evaluating", len(indices), False, unit="image", dynamic_ncols=True, disable=hidden) as bar:
         for batch in one_line_errors(loader):
             found = detect([pixels for _, pixels in batch])
             for (image_id, _), detections in zip(batch, found, strict=True):
@@ -157,8 +150,7 @@ def evaluate_file(
     Args:
         model: see `load_predictor`.
         data: folder in COCO-2017's layout.
-        task: box, mask or keypoint, which the model must be for.
-        split: train or val.
+        task: that the model must be for.
         device: cpu, cuda or cuda:N; by default each process takes a GPU of its own if there are any.
         limit, batch_size, workers, progress: see `evaluate_detector`.
         skip_bad: leave out bad images and annotations with one counted warning instead of stopping.
@@ -216,7 +208,6 @@ def evaluate_classifier(
         device: where the model is.
         batch_size: images per forward pass.
         workers: processes that decode images.
-        progress: show a bar on the main process.
 
     Returns:
         top1 and top5, 0..1. With fewer than five classes top5 is 1.

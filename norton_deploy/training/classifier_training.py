@@ -98,7 +98,7 @@ def train_classifier(
 
     Args:
         settings: of the run.
-        command: the command line, for the checkpoints' lineage.
+        command: for the checkpoints' lineage.
         announce: called on the main process with what the run starts from and how.
         start: a model whose structure no checkpoint can name (instead of `settings.init`); its weights are then
             saved as plain safetensors.
@@ -130,22 +130,14 @@ def train_classifier(
         teacher.to(memory_format=torch.channels_last)
         if settings.cpu_forms:
             use_cpu_forms(teacher)
+        weight, temperature = settings.distillation_weight, settings.temperature
         loss_terms = DistilledClassification(
-            teacher,
-            weight=settings.distillation_weight,
-            temperature=settings.temperature,
-            smoothing=settings.label_smoothing,
+            teacher, weight=weight, temperature=temperature, smoothing=settings.label_smoothing
         )
 
     def evaluate(model: nn.Module) -> Evaluation:
-        metrics = evaluate_classifier(
-            model,
-            val,
-            accelerator.device,
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            progress=settings.progress,
-        )
+        how: Any = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
+        metrics = evaluate_classifier(model, val, accelerator.device, **how)
         return Evaluation({"classification": metrics}, metrics["top1"])
 
     trainer = Trainer(

@@ -20,8 +20,6 @@ from norton_deploy.structures import Categories, Task
 CLASSIFICATION_LAYER = "fc."
 NAMED = 5
 """So many of a checkpoint's categories are named in a message."""
-
-
 S = TypeVar("S", ClassifierSettings, DetectorSettings)
 
 
@@ -43,18 +41,15 @@ def training_categories(task: Task, data: Categories, init: Path | None) -> Cate
     Models of torchvision label COCO's categories by their ids, those of other frameworks 1 to 80.
 
     Args:
-        task: box, mask or keypoint.
-        data: categories of the training data.
+        task, data: task and categories of the training data.
         init: a checkpoint or a .pth file, or None.
     """
     if init is None or init.suffix != ".safetensors":
         return data
     header = read_header(init)
-    own = header.categories  # an id alone says little: every data set of one's own begins at 1
-    is_same = header.task == task and set(zip(own.ids, own.names, strict=True)) == set(
-        zip(data.ids, data.names, strict=True)
-    )
-    return header.categories if is_same else data
+    # an id alone says little: every data set of one's own begins at 1
+    own, theirs = (set(zip(found.ids, found.names, strict=True)) for found in (header.categories, data))
+    return header.categories if header.task == task and own == theirs else data
 
 
 def initial_detector(
@@ -72,8 +67,7 @@ def initial_detector(
     differ from their defaults. From a classifier's checkpoint the body is taken. The plan is the file's.
 
     Args:
-        task: box, mask or keypoint.
-        categories: of the training data; they decide the number of classes.
+        task, categories: of the training data; the categories decide the number of classes.
         settings: of the detector.
         init: a checkpoint (.safetensors), or torchvision's .pth.
         plan: structure of a detector that starts from random weights; not with `init`.

@@ -74,12 +74,8 @@ def _write_split(
     annotations = [annotation for _, found in written for annotation in found]
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
-    info = {
-        "description": "Synthetic scenes in COCO's layout, written by norton_deploy",
-        "version": "1.0",
-        "seed": seed,
-        "image_sizes": list(image_sizes),
-    }
+    description = "Synthetic scenes in COCO's layout, written by norton_deploy"
+    info = {"description": description, "version": "1.0", "seed": seed, "image_sizes": list(image_sizes)}
     licences = [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}]
     common = {"info": info, "licenses": licences, "images": images}
     boxes = [
@@ -118,7 +114,6 @@ def write_dataset(
         seed: of everything.
         image_sizes: smallest and largest side in pixels; height and width are drawn from it independently.
         workers: processes; None takes the number of cores, at most 16.
-        progress: show progress bars.
 
     Raises:
         UserError: `root` holds something already, or a number is out of range.
