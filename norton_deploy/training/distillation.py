@@ -12,6 +12,7 @@ neural network, 2015).
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn

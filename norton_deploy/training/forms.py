@@ -36,9 +36,16 @@ class RecomposedBlock(CPDBlock):
     @classmethod
     def sharing(cls, block: CPDBlock) -> Self:
         """One with the very layers and bias of `block`."""
-        weights: Any = (block.in_channels, block.out_channels, block.kernel_size, block.rank)
-        geometry: Any = (block.stride, block.padding, block.dilation)
-        twin = cls(*weights, *geometry, device="meta")
+        twin = cls(
+            block.in_channels,
+            block.out_channels,
+            block.kernel_size,
+            block.rank,
+            block.stride,
+            block.padding,
+            block.dilation,
+            device="meta",
+        )
         twin.pointwise, twin.horizontal, twin.vertical = block.pointwise, block.horizontal, block.vertical
         twin.bias = block.bias
         return twin.train(block.training)
