@@ -6,14 +6,14 @@ after decomposing and after pruning; the first stage is the plan of 88 %. Every 
 are left and trains for as many epochs as fit into it, at most --epochs; a cell is written when it is done, an error is
 written in its place and tried again by the next run, and cells for which no time is left are left to it too.
 
-    python -m benchmarks.cifar_gpu --data cifar10.tar.xz --state runs/cifar_gpu --budget 330
+    python benchmarks/cifar_gpu.py --data cifar10.tar.xz --state runs/cifar_gpu --budget 330
 """
 
 import copy
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run
 from benchmarks.lib.cifar_experiment import (
     SMOOTHING,
     Experiment,
@@ -31,17 +32,14 @@ from benchmarks.lib.cifar_experiment import (
     save_state,
 )
 from benchmarks.lib.resident_training import use_gpu_forms
-from benchmarks.lib.result_cells import Cell, ResultCells
 from norton_deploy.compression.compress import prune
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.tables import Table
 
-ROOT = Path(__file__).parent
-PLANS = ROOT.parent / "configs" / "plans"
+PLANS = Path("configs/plans")
 DECOMPOSED = "vgg16_88"  # rank 1, not pruned: the first stage of those that are
 # Table I: plan -> top-1 (%); Table IV: rank -> NMSE, top-1 (%) without and with fine-tuning. Dense: 93.96 %.
 PAPER_LEVELS = {"vgg16_77": 94.11, "vgg16_88": 93.84, "vgg16_96": 92.54, "vgg16_99": 90.32}
@@ -71,7 +69,7 @@ convolution that they equal. A second seed is one of order and augmentation in t
 class Settings(ExperimentSettings):
     """Settings of benchmarks/cifar_gpu.py."""
 
-    out: Path = ROOT / "results" / "cifar_gpu.json"
+    out: Path = RESULTS / "cifar_gpu.json"
     """Results file; a Markdown table is written beside it."""
     budget: float = 330.0
     """Seconds in all."""
@@ -160,10 +158,9 @@ def planned_cells(experiment: Experiment) -> dict[str, PlannedCell]:
     return cells
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(settings: Settings) -> None:
     """Run the benchmark."""
     started = time.perf_counter()
-    settings = parse_settings(Settings, argv, prog="cifar_gpu", description=__doc__ or "")
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # the rest is for who launches the GPU's work
     experiment = Experiment(settings)
     print(f"images read after {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
@@ -175,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipe": vars(RECIPE),
         "most_epochs": settings.epochs,
     }
-    results = ResultCells(settings.out, identity)
+    results = ResultCells(settings.out, identity, report)
     for name in [name for name, cell in results.cells.items() if "error" in cell]:
         del results.cells[name]
     for name, plan in (("dense", None), (DECOMPOSED, experiment.plan(1))):
@@ -205,9 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "error" in measured:
                 raise UserError(f"the dense model: {measured['error']}")
             experiment.decompose((1,) if settings.smoke else PAPER_RANKS)
-        results.write_markdown(tables(results.cells), NOTES)
     experiment.close()
-    return 0
+
+
+def report(results: ResultCells) -> str:
+    """All tables of the cells so far; an error of the dense model leaves nothing to compare with."""
+    dense = results.cells.get("dense", {})
+    return page(*(tables(results.cells) if "epochs" in dense else []), NOTES)
 
 
 def guarded(measure: Callable[[float, int | None], Cell], seconds: float, epochs: int | None) -> Cell:
@@ -272,7 +273,4 @@ def size(cell: Cell) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

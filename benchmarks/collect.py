@@ -5,19 +5,17 @@ Run it after a benchmark. A benchmark without results is left out; nothing is ty
 
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from norton_deploy.config import parse_settings
+from benchmarks.lib.cells import RESULTS, run
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.tables import DetectorRow, detector_table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 INTRODUCTION = """\
 # Results
 
@@ -47,8 +45,7 @@ SECTIONS = {
     "engine_builds": "TensorRT-RTX engines, built and not run",
     "size_buckets": "Fixed image sizes",
     "compression_time": "Time to compress a layer",
-    "training_forms": "CPDBlocks in training",
-    "small_maps": "Training over small maps on a CPU",
+    "training_forms": "Forms of layers in training on a CPU",
     "gradcam": "Feature preservation: Grad-CAM",
 }
 """Result file -> heading, in the order of the document."""
@@ -66,12 +63,10 @@ class Settings:
     """Document to write."""
 
 
-def main() -> int:
+def main(settings: Settings) -> None:
     """Write the document."""
-    settings = parse_settings(Settings, prog="collect", description=__doc__ or "")
     with atomic_write(settings.out, "w") as stream:
         stream.write(document())
-    return 0
 
 
 def document() -> str:
@@ -158,4 +153,4 @@ def demo_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(Settings, main)

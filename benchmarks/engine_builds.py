@@ -4,24 +4,21 @@ Box, mask and keypoint, dense and by each plan, fp32 and fp16, built ahead of ti
 machine without a GPU. The engines are not run. Weights are random. A cell that is in the results file is not run again.
 """
 
-import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.commands import export_trt, write_json
-from norton_deploy.config import parse_settings
+from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulate
 from norton_deploy.errors import UserError
-from norton_deploy.export.onnx_export import Precision
-from norton_deploy.files import atomic_write
-from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.tables import Table
+from norton_deploy.export.contract import Precision
+from norton_deploy.export.tensorrt_build import build_or_explain
+from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.structures import TASKS, Task
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -44,72 +41,75 @@ class Settings:
     """Results file; a Markdown table is written beside it."""
 
 
-def main() -> int:
-    """Run the benchmark; status 1 when a graph failed its comparison or an engine was not built."""
-    settings = parse_settings(Settings, prog="engine_builds", description=__doc__ or "")
-    results: dict[str, Any] = json.loads(settings.out.read_text()) if settings.out.is_file() else {"cells": {}}
-    for name, arguments in _cells(settings).items():
-        if name in results["cells"]:
-            continue
-        print(f"== {name}", file=sys.stderr)
-        results["cells"][name] = {**_build(arguments, settings), "provenance": provenance()}
-        write_json(results, settings.out)
-        with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
-            stream.write(_table(results).to_markdown() + "\n")
-    return int(any("failure" in cell for cell in results["cells"].values()))
+def main(settings: Settings) -> int:
+    """Build what is missing; status 1 when a graph failed its comparison or an engine was not built."""
+    cells: dict[str, Callable[[], dict[str, Any]]] = {
+        f"{task}, {'dense' if plan is None else plan.stem}, {precision}": partial(
+            build, task, plan, precision, settings
+        )
+        for task in settings.tasks
+        for plan in (None, *settings.plans)
+        for precision in settings.precisions
+    }
+    key = settings_of(settings, "tasks", "plans", "precisions")
+    return ResultCells(settings.out, key, report).measure_all(cells)
 
 
-def _cells(settings: Settings) -> dict[str, list[str]]:
-    cells = {}
-    for task in settings.tasks:
-        for plan in (None, *settings.plans):
-            for precision in settings.precisions:
-                model = [] if plan is None else ["--plan", str(plan)]
-                name = f"{task}, {'dense' if plan is None else plan.stem}, {precision}"
-                cells[name] = ["--task", task, *model, "--precision", precision]
-    return cells
-
-
-def _build(arguments: list[str], settings: Settings) -> dict[str, Any]:
-    height, width = settings.image_size
+def build(task: Task, plan: Path | None, precision: Precision, settings: Settings) -> dict[str, Any]:
+    """One cell: what the export and the build took, or why there is no engine."""
+    options = ExportOptions(image_size=settings.image_size, precision=precision, target="tensorrt")
     with tempfile.TemporaryDirectory() as folder:
-        engine, report_file = Path(folder) / "detector.engine", Path(folder) / "report.json"
-        argv = [*arguments, "--engine", "tensorrt-rtx", "--compute-capability", settings.compute_capability]
-        argv += ["--image-size", str(height), str(width), "--parity-images", str(settings.parity_images)]
+        engine = Path(folder) / "detector.engine"
         started = time.perf_counter()
         try:
-            status = export_trt.main([*argv, "--out", str(engine), "--json", str(report_file)])
+            model, _, categories = open_detector(None, task, plan=plan, image_size=settings.image_size)
+            export = export_checked(
+                model, task, categories, engine.with_suffix(".onnx"), options,
+                scenes=settings.parity_images, report=partial(print, file=sys.stderr),
+            )  # fmt: skip
+            built = build_or_explain(export.file, engine, compute_capability=settings.compute_capability)
         except UserError as error:
             return {"failure": str(error).replace(f"{folder}/", "")}
-        total_s = time.perf_counter() - started
-        report = json.loads(report_file.read_text())
-        if status != 0:
-            return {"failure": report["reason"]}
+        if built.manifest is None:
+            return {"failure": built.reason}
         return {
-            "total_s": total_s,
-            **{key: report[key] for key in ("export_s", "parity_s", "build_s")},
-            "engine_version": report["manifest"]["engine_version"],
-            "compute_capability": report["manifest"]["compute_capability"],
+            "total_s": time.perf_counter() - started,
+            "export_s": export.export_s,
+            "parity_s": export.parity_s,
+            "build_s": built.build_s,
+            "engine_version": built.manifest.engine_version,
+            "compute_capability": built.manifest.compute_capability,
             "engine_mib": engine.stat().st_size / 2**20,
-            "detections": report["parity"]["detections"],
-            "stages": report["parity"]["stages"],
+            "detections": export.parity.detections,
+            "stages": export.parity.to_dict()["stages"],
         }
 
 
-def _table(results: dict[str, Any]) -> Table:
-    rows = []
-    for name, cell in results["cells"].items():
-        if "failure" in cell:
-            rows.append((name, cell["failure"].splitlines()[0], *["-"] * 5))
-            continue
-        seconds = (f"{cell[key]:.0f}" for key in ("export_s", "parity_s", "build_s", "total_s"))
-        rows.append((name, f"built for {cell['compute_capability']}", *seconds, f"{cell['engine_mib']:.0f}"))
-    header = ("Detector", "Engine", "Export s", "Comparison s", "Build s", "All s", "Engine MiB")
-    return Table(header, tuple(rows), "TensorRT-RTX engines, built ahead of time without a GPU and not run")
+def report(results: ResultCells) -> str:
+    """One row a cell."""
+
+    def figure(name: str) -> Callable[[tuple[str, Mapping[str, Any]]], str]:
+        return lambda row: f"{row[1][name]:.0f}" if name in row[1] else "-"
+
+    def outcome(row: tuple[str, Mapping[str, Any]]) -> str:
+        cell = row[1]
+        failure: str = cell.get("failure", "")
+        return failure.splitlines()[0] if failure else f"built for {cell['compute_capability']}"
+
+    return tabulate(
+        "TensorRT-RTX engines, built ahead of time without a GPU and not run",
+        results.cells.items(),
+        {
+            "Detector": lambda row: row[0],
+            "Engine": outcome,
+            "Export s": figure("export_s"),
+            "Comparison s": figure("parity_s"),
+            "Build s": figure("build_s"),
+            "All s": figure("total_s"),
+            "Engine MiB": figure("engine_mib"),
+        },
+    ).to_markdown()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

@@ -12,31 +12,28 @@ again continues: a cell that is there is not run again, a failed one only with -
 record.
 """
 
-import json
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import cv2
-
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, tabulate
 from norton_deploy.checkpoints.checkpoint import read_header
 from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.commands import export_onnx
-from norton_deploy.config import parse_settings
+from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
-from norton_deploy.export.static_rcnn import TARGETS
-from norton_deploy.files import atomic_write
-from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.tables import Table
-from norton_deploy.structures import TASKS
+from norton_deploy.export.contract import Target
+from norton_deploy.inference.predictor import Image, read_image
+from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
+from norton_deploy.structures import TASKS, Task
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = ("dense", "NORTON")
+TARGETS: tuple[Target, ...] = get_args(Target)
 CHECKPOINT = "last.safetensors"
 MEASURES = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP (OKS)"}
 CELLS = tuple(f"{task}, {kind}, {target}" for task in TASKS for kind in KINDS for target in TARGETS)
@@ -67,56 +64,57 @@ class Settings:
     """Run the cells that failed once more."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; status 1 when any graph failed its parity check."""
-    settings = parse_settings(Settings, argv, prog="export_parity", description=__doc__ or "")
+@dataclass(frozen=True)
+class Source:
+    """A detector to export: its file, or the task and plan of one with random weights; and the target."""
+
+    task: Task
+    model: Path | None = None
+    plan: Path | None = None
+    target: Target = "onnxruntime"
+
+
+def main(settings: Settings) -> int:
+    """Measure what is missing; status 1 when any graph failed its parity check."""
     planned = plan_cells(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        images = collect_images(settings, Path(folder))
-        results = open_results(settings, len(images))
-        for name, arguments in planned.items():
-            earlier = results["cells"].get(name)
-            if earlier is not None and not (settings.retry and "failure" in earlier):
-                continue
-            print(f"== {name}", flush=True)
-            started = time.perf_counter()
-            cell = run_cell(arguments, images, settings, Path(folder))
-            cell["seconds"] = round(time.perf_counter() - started, 1)
-            cell["provenance"] = provenance()
-            if earlier is not None:
-                cell["earlier_failures"] = [*earlier.pop("earlier_failures", []), earlier]
-            results["cells"][name] = cell
-            write_results(settings.out, results)
-    write_results(settings.out, results)
-    missing = [name for name in CELLS if name not in results["cells"]]
-    failed = [name for name, cell in results["cells"].items() if "failure" in cell]
-    print(f"{len(results['cells'])} of {len(CELLS)} cells in {settings.out.name}, {len(failed)} failed: {failed}")
-    if missing:
-        print(f"not run, no model given: {'; '.join(missing)}")
+    images = collect_images(settings)
+    described = {
+        "image_size": settings.image_size,
+        "images": {"embedded": settings.embedded, "real": len(images) - settings.embedded},
+        "eval": None if settings.eval is None else settings.eval.name,
+        "weights": "random" if not settings.models else "trained",
+    }
+    results = ResultCells(settings.out, described, report)
+    for name, source in planned.items():
+        earlier = results.cells.get(name, {})
+        again = settings.retry and "failure" in earlier
+        results.measure(name, partial(run_cell, source, images, settings, earlier), again=again)
+    results.write()
+    failed = [name for name, cell in results.cells.items() if "failure" in cell]
+    print(f"{len(results.cells)} of {len(CELLS)} cells in {settings.out.name}, {len(failed)} failed: {failed}")
     return int(bool(failed))
 
 
-def plan_cells(settings: Settings) -> dict[str, list[str]]:
-    """Cell -> what tells export_onnx which detector and target it is.
+def plan_cells(settings: Settings) -> dict[str, Source]:
+    """Cell -> the detector and target that it is.
 
     Raises:
         UserError: a folder without checkpoints, a model that is no detector, or two models for one cell.
     """
-    if not settings.models:
-        kinds: dict[str, list[str]] = {"dense": [], "NORTON": ["--plan", str(settings.plan)]}
-        detectors = {(task, kind): ["--task", task, *kinds[kind]] for task in TASKS for kind in KINDS}
-    else:
+    plans = {"dense": None, "NORTON": settings.plan}
+    detectors = {(task, kind): Source(task, plan=plans[kind]) for task in TASKS for kind in KINDS}
+    if settings.models:
         detectors = {}
-        for model in find_models(settings.models):
-            header = read_header(model) if model.suffix == ".safetensors" else open_model(str(model)).header
-            if header.task not in TASKS:
-                raise UserError(f"{model}: a checkpoint of task '{header.task}', expected {', '.join(TASKS)}")
-            key = header.task, KINDS[header.plan is not None]
-            if key in detectors:
-                raise UserError(f"{model} and {detectors[key][1]}: both are {', '.join(key)}; give one of them")
-            detectors[key] = ["--model", str(model)]
+    for model in find_models(settings.models):
+        header = read_header(model) if model.suffix == ".safetensors" else open_model(str(model)).header
+        if header.task == "cls":
+            raise UserError(f"{model}: a checkpoint of task '{header.task}', expected {', '.join(TASKS)}")
+        key = header.task, KINDS[header.plan is not None]
+        if key in detectors:
+            raise UserError(f"{model} and {detectors[key].model}: both are {', '.join(key)}; give one of them")
+        detectors[key] = Source(header.task, model)
     return {
-        f"{task}, {kind}, {target}": [*detectors[task, kind], "--target", target]
+        f"{task}, {kind}, {target}": replace(detectors[task, kind], target=target)
         for task in TASKS
         for kind in KINDS
         for target in TARGETS
@@ -124,7 +122,7 @@ def plan_cells(settings: Settings) -> dict[str, list[str]]:
     }
 
 
-def find_models(paths: tuple[Path, ...]) -> list[Path]:
+def find_models(paths: Sequence[Path]) -> list[Path]:
     """Files as they are, and the checkpoints in folders."""
     models = []
     for path in paths:
@@ -135,97 +133,78 @@ def find_models(paths: tuple[Path, ...]) -> list[Path]:
     return models
 
 
-def open_results(settings: Settings, images: int) -> dict[str, Any]:
-    """What the results file holds already, or empty results.
-
-    Raises:
-        UserError: the file's cells were made with other settings.
-    """
-    described = {
-        "image_size": list(settings.image_size),
-        "images": {"embedded": settings.embedded, "real": images - settings.embedded},
-        "eval": None if settings.eval is None else settings.eval.name,
-        "weights": "random" if not settings.models else "trained",
-    }
-    if not settings.out.is_file():
-        return {"settings": described, "cells": {}}
-    results: dict[str, Any] = json.loads(settings.out.read_text())
-    if results.get("settings") != described:
-        raise UserError(
-            f"{settings.out}: made with {results.get('settings')}, now {described}; give another --out, or move it away"
-        )
-    return results
-
-
-def collect_images(settings: Settings, folder: Path) -> list[Path]:
-    """Embedded scenes as PNG files of the graph's size, then the user's images."""
-    paths = []
-    for seed in range(settings.embedded):
-        paths.append(folder / f"embedded-{seed:03d}.png")
-        cv2.imwrite(str(paths[-1]), draw_scene(seed, settings.image_size).image[:, :, ::-1])
+def collect_images(settings: Settings) -> list[Image]:
+    """Embedded scenes of the graph's size, then the user's images."""
+    images = [draw_scene(seed, settings.image_size).image for seed in range(settings.embedded)]
     if settings.images is not None:
         found = find_images(settings.images)
-        paths += found[:: max(1, len(found) // settings.more_images)][: settings.more_images]
-    return paths
+        step = max(1, len(found) // settings.more_images)
+        images += [read_image(path) for path in found[::step][: settings.more_images]]
+    return images
 
 
-def run_cell(arguments: list[str], images: list[Path], settings: Settings, folder: Path) -> dict[str, Any]:
-    """Export and compare; the command's report, or why there is none."""
-    height, width = settings.image_size
-    argv = [*arguments, "--image-size", str(height), str(width), "--parity-images", str(len(images))]
-    argv += ["--images", *map(str, images), "--out", str(folder / "graph.onnx"), "--json", str(folder / "report.json")]
-    if settings.eval is not None:
-        argv += ["--eval", str(settings.eval)]
-    try:
-        export_onnx.main(argv)
-    except UserError as error:
-        return {"failure": str(error).replace(f"{folder}/", "")}
-    except Exception as error:  # One broken cell must not cost the others; it stands in the results.
-        return {"failure": f"{type(error).__name__}: {error}".replace(f"{folder}/", "")}
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    del report["file"], report["parity"]["graph"]  # A temporary file's name says nothing.
-    return report
+def run_cell(source: Source, images: Sequence[Image], settings: Settings, earlier: Cell) -> dict[str, Any]:
+    """Export and compare; what was found, or why nothing was, after the failures before it."""
+    failures = [*earlier.pop("earlier_failures", []), earlier] if earlier else []
+    before = {"earlier_failures": failures} if failures else {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return {**export(source, images, settings, Path(folder)), **before}
+        except UserError as error:
+            message = str(error)
+        except Exception as error:  # One broken cell must not cost the others; it stands in the results.
+            message = f"{type(error).__name__}: {error}"
+        return {"failure": message.replace(f"{folder}/", ""), **before}
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """The JSON file, and the table beside it."""
-    with atomic_write(path, "w") as stream:
-        json.dump(results, stream, indent=1)
-    with atomic_write(path.with_suffix(".md"), "w") as stream:
-        stream.write(table_of(results).to_markdown() + "\n")
+def export(source: Source, images: Sequence[Image], settings: Settings, folder: Path) -> dict[str, Any]:
+    """The report of an export."""
+    model = None if source.model is None else str(source.model)
+    detector, task, categories = open_detector(model, source.task, plan=source.plan, image_size=settings.image_size)
+    dataset = None if settings.eval is None else CocoDetection(settings.eval, "val", task, categories=categories)
+    options = ExportOptions(image_size=settings.image_size, target=source.target)
+    note = partial(print, file=sys.stderr)
+    found = export_checked(
+        detector, task, categories, folder / "graph.onnx", options, images, dataset=dataset, report=note
+    ).to_dict()
+    del found["file"], found["parity"]["graph"]  # A temporary file's name says nothing.
+    return found
 
 
-def table_of(results: dict[str, Any]) -> Table:
+def report(results: ResultCells) -> str:
     """One row per cell, in a fixed order; cells that were not run say so."""
-    rows = []
-    for name in CELLS:
-        cell = results["cells"].get(name, {"failure": "not run"})
-        verdict = cell.get("failure", "equal")
-        if "earlier_failures" in cell:
-            verdict += f" (failed before: {'; '.join(earlier['failure'] for earlier in cell['earlier_failures'])})"
-        parity = cell.get("parity", {"stages": [], "detections": 0})
-        last = [stage for stage in parity["stages"] if stage["name"] in ("masks", "keypoints", "final")]
-        figures = "; ".join(f"{stage['measure']} {stage['worst']:.2g}" for stage in last)
-        precision = cell.get("average_precision", {"before": {}, "after": {}})
-        scores = "; ".join(
-            f"{MEASURES[measure]} {before:.4f} -> {precision['after'][measure]:.4f}"
-            for measure, before in precision["before"].items()
-        )
-        export_s = f"{cell['export_s']:.0f} s" if "export_s" in cell else "-"
-        date = cell.get("provenance", {}).get("date", "-")
-        rows.append((name, verdict, str(parity["detections"]), figures or "-", scores or "-", export_s, date))
-    settings = results["settings"]
+    cells = [(name, results.cells.get(name, {"failure": "not run"})) for name in CELLS]
+
+    def verdict(row: tuple[str, Cell]) -> str:
+        earlier = "; ".join(failed["failure"] for failed in row[1].get("earlier_failures", []))
+        return f"{row[1].get('failure', 'equal')}{f' (failed before: {earlier})' if earlier else ''}"
+
+    def worst(row: tuple[str, Cell]) -> str:
+        stages = row[1].get("parity", {}).get("stages", [])
+        last = [stage for stage in stages if stage["name"] in ("masks", "keypoints", "final")]
+        return "; ".join(f"{stage['measure']} {stage['worst']:.2g}" for stage in last) or "-"
+
+    def precision(row: tuple[str, Cell]) -> str:
+        before, after = (row[1].get("average_precision", {}).get(when, {}) for when in ("before", "after"))
+        return "; ".join(f"{MEASURES[key]} {value:.4f} -> {after[key]:.4f}" for key, value in before.items()) or "-"
+
+    settings = results.settings
     height, width = settings["image_size"]
-    caption = (
+    return tabulate(
         f"Exported graphs against eager mode, {settings['weights']} weights, {height}x{width}, "
-        f"on {sum(settings['images'].values())} images ({settings['images']['real']} real)"
-    )
-    titles = ("Detector, target", "Verdict", "Detections", "Worst difference", "Eager -> graph", "Export", "Date (UTC)")
-    return Table(titles, tuple(rows), caption)
+        f"on {sum(settings['images'].values())} images ({settings['images']['real']} real)",
+        cells,
+        {
+            "Detector, target": lambda row: row[0],
+            "Verdict": verdict,
+            "Detections": lambda row: str(row[1].get("parity", {}).get("detections", 0)),
+            "Worst difference": worst,
+            "Eager -> graph": precision,
+            "Export": lambda row: f"{row[1]['export_s']:.0f} s" if "export_s" in row[1] else "-",
+            "Date (UTC)": lambda row: row[1].get("provenance", {}).get("date", "-"),
+        },
+    ).to_markdown()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

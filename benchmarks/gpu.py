@@ -11,13 +11,12 @@ for correctness: these are times, not accuracies. Times are from an idle device 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +26,11 @@ STARTED = time.monotonic()
 
 import torch  # noqa: E402
 
+from benchmarks.lib.cells import RESULTS, ResultCells, run  # noqa: E402
 from benchmarks.lib.gpu_bench import Bench, Skipped  # noqa: E402
-from norton_deploy import commands  # noqa: E402
-from norton_deploy.config import parse_settings  # noqa: E402
 from norton_deploy.errors import UserError  # noqa: E402
-from norton_deploy.reporting.provenance import provenance  # noqa: E402
 from norton_deploy.structures import TASKS  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 GRACE = 1.5
 """A cell is stopped when it has taken this many times its budget."""
 
@@ -56,7 +52,7 @@ class Settings:
     cells: tuple[str, ...] = ()
     """Only these cells; empty: all."""
     out: Path = RESULTS / "gpu.json"
-    """Results."""
+    """Results file; what to know at once is written beside it."""
     keep_errors: bool = False
     """Don't try cells again that failed."""
 
@@ -79,9 +75,8 @@ def cell_list() -> dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(settings: Settings) -> int:
     """Run what is missing; 1 if a cell failed."""
-    settings = parse_settings(Settings, argv, prog="gpu", description=__doc__ or "")
     if settings.prepare is not None:
         from benchmarks.lib.gpu_parity import prepare
 
@@ -91,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "--device cuda: there is no CUDA GPU that works here; --device cpu --smoke tries the benchmark out"
         )
-    results: dict[str, Any] = json.loads(settings.out.read_text()) if settings.out.is_file() else {"cells": {}}
-    cells = results["cells"]
+    results = ResultCells(settings.out, {"device": settings.device, "smoke": settings.smoke}, report)
+    cells = results.cells
     bench = Bench(torch.device(settings.device), settings.smoke, settings.prepared)
     rates = cells.get("environment", {}).get("result", {}).get("rates")
     bench.rates |= rates or {}
@@ -101,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.start(task, plan)
     if bench.on_gpu:
         torch.backends.cudnn.benchmark_limit = 6  # algorithms that are tried for each convolution
-    results["provenance"] = provenance()
     print(f"started in {time.monotonic() - STARTED:.1f} s", flush=True)
     for name, (seconds, measure) in cell_list().items():
         done = cells.get(name, {}).get("status")
@@ -111,16 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (done == "failed" and settings.keep_errors) or left < 5:
             print(f"{name}: not run, {left:.0f} s are left", flush=True)
             continue
-        cells[name] = run_cell(bench, measure, min(seconds, left - 3), left - 2)
-        commands.write_json(results, settings.out)
-        print(
-            f"{name}: {cells[name]['status']}, {cells[name]['seconds']:.1f} s {cells[name].get('why', '')}",
-            flush=True,
-        )
-        if cells[name]["status"] == "failed" and not device_works(bench):
+        measured = partial(run_cell, bench, measure, min(seconds, left - 3), left - 2)
+        cell = results.measure(name, measured, again=True)
+        print(f"{name}: {cell['status']}, {cell['seconds']:.1f} s {cell.get('why', '')}", flush=True)
+        if cell["status"] == "failed" and not device_works(bench):
             restart(settings)
     bench.pool.shutdown(wait=False, cancel_futures=True)
-    print("\n".join(summary(cells)), flush=True)
+    print(report(results), flush=True)
     return int(any(cell["status"] == "failed" for cell in cells.values()))
 
 
@@ -151,12 +142,12 @@ def run_cell(bench: Bench, measure: Callable[[Bench], dict[str, Any]], seconds: 
         signal.setitimer(signal.ITIMER_REAL, 0)
     if bench.on_gpu:
         cell["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return cell | {"seconds": time.monotonic() - started, "budget_s": seconds}
+    return cell | {"budget_s": seconds}
 
 
-def summary(cells: dict[str, Any]) -> list[str]:
+def report(results: ResultCells) -> str:
     """What to know at once: passed or not, medians and speed-ups of Table III."""
-    found = {name: cell.get("result", cell.get("partial", {})) for name, cell in cells.items()}
+    found = {name: cell.get("result", cell.get("partial", {})) for name, cell in results.cells.items()}
     lines = []
     for name, verdict in found.get("correctness", {}).items():
         if isinstance(verdict, dict):
@@ -168,7 +159,7 @@ def summary(cells: dict[str, Any]) -> list[str]:
         for name, row in rows.items():
             ratio = row["speedup over eager dense fp32"]["ratio"]
             lines.append(f"{task} {name}: {row['median_ms']:.2f} ms, {ratio:.2f} x")
-    return lines
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def device_works(bench: Bench) -> bool:
@@ -188,7 +179,4 @@ def restart(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

@@ -7,19 +7,16 @@ figures of both in one place. The picture's columns and the table's rows are nam
         --classifier-images runs/cifar/test --detector DENSE --detector-compressed FILE ... --detector-images FOLDER
 """
 
-import json
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from norton_deploy import commands
-from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
+from norton_deploy.data.image_folder import read_images
+from norton_deploy.reporting.gradcam import compare_gradcam, draw_gradcam, open_compared
 from norton_deploy.reporting.tables import Table
 
-RESULTS = Path(__file__).parent / "results"
 NOTES = """\
 The correlation is Pearson's, between a compressed model's map and the dense model's on the same image for the same \
 class (classifier) or the same box (detector), at three levels of the backbone, from early to late; mean and standard \
@@ -53,46 +50,41 @@ class Settings:
     """Results file; table and pictures are written beside it."""
 
 
-def main() -> int:
-    """Run the benchmark."""
-    s = parse_settings(Settings, prog="gradcam", description=__doc__ or "")
-    result = {
-        "classifier": explain(s, "classifier", s.classifier, s.classifier_compressed, s.classifier_images),
-        "detector": explain(s, "detector", s.detector, s.detector_compressed, s.detector_images),
-    }
-    commands.write_json(result, s.out)
-    with atomic_write(s.out.with_suffix(".md"), "w") as stream:
-        stream.write("\n\n".join([*(table(kind, found).to_markdown() for kind, found in result.items()), NOTES]) + "\n")
-    return 0
+def main(settings: Settings) -> int:
+    """Measure what is missing."""
+    s = settings
+    classifiers, detectors = (s.classifier, s.classifier_compressed), (s.detector, s.detector_compressed)
+    return ResultCells(s.out, {"count": s.count}, report).measure_all(
+        {
+            "classifier": partial(explain, s, "classifier", *classifiers, s.classifier_images),
+            "detector": partial(explain, s, "detector", *detectors, s.detector_images),
+        }
+    )
 
 
 def explain(s: Settings, kind: str, dense: Path, compressed: tuple[Path, ...], images: Path) -> dict[str, Any]:
     """The picture of one kind of model, and its figures."""
-    picture = s.out.with_name(f"{s.out.stem}_{kind}.jpg")
-    figures = s.out.with_name(f"{s.out.stem}_{kind}.json")
-    argv = ["--model", str(dense), "--compressed", *map(str, compressed), "--images", str(images)]
-    argv += ["--count", str(s.count), "--out", str(picture), "--json", str(figures)]
-    if commands.run("gradcam", argv):
-        raise UserError(f"{dense}: tools/gradcam.py failed")
-    found: dict[str, Any] = json.loads(figures.read_text())
-    figures.unlink()
-    return found
+    found = compare_gradcam(open_compared(dense, compressed), read_images(images, s.count))
+    draw_gradcam(s.out.with_name(f"{s.out.stem}_{kind}.jpg"), found)
+    counts = {"images": found.images, "images_without_a_shared_detection": found.skipped}
+    return {"model": str(dense), **counts, "correlation": found.correlation}
 
 
-def table(kind: str, found: dict[str, Any]) -> Table:
+def report(results: ResultCells) -> str:
+    """A table a kind of model."""
+    return page(*(correlations(kind, cell) for kind, cell in results.cells.items()), NOTES)
+
+
+def correlations(kind: str, cell: Cell) -> Table:
     """One row a compressed model."""
-    levels = list(next(iter(found["correlation"].values())))
-    rows = tuple(
-        (name, *(f"{by_level[level]['mean']} ± {by_level[level]['std']}" for level in levels))
-        for name, by_level in found["correlation"].items()
-    )
-    return Table(
-        (kind.capitalize(), *levels), rows, f"Correlation with the dense {kind}'s maps, {found['images']} images"
-    )
+    rows = cell["correlation"].items()
+    levels = {
+        level: lambda row, level=level: "{mean} ± {std}".format(**row[1][level])
+        for level in next(iter(cell["correlation"].values()))
+    }
+    caption = f"Correlation with the dense {kind}'s maps, {cell['images']} images"
+    return tabulate(caption, rows, {kind.capitalize(): lambda row: row[0], **levels})
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

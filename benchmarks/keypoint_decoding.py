@@ -7,29 +7,26 @@ than a pixel away are ties. Then both decode the same 100 people at 800 x 800, i
 Runtime, torchvision in eager mode.
 """
 
-import json
-import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints
 
-from norton_deploy.config import parse_settings
+from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulate
+from norton_deploy.cost.session import make_session
+from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.export.heatmap_argmax import best_pixel
-from norton_deploy.files import atomic_write
-from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.tables import Table
+from norton_deploy.export.onnx_export import OPSET
 
-RESULTS = Path(__file__).parent / "results"
 SIDE, SIZE, KEYPOINTS = 800, 28, 17
-COUNTS = ("keypoints", "off_by_more_than_1_px", "missed", "largest_shortfall")
+KINDS = ("noise", "smooth", "peak")
 ROUNDING = 1e-5
 """Of a map's largest absolute value."""
 
@@ -58,39 +55,33 @@ class Decoder(nn.Module):
         return torch.stack(best_pixel(maps, columns, rows, SIDE), dim=-1)
 
 
-def main() -> int:
-    """Run the benchmark; status 1 when a keypoint was missed."""
-    settings = parse_settings(Settings, prog="keypoint_decoding", description=__doc__ or "")
+def main(settings: Settings) -> int:
+    """Measure what is missing; status 1 when a keypoint was missed."""
     torch.set_num_threads(settings.threads)
-    agreement = {kind: compare(kind, settings.rois) for kind in ("noise", "smooth", "peak")}
-    result = {
-        "provenance": provenance(),
-        "settings": asdict(settings) | {"out": settings.out.name},
-        "agreement": agreement,
-        "timing": measure(settings),
-    }
-    print(json.dumps(result["agreement"] | result["timing"], indent=1))
-    with atomic_write(settings.out, "w") as stream:
-        json.dump(result, stream, indent=1)
-    with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
-        stream.write(table(result).to_markdown() + "\n")
-    return int(any(counts["missed"] for counts in agreement.values()))
+    cells: dict[str, Callable[[], dict[str, Any]]] = {kind: partial(compare, kind, settings.rois) for kind in KINDS}
+    results = ResultCells(settings.out, settings_of(settings), report)
+    results.measure_all({**cells, "timing": partial(measure, settings)})
+    return int(any(results.cells[kind]["missed"] for kind in KINDS))
 
 
-def table(result: dict[str, Any]) -> Table:
+def report(results: ResultCells) -> str:
     """Counts for each kind of map; the times are the caption."""
-    timing = result["timing"]
-    rows = tuple(
-        (kind, *(f"{counts[key]:.2g}" if key == "largest_shortfall" else str(counts[key]) for key in COUNTS))
-        for kind, counts in result["agreement"].items()
-    )
-    caption = (
+    timing = results.cells.get("timing")
+    caption = "" if timing is None else (
         f"{timing['people']} people of an {SIDE} x {SIDE} image: {timing['search_ms']:.0f} ms for the search in ONNX "
         f"Runtime, {timing['torchvision_ms']:.0f} ms for torchvision in eager mode"
-    )
-    return Table(
-        ("Maps", "Keypoints", "Off by more than 1 px", "Below the maximum", "Largest shortfall"), rows, caption
-    )
+    )  # fmt: skip
+    return tabulate(
+        caption,
+        [(kind, results.cells[kind]) for kind in KINDS if kind in results.cells],
+        {
+            "Maps": lambda row: row[0],
+            "Keypoints": lambda row: str(row[1]["keypoints"]),
+            "Off by more than 1 px": lambda row: str(row[1]["off_by_more_than_1_px"]),
+            "Below the maximum": lambda row: str(row[1]["missed"]),
+            "Largest shortfall": lambda row: f"{row[1]['largest_shortfall']:.2g}",
+        },
+    ).to_markdown()
 
 
 def compare(kind: str, rois: int, chunk: int = 20) -> dict[str, Any]:
@@ -141,25 +132,20 @@ def measure(settings: Settings) -> dict[str, Any]:
     boxes = torch.stack([0 * columns, 0 * rows, columns, rows], dim=1)
     inputs = {"maps": maps, "columns": columns, "rows": rows}
     program = torch.onnx.export(
-        Decoder().eval(), tuple(inputs.values()), dynamo=True, input_names=list(inputs), verbose=False, opset_version=20
-    )
+        Decoder().eval(), tuple(inputs.values()), dynamo=True, input_names=list(inputs), verbose=False,
+        opset_version=OPSET,
+    )  # fmt: skip
     assert program is not None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = settings.threads
-    content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = make_session(program.model_proto.SerializeToString(), "cpu", threads=settings.threads)
     arrays = {name: value.numpy() for name, value in inputs.items()}
     heatmaps = heatmaps_of(maps)
-    times: dict[str, list[float]] = {"search_ms": [], "torchvision_ms": []}
-    for _ in range(settings.repeats + 2):
-        started = time.perf_counter()
-        session.run(None, arrays)
-        middle = time.perf_counter()
-        heatmaps_to_keypoints(heatmaps, boxes)
-        times["search_ms"].append((middle - started) * 1e3)
-        times["torchvision_ms"].append((time.perf_counter() - middle) * 1e3)
-    return {name: round(median(values[2:]), 1) for name, values in times.items()} | {"people": settings.people}
+    calls = {
+        "search_ms": lambda _: session.run(None, arrays),
+        "torchvision_ms": lambda _: heatmaps_to_keypoints(heatmaps, boxes),
+    }
+    turns = time_in_turns(calls, rounds=settings.repeats)
+    return {name: round(median(turns.of(name)), 1) for name in calls} | {"people": settings.people}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(Settings, main)

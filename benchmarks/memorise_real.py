@@ -13,10 +13,10 @@ publish under. Whatever is done already is not done again.
         --init runs/table3_accuracy/seed0/mask-trained/last.safetensors
 """
 
-import json
 import shutil
-import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +25,11 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools.coco import COCO
 
-from benchmarks.lib.narrow_plan import narrow_plan
-from norton_deploy import commands
-from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.commands.demo import Steps
-from norton_deploy.config import parse_settings
-from norton_deploy.cost.complexity import count_complexity
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.narrow_plan import compress_narrow
+from benchmarks.lib.training_runs import LAST, read_recipe, train_once
+from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, sha256_of
@@ -38,20 +37,16 @@ from norton_deploy.inference.drawing import draw_detections
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.detectors import DetectorSettings
-from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.tables import Table
 from norton_deploy.structures import Categories, Detections
+from norton_deploy.training.detector_training import DetectorTrainingSettings
 
-RESULTS = Path(__file__).parent / "results"
-CONFIG = Path("configs/train/demo_mask.yaml")
 GOAL_AP50 = 0.5
 GREY = 70
 NOTES = """\
 {images} photographs with {objects} annotated objects, crowds not counted. All scores are on these training images \
 themselves: learning by heart is the point, they say nothing about other images. \
 The goal was an AP50 of {goal} for all. Outlines of {shown} images, from left to right: annotated objects, {models} \
-(score at least {score}).
+(score at least {draw_score}).
 
 ![outlines of annotated and detected objects]({picture})"""
 
@@ -88,41 +83,9 @@ class Settings:
     """Folder for the runs and the pictures."""
 
 
-def main() -> int:
-    """Run what is missing and write the results."""
-    settings = parse_settings(Settings, prog="memorise_real", description=__doc__ or "")
-    if not CONFIG.is_file():
-        raise UserError(f"{CONFIG}: not found; run the benchmark from the repository's root folder")
+def main(settings: Settings) -> int:
+    """Train what is missing and write the results."""
     data = same_images_twice(settings)
-    sizes = (
-        "--detector.image.min_size",
-        str(settings.short_side),
-        "--detector.image.max_size",
-        str(2 * settings.short_side),
-    )
-    run = ("--seed", str(settings.seed), "--precision", settings.precision)
-    shape = ("--config", str(CONFIG), "--data", str(data), *run, *sizes)
-    dense = settings.work / "dense"
-    steps = Steps(settings.work)
-    length = ("--steps", str(settings.dense_steps))
-    steps.train("train_det", (*shape, "--init", str(settings.init), *length), dense)
-    folders = {"dense": dense}
-    write(settings, data, folders)
-    for plan in settings.plans:
-        start, small = settings.work / f"{plan.stem}-start", settings.work / plan.stem
-        compress(steps, settings, plan, dense / "last.safetensors", start)
-        recipe = ("--steps", str(settings.finetune_steps), "--lr", str(settings.finetune_lr))
-        taught = ("--init", str(start / "last.safetensors"), "--teacher", str(dense / "last.safetensors"))
-        steps.train("train_det", (*shape, *taught, *recipe), small)
-        folders[plan.stem] = small
-        write(settings, data, folders)
-    return 0
-
-
-def write(settings: Settings, data: Path, folders: dict[str, Path]) -> None:
-    """The results of the models so far, as JSON, table and picture."""
-    cells = {name: read_cell(folder) for name, folder in folders.items()}
-    given = {name: value for name, value in asdict(settings).items() if not isinstance(value, Path)}
     annotations = annotation_file(data, "train", "mask")
     listed = COCO(str(annotations))
     contents = {
@@ -130,30 +93,71 @@ def write(settings: Settings, data: Path, folders: dict[str, Path]) -> None:
         "objects": len(listed.getAnnIds(iscrowd=False)),
         "annotations_sha256": sha256_of(annotations),
     }
-    result = {
-        "settings": {**given, "plans": list(folders)[1:]},
-        "data": contents,
-        "cells": cells,
-        "provenance": provenance(),
-    }
-    picture = settings.out.with_suffix(".png")
-    draw(settings, data, folders, picture)
-    commands.write_json(result, settings.out)
-    with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
-        stream.write(markdown(result, picture.name))
+    dense = settings.work / "dense"
+    folders = {"dense": dense, **{plan.stem: settings.work / plan.stem for plan in settings.plans}}
+    results = ResultCells(settings.out, {**settings_of(settings, "data", "init", "plans"), **contents}, report)
+    train = partial(train_cell, settings, data)
+    results.measure("dense", lambda: train(dense, init=settings.init, steps=settings.dense_steps))
+    for plan in settings.plans:
+        start = settings.work / f"{plan.stem}-start" / LAST
+
+        def finetuned(plan: Path = plan, start: Path = start) -> Cell:
+            if not start.is_file():
+                loaded = CompressionPlan.load(plan)
+                small = compress_narrow(load_checkpoint(dense / LAST), dense / LAST, loaded, data / "train2017")
+                save_checkpoint(start, small.model, small.header)
+            recipe = {"steps": settings.finetune_steps, "lr": settings.finetune_lr}
+            return train(folders[plan.stem], init=start, teacher=dense / LAST, **recipe)
+
+        results.measure(plan.stem, finetuned)
+    if all((folder / LAST).is_file() for folder in folders.values()):
+        draw(settings, data, folders)
+    return results.measure_all({})
 
 
-def markdown(result: dict[str, Any], picture: str) -> str:
-    """Table and notes of a results file and the name of its picture."""
-    notes = NOTES.format(
-        **result["data"],
-        goal=GOAL_AP50,
-        models=", ".join(result["cells"]),
-        shown=result["settings"]["shown"],
-        score=result["settings"]["draw_score"],
-        picture=picture,
+def train_cell(settings: Settings, data: Path, out: Path, **given: Any) -> dict[str, Any]:
+    """Scores, size and history of a detector trained in `out`."""
+    side = settings.short_side
+    recipe = read_recipe(
+        DetectorTrainingSettings,
+        "demo_mask",
+        out=out,
+        data=data,
+        seed=settings.seed,
+        precision=settings.precision,
+        detector={"image": {"min_size": side, "max_size": 2 * side}},
+        **given,
     )
-    return f"{table(result['cells']).to_markdown()}\n\n{notes}\n"
+    figures = train_once(recipe)
+    loaded = load_checkpoint(out / LAST)
+    counts = complexity_of(loaded.model, loaded.header.settings)
+    commands = [entry["command"] for entry in loaded.header.lineage if "command" in entry]
+    return {**figures, "macs": counts.macs, "params": counts.params, "commands": commands}
+
+
+def report(results: ResultCells) -> str:
+    """Table and notes."""
+
+    def score(kind: str, measure: str) -> Callable[[tuple[str, Cell]], str]:
+        return lambda row: f"{row[1]['metrics'][kind][measure]:.3f}"
+
+    table = tabulate(
+        "Real photographs learnt by heart: scores on the training images",
+        results.cells.items(),
+        {
+            "Mask R-CNN": lambda row: row[0],
+            "Steps": lambda row: str(row[1]["steps"]),
+            "Box AP": score("bbox", "AP"),
+            "Box AP50": score("bbox", "AP50"),
+            "Mask AP": score("segm", "AP"),
+            "Mask AP50": score("segm", "AP50"),
+            "MACs": lambda row: f"{row[1]['macs'] / 1e9:.2f}G",
+            "Params": lambda row: f"{row[1]['params'] / 1e6:.2f}M",
+        },
+    )
+    picture = results.path.with_suffix(".png").name
+    notes = NOTES.format(**results.settings, goal=GOAL_AP50, models=", ".join(results.cells), picture=picture)
+    return page(table, notes)
 
 
 def same_images_twice(settings: Settings) -> Path:
@@ -166,10 +170,7 @@ def same_images_twice(settings: Settings) -> Path:
         (unfinished / "annotations").mkdir(parents=True)
         for split in ("train", "val"):
             (unfinished / f"{split}2017").symlink_to((settings.data / "train2017").resolve())
-            shutil.copy(
-                annotation_file(settings.data, "train", "mask"),
-                unfinished / "annotations" / f"instances_{split}2017.json",
-            )
+            shutil.copy(given, unfinished / "annotations" / f"instances_{split}2017.json")
         unfinished.rename(data)
     own = annotation_file(data, "train", "mask")
     if sha256_of(own) != sha256_of(given):
@@ -177,48 +178,7 @@ def same_images_twice(settings: Settings) -> Path:
     return data
 
 
-def compress(steps: Steps, settings: Settings, plan: Path, dense: Path, out: Path) -> None:
-    """The dense detector by the plan in its widths, refitted on the images without their labels."""
-    loaded = load_checkpoint(dense)
-    full = DetectorSettings(num_classes=loaded.header.settings.num_classes).build("mask")
-    narrow_plan(CompressionPlan.load(plan), loaded.model, full).save(out / "plan.yaml")
-    images = str(settings.data / "train2017")
-    argv = ["--model", str(dense), "--plan", str(out / "plan.yaml"), "--refit", images, "--reestimate", images]
-    steps.run("compress", [*argv, "--out", str(out / "last.safetensors")], out / "last.safetensors")
-
-
-def read_cell(folder: Path) -> dict[str, Any]:
-    """Scores and size of a trained detector."""
-    figures = json.loads((folder / "metrics.json").read_text())
-    loaded = load_checkpoint(folder / "last.safetensors")
-    found = loaded.header.settings
-    counts = count_complexity(loaded.model, found.input_size, proposals=found.proposals)
-    return {
-        "steps": figures["steps"],
-        "metrics": figures["metrics"],
-        "macs": counts.macs,
-        "params": counts.params,
-        "commands": [entry["command"] for entry in loaded.header.lineage if "command" in entry],
-    }
-
-
-def table(cells: dict[str, dict[str, Any]]) -> Table:
-    """One row a model."""
-    rows = tuple(
-        (
-            name,
-            str(cell["steps"]),
-            *(f"{cell['metrics'][kind][measure]:.3f}" for kind in ("bbox", "segm") for measure in ("AP", "AP50")),
-            f"{cell['macs'] / 1e9:.2f}G",
-            f"{cell['params'] / 1e6:.2f}M",
-        )
-        for name, cell in cells.items()
-    )
-    header = ("Mask R-CNN", "Steps", "Box AP", "Box AP50", "Mask AP", "Mask AP50", "MACs", "Params")
-    return Table(header, rows, "Real photographs learnt by heart: scores on the training images")
-
-
-def draw(settings: Settings, data: Path, folders: dict[str, Path], picture: Path) -> None:
+def draw(settings: Settings, data: Path, folders: dict[str, Path]) -> None:
     """The outlines of some images as one picture, and the photographs with detections in the work folder."""
     coco = COCO(str(annotation_file(data, "train", "mask")))
     models = {name: load_predictor(folder / "last.safetensors") for name, folder in folders.items()}
@@ -236,7 +196,7 @@ def draw(settings: Settings, data: Path, folders: dict[str, Path], picture: Path
         target.parent.mkdir(exist_ok=True)
         Image.fromarray(np.hstack(photographs)).save(target, quality=88)
         rows.append([draw_detections(np.full_like(image, GREY), detections, categories) for detections in found])
-    with atomic_write(picture) as stream:
+    with atomic_write(settings.out.with_suffix(".png")) as stream:
         Image.fromarray(sheet(rows)).save(stream, format="PNG")
 
 
@@ -260,7 +220,4 @@ def sheet(rows: list[list[npt.NDArray[np.uint8]]], width: int = 320) -> npt.NDAr
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

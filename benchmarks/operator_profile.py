@@ -7,21 +7,18 @@ multiply-accumulates that count: gathers of RoIAlign, TopK, NMS, layout changes,
 """
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import whole_detector as whole
 
-from norton_deploy import commands
-from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, sgemm_gmacs_per_s, timing_table
+from benchmarks.lib.stages import EVENT_SUFFIX
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.tables import Table
 from norton_deploy.search.end_to_end import export_tuned
 from norton_deploy.structures import TASKS, Task
@@ -31,55 +28,54 @@ FEW_INPUTS = 8
 """Inputs of one output up to which a convolution counts as grouped."""
 
 
-@dataclass
-class Settings(whole.Settings):
-    """Settings of the benchmark; see whole_detector.py for those that it shares."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(WorkSettings):
+    """Settings of benchmarks/operator_profile.py."""
 
     tasks: tuple[Task, ...] = TASKS
     """Which detectors."""
     plan: str = "fast"
     """Plan of configs/plans, beside the dense model."""
-    out: Path = whole.ROOT / "results" / "operator_profile.json"
+    rounds: int = 6
+    """Calls of each model."""
+    warm_up: int = 1
+    """Calls before that; they count too."""
+    out: Path = RESULTS / "operator_profile.json"
     """Results file; a Markdown table is written beside it."""
+    work: Path = Path("runs/operator_profile")
+    """Folder for exported graphs, prepared images and layer times."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Profile and write the results."""
-    settings = parse_settings(Settings, argv, prog="operator_profile", description=__doc__ or "")
-    settings = replace(settings, plans=(settings.plan,))
-    settings.work.mkdir(parents=True, exist_ok=True)
-    rate = float(np.median(whole.sgemm_gmacs_per_s()))
-    cells = {task: profile_task(task, settings) for task in settings.tasks}
-    results = {"sgemm_gmacs_per_s": rate, "cells": cells, "provenance": provenance()}
-    commands.write_json(results, settings.out)
-    with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
-        stream.write("\n\n".join(table(task, results).to_markdown() for task in cells) + "\n")
-    return 0
+def main(settings: Settings) -> int:
+    """Profile what is missing and write the results."""
+    results = ResultCells(settings.out, settings_of(settings, "tasks"), report)
+    return results.measure_all({task: partial(profile_task, task, settings) for task in settings.tasks})
 
 
-def profile_task(task: Task, settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
-    """Model -> kind of operator -> ms and MACs of one image."""
-    images, _ = whole.prepare(settings)
-    models, categories = whole.build_models(task, ("dense", settings.plan), settings, images)
-    found = {}
-    for name, model in models.items():
+def profile_task(task: Task, settings: Settings) -> dict[str, Any]:
+    """The sgemm rate, and model -> kind of operator -> ms and MACs of one image."""
+    rate = float(np.median(sgemm_gmacs_per_s()))
+    images, _ = settings.prepare_images(settings.work)
+    models, found, calls = RandomDetectors(), {}, settings.warm_up + settings.rounds
+    for name in ("dense", settings.plan):
+        model, categories = models.get(task, name, settings, images)
         file = settings.work / f"profile_{name}.onnx"
-        export_tuned(model, whole.workload(settings), categories, whole.timing_table(settings), file)
+        export_tuned(model, settings.workload, categories, timing_table(settings.work), file)
         predictor = OnnxRuntimePredictor(file, profile_prefix=settings.work / "profile")
-        for step in range(settings.warm_up + settings.rounds):
+        for step in range(calls):
             predictor.predict_files([images[step % len(images)]])
-        report = predictor.end_profiling()
-        found[name] = by_kind(json.loads(report.read_text()), settings.warm_up + settings.rounds)
-        report.unlink()
+        profile = predictor.end_profiling()
+        found[name] = by_kind(json.loads(profile.read_text()), calls)
+        profile.unlink()
         file.unlink()
-    return found
+    return {"sgemm_gmacs_per_s": rate, "models": found}
 
 
 def by_kind(events: Sequence[dict[str, Any]], calls: int) -> dict[str, dict[str, float]]:
     """Mean ms and MACs per call of each kind of operator, from a profile's node events."""
     kinds: dict[str, dict[str, float]] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+        if event.get("cat") == "Node" and event["name"].endswith(EVENT_SUFFIX):
             kind, macs = classify(event["args"])
             entry = kinds.setdefault(kind, {"ms": 0.0, "macs": 0.0})
             entry["ms"] += event["dur"] / 1e3 / calls
@@ -104,23 +100,34 @@ def classify(arguments: dict[str, Any]) -> tuple[str, int]:
     return operator, 0
 
 
-def table(task: str, results: dict[str, Any]) -> Table:
+def report(results: ResultCells) -> str:
+    """One table a task."""
+    return page(*(operator_table(task, cell) for task, cell in results.cells.items()))
+
+
+def operator_table(task: str, cell: Cell) -> Table:
     """Kinds of operators of both models; those below 1 % of a model's time are one row."""
-    rows = []
-    for name, kinds in results["cells"][task].items():
+    rows: list[tuple[str, str, float, float, float]] = []  # model, kind, ms, share of the time, MACs
+    for name, kinds in cell["models"].items():
         total_ms = sum(entry["ms"] for entry in kinds.values())
         shown = {kind: entry for kind, entry in kinds.items() if entry["ms"] >= 0.01 * total_ms}
         rest_ms = total_ms - sum(entry["ms"] for entry in shown.values())
         for kind, entry in {**shown, "others": {"ms": rest_ms, "macs": 0}}.items():
-            rate = entry["macs"] / entry["ms"] / 1e6 / results["sgemm_gmacs_per_s"] if entry["macs"] else None
-            share, macs = f"{100 * entry['ms'] / total_ms:.0f} %", f"{entry['macs'] / 1e9:.1f}G"
-            rows.append((name, kind, f"{entry['ms']:.1f}", share, macs, "-" if rate is None else f"{100 * rate:.0f} %"))
-    header = ("Model", "Operators", "ms", "Share of the time", "MACs", "Of the sgemm rate")
-    return Table(header, tuple(rows), f"{task}: nodes of one image; sgemm {results['sgemm_gmacs_per_s']:.0f} GMAC/s")
+            rows.append((name, kind, entry["ms"], entry["ms"] / total_ms, entry["macs"]))
+    sgemm = cell["sgemm_gmacs_per_s"]
+    return tabulate(
+        f"{task}: nodes of one image; sgemm {sgemm:.0f} GMAC/s",
+        rows,
+        {
+            "Model": lambda row: row[0],
+            "Operators": lambda row: row[1],
+            "ms": lambda row: f"{row[2]:.1f}",
+            "Share of the time": lambda row: f"{100 * row[3]:.0f} %",
+            "MACs": lambda row: f"{row[4] / 1e9:.1f}G",
+            "Of the sgemm rate": lambda row: f"{100 * row[4] / row[2] / 1e6 / sgemm:.0f} %" if row[4] else "-",
+        },
+    )
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

@@ -16,9 +16,7 @@ again.
     python benchmarks/rivals.py --model runs/vgg16/last.safetensors --data runs/cifar
 """
 
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,15 +26,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from benchmarks.lib.recovery import Recovery, RecoverySettings, network_nmse, percent
-from benchmarks.lib.result_cells import ResultCells
-from benchmarks.lib.rival_chains import chain, chain_macs, ranks_within
-from benchmarks.lib.rival_layers import map_sizes, replace_by_rivals
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
+from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, fine_tuning, network_nmse, percent
+from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within, replace_by_rivals
 from benchmarks.lib.rivals import RIVALS, Rival, RivalFactors, decompose_layer, rival_nmse
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.filter_choices import (
     FilterChoice,
@@ -46,9 +41,8 @@ from norton_deploy.method.filter_choices import (
     choose_by_l1_norm,
 )
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import PRECISION_NAMES, Table
+from norton_deploy.reporting.tables import Table
 
-ROOT = Path(__file__).parent
 Choice = Literal["PABS", "L1", "FPGM", "random"]
 Order = Literal["decompose, prune", "prune, decompose"]
 METHODS: dict[str, str] = {
@@ -79,7 +73,7 @@ class Settings(RecoverySettings):
     """Ranks of the filters' CPD that set the MACs of comparison 1."""
     other_lr: float = 0.002
     """Comparison 1 is fine-tuned with this learning rate too: what one decomposition needs another may not bear."""
-    plan: Path = ROOT.parent / "configs" / "plans" / "vgg16_96.yaml"
+    plan: Path = Path("configs/plans/vgg16_96.yaml")
     """Plan of comparison 2."""
     choices: tuple[Choice, ...] = get_args(Choice)
     """Choices of the filters."""
@@ -87,35 +81,32 @@ class Settings(RecoverySettings):
     """Orders of the two steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of comparison 2; comparison 1 runs with --seed."""
-    out: Path = ROOT / "results" / "rivals.json"
+    out: Path = RESULTS / "rivals.json"
     """Results file; Markdown tables are written beside it."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
-    settings = parse_settings(Settings, argv, prog="rivals", description=__doc__ or "")
+def main(settings: Settings) -> int:
+    """Measure what is missing."""
     recovery = Recovery(settings)
     plan = CompressionPlan.load(settings.plan)
-    results = ResultCells(settings.out, recovery.identity() | {"plan": plan.to_dict(), "other_lr": settings.other_lr})
+    key = recovery.identity() | {"plan": plan.to_dict(), "other_lr": settings.other_lr}
+    results = ResultCells(settings.out, key, report)
     results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
     for rank in settings.ranks:
         for method in METHODS:
             name = f"{method}, rank {rank}"
             results.measure(name, partial(measure_method, recovery, method, rank, name, settings.other_lr))
-            write(results)
     for seed in settings.seeds:
         for order in settings.orders:
             for choice in settings.choices:
                 name = f"{choice}, {order}, seed {seed}"
                 results.measure(name, partial(measure_choice, recovery, plan, choice, order, seed, name))
-                write(results)
-    return 0
+    return results.measure_all({})
 
 
-def write(results: ResultCells) -> None:
+def report(results: ResultCells) -> str:
     """Both tables of the cells so far."""
-    tables = [method_table(results.cells, results.settings), choice_table(results.cells, results.settings)]
-    results.write_markdown(tables, NOTES)
+    return page(method_table(results), choice_table(results.cells, results.settings), NOTES)
 
 
 def measure_method(recovery: Recovery, method: str, rank: int, name: str, other_lr: float) -> dict[str, Any]:
@@ -178,59 +169,55 @@ def prune(dense: nn.Module, plan: CompressionPlan, choice: Choice, order: Order,
     return compress(pruned, CompressionPlan(plan.architecture, plan.ranks), seed=seed)
 
 
-def method_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Table:
+def method_table(results: ResultCells) -> Table:
     """Comparison 1."""
-    rows = []
-    for name, cell in cells.items():
-        method, separator, rank = name.partition(", rank ")
-        if method in METHODS and separator:
-            rows.append(
-                (
-                    METHODS[method],
-                    f"{cell['macs'] / 1e6:.2f}M (rank {rank})",
-                    f"{cell['params'] / 1e6:.2f}M",
-                    f"{cell['nmse_mean']:.4f} / {cell['nmse_total']:.4f}",
-                    f"{cell['decompose_s']:.1f}",
-                    *(percent(cell[key]) for key in ("top1_compressed", "top1_reestimated")),
-                    *(percent(cell[key]) for key in ("top1_fine_tuned", "top1_fine_tuned_other_lr")),
-                )
-            )
-    header = ("Decomposition", "MACs", "Params", "NMSE mean / total", "Time to decompose (s)")
-    before = ("As decomposed %", "BatchNorm re-estimated %")
-    tuned = tuple(f"{settings['steps']} steps at {lr:g} %" for lr in (settings["lr"], settings["other_lr"]))
-    return Table(
-        (*header, *before, *tuned),
-        tuple(rows),
-        f"Decompositions at equal MACs; dense {100 * cells['dense']['top1']:.2f} %; "
-        f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}",
+    settings, cells = results.settings, results.cells
+    named = [(name.partition(", rank "), cell) for name, cell in cells.items()]
+
+    def top1(key: str) -> Any:
+        return lambda row: percent(row[1][f"top1_{key}"])
+
+    return tabulate(
+        f"Decompositions at equal MACs; dense {percent(cells['dense']['top1'])} %; {fine_tuning(settings)}",
+        [((method, rank), cell) for (method, separator, rank), cell in named if separator and method in METHODS],
+        {
+            "Decomposition": lambda row: METHODS[row[0][0]],
+            "MACs": lambda row: f"{row[1]['macs'] / 1e6:.2f}M (rank {row[0][1]})",
+            "Params": lambda row: f"{row[1]['params'] / 1e6:.2f}M",
+            "NMSE mean / total": lambda row: f"{row[1]['nmse_mean']:.4f} / {row[1]['nmse_total']:.4f}",
+            "Time to decompose (s)": lambda row: f"{row[1]['decompose_s']:.1f}",
+            "As decomposed %": top1("compressed"),
+            "BatchNorm re-estimated %": top1("reestimated"),
+            f"{settings['steps']} steps at {settings['lr']} %": top1("fine_tuned"),
+            f"{settings['steps']} steps at {settings['other_lr']} %": top1("fine_tuned_other_lr"),
+        },
     )
 
 
-def choice_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Table:
+def choice_table(cells: dict[str, Cell], settings: dict[str, Any]) -> Table:
     """Comparison 2: mean and spread over the seeds."""
-    by_row: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_row: dict[tuple[str, str], list[Cell]] = {}
     for name, cell in cells.items():
         label, separator, _ = name.rpartition(", seed ")
         if separator:
             choice, _, order = label.partition(", ")
             by_row.setdefault((choice, order), []).append(cell)
-    rows = [
-        (
-            choice,
-            order,
-            f"{found[0]['macs'] / 1e6:.2f}M",
-            *(
-                mean_and_spread([cell[key] for cell in found])
-                for key in ("top1_compressed", "top1_reestimated", "top1_fine_tuned")
-            ),
-            str(len(found)),
-        )
-        for (choice, order), found in by_row.items()
-    ]
-    header = ("Choice", "Order", "MACs", "As compressed %", "BatchNorm re-estimated %")
-    tuned = (f"Fine-tuned, {settings['steps']} steps %", "Seeds")
-    return Table(
-        (*header, *tuned), tuple(rows), "Choices of filters and order of the steps, one plan: mean (lowest to highest)"
+
+    def top1(key: str) -> Any:
+        return lambda row: mean_and_spread([cell[f"top1_{key}"] for cell in row[1]])
+
+    return tabulate(
+        "Choices of filters and order of the steps, one plan: mean (lowest to highest)",
+        by_row.items(),
+        {
+            "Choice": lambda row: row[0][0],
+            "Order": lambda row: row[0][1],
+            "MACs": lambda row: f"{row[1][0]['macs'] / 1e6:.2f}M",
+            "As compressed %": top1("compressed"),
+            "BatchNorm re-estimated %": top1("reestimated"),
+            f"Fine-tuned, {settings['steps']} steps %": top1("fine_tuned"),
+            "Seeds": lambda row: str(len(row[1])),
+        },
     )
 
 
@@ -243,7 +230,4 @@ def mean_and_spread(shares: list[float | None]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

@@ -1,34 +1,28 @@
 """What fixed image sizes cost in AP: a checkpoint at its own sizes, one letterboxed graph, and graphs by aspect ratio.
 
 The checkpoint resizes each image as torchvision does. Every other row is one graph or several: with several, each
-image goes to the graph whose aspect ratio is nearest (runtime/size_buckets.py). Latency is that of all rows in turn
-on the same images, first-come preparation of graphs excluded. A results file holds one model on one dataset.
+image goes to the graph whose aspect ratio is nearest. Latency is that of all rows in turn on the same images,
+first-come preparation of graphs excluded. A results file holds one model on one dataset.
 """
 
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.commands import export_onnx, write_json
-from norton_deploy.config import parse_settings
-from norton_deploy.data.coco import CocoDetection
+from benchmarks.lib.cells import RESULTS, ResultCells, run, tabulate
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import primary_iou_type
-from norton_deploy.evaluation.evaluate import evaluate_detector
-from norton_deploy.files import atomic_write
+from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.inference.loading import load_predictor
-from norton_deploy.inference.predictor import Predictor
-from norton_deploy.reporting.latency import measure_alternating, summary_to_dict
-from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.tables import Table
-from norton_deploy.structures import TASKS
+from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
+from norton_deploy.reporting.latency import measure_alternating
 
-RESULTS = Path(__file__).parent / "results"
 CHECKPOINT = "checkpoint, torchvision's resizing"
+LATENCY = "latency"
 
 
 @dataclass(frozen=True)
@@ -45,69 +39,65 @@ class Settings:
     """Images whose latency is measured, each once by every row after a warm-up."""
     out: Path = RESULTS / "size_buckets.json"
     """Results file; a Markdown table is written beside it."""
+    work: Path = Path("runs/size_buckets")
+    """Folder for the graphs."""
 
 
-def main() -> int:
-    """Run the benchmark."""
-    settings = parse_settings(Settings, prog="size_buckets", description=__doc__ or "")
-    task = load_checkpoint(settings.model).header.task
-    if task not in TASKS:
-        raise UserError(f"{settings.model}: a classifier; expected a detector")
-    predictors: dict[str, Predictor] = {CHECKPOINT: load_predictor(settings.model)}
-    with tempfile.TemporaryDirectory() as folder:
-        for row in settings.graphs:
-            predictors[row] = load_predictor([_export(settings.model, size, Path(folder)) for size in row.split("+")])
-    dataset = CocoDetection(settings.data, "val", task, categories=predictors[CHECKPOINT].categories)
-    rows: dict[str, Any] = {}
-    for name, predictor in predictors.items():
-        metrics = evaluate_detector(predictor, dataset).metrics[primary_iou_type(task)]
-        rows[name] = {"AP": metrics["AP"], "AP50": metrics["AP50"]}
-        print(f"{name}: AP {metrics['AP']:.4f}, AP50 {metrics['AP50']:.4f}", file=sys.stderr)
-    images = find_images(settings.data / "val2017")[: settings.latency_images]
-    run = measure_alternating(predictors, images, rounds=len(images), warm_up=2)
-    for name in predictors:
-        rows[name]["latency"] = summary_to_dict(run.summary(name))
-    results = {
+def main(settings: Settings) -> int:
+    """Measure what is missing."""
+    model, task, categories = open_detector(str(settings.model))
+    images = find_images(settings.data / "val2017")
+
+    @cache
+    def graph(size: str) -> Path:
+        height, cross, width = size.partition("x")
+        if not (cross and height.isdigit() and width.isdigit()):
+            raise UserError(f"--graphs {size}: expected sizes such as 192x256, several joined by +")
+        options = ExportOptions(image_size=(int(height), int(width)))
+        file = settings.work / f"{size}.onnx"
+        return export_checked(model, task, categories, file, options, report=partial(print, file=sys.stderr)).file
+
+    def files(row: str) -> list[Path]:
+        return [settings.model] if row == CHECKPOINT else [graph(size) for size in row.split("+")]
+
+    def score(row: str) -> dict[str, float]:
+        metrics = evaluate_file(files(row), settings.data, task).evaluation.metrics[primary_iou_type(task)]
+        return {"AP": metrics["AP"], "AP50": metrics["AP50"]}
+
+    def latency() -> dict[str, Any]:
+        chosen = images[: settings.latency_images]
+        predictors = {row: load_predictor(files(row)) for row in rows}
+        ledger = measure_alternating(predictors, chosen, rounds=len(chosen))
+        return {row: ledger.summary(row).to_dict() for row in rows}
+
+    settings.work.mkdir(parents=True, exist_ok=True)
+    rows = (CHECKPOINT, *settings.graphs)
+    cells: dict[str, Callable[[], dict[str, Any]]] = {row: partial(score, row) for row in rows}
+    key = {
         "model": str(settings.model),
         "task": task,
-        "data": f"{len(dataset)} images of {settings.data}",
-        "rows": rows,
-        "provenance": provenance(),
+        "data": f"{len(images)} images of {settings.data}",
+        "latency_images": settings.latency_images,
     }
-    write_json(results, settings.out)
-    with atomic_write(settings.out.with_suffix(".md"), "w") as stream:
-        stream.write(_table(results).to_markdown() + "\n")
-    return 0
+    return ResultCells(settings.out, key, report).measure_all({**cells, LATENCY: latency})
 
 
-def _export(model: Path, size: str, folder: Path) -> Path:
-    height, cross, width = size.partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
-        raise UserError(f"--graphs {size}: expected sizes such as 192x256, several joined by +")
-    file = folder / f"{size}.onnx"
-    if not file.is_file():
-        export_onnx.main(["--model", str(model), "--image-size", height, width, "--out", str(file)])
-    return file
-
-
-def _table(results: dict[str, Any]) -> Table:
-    base = results["rows"][CHECKPOINT]["AP"]
-    rows = tuple(
-        (
-            name,
-            f"{row['AP']:.4f}",
-            f"{row['AP'] - base:+.4f}",
-            f"{row['AP50']:.4f}",
-            f"{row['latency']['p50_ms']:.1f}",
-        )
-        for name, row in results["rows"].items()
-    )
-    caption = f"{results['model']} ({results['task']}) on {results['data']}"
-    return Table(("Sizes", "AP", "Against the checkpoint", "AP50", "p50 ms"), rows, caption)
+def report(results: ResultCells) -> str:
+    """One row for the checkpoint and each choice of graphs."""
+    cells, settings = results.cells, results.settings
+    latency = cells.get(LATENCY, {})
+    return tabulate(
+        f"{settings['model']} ({settings['task']}) on {settings['data']}",
+        [row for row in cells if row != LATENCY],
+        {
+            "Sizes": str,
+            "AP": lambda row: f"{cells[row]['AP']:.4f}",
+            "Against the checkpoint": lambda row: f"{cells[row]['AP'] - cells[CHECKPOINT]['AP']:+.4f}",
+            "AP50": lambda row: f"{cells[row]['AP50']:.4f}",
+            "p50 ms": lambda row: f"{latency[row]['p50_ms']:.1f}" if row in latency else "-",
+        },
+    ).to_markdown()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

@@ -11,9 +11,8 @@ interrupted goes on where its state was saved: run the same command again.
 """
 
 import copy
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,23 +20,18 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.lib.recovery import Recovery, RecoverySettings, Teacher, percent
-from benchmarks.lib.result_cells import ResultCells
+from benchmarks.lib.cells import RESULTS, ResultCells, page, run, tabulate
+from benchmarks.lib.classifier_recovery import CONTROL, Recovery, RecoverySettings, Teacher, fine_tuning, percent
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.probe import make_probes
 from norton_deploy.compression.refit import refit
-from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import PRECISION_NAMES, Table
+from norton_deploy.reporting.tables import Table
 
-ROOT = Path(__file__).parent
-PLANS = ROOT.parent / "configs" / "plans"
-CONTROL = "dense, fine-tuned alike"
+PLANS = Path("configs/plans")
 DISTILLED = ", distilled"
-BEFORE_TUNING = ("top1_before_refit", "top1_compressed", "top1_reestimated")
-NOT_COMPRESSED = ("-",) * len(BEFORE_TUNING)
 PROBE_BATCH = 200
 # Table I: plan -> MACs (M), their reduction (%), parameters (M), top-1 (%); the paper's dense model has 93.96 %.
 PAPER = {
@@ -77,16 +71,15 @@ class Settings(RecoverySettings):
     """Fine-tune on the labels alone too."""
     control: bool = True
     """Fine-tune the dense model alike."""
-    out: Path = ROOT / "results" / "table1_cifar.json"
+    out: Path = RESULTS / "table1_cifar.json"
     """Results file; a Markdown table is written beside it."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
-    settings = parse_settings(Settings, argv, prog="table1_cifar", description=__doc__ or "")
+def main(settings: Settings) -> int:
+    """Measure what is missing."""
     recovery = Recovery(settings)
-    names = ("distillation_weight", "temperature", "refit_images")
-    results = ResultCells(settings.out, recovery.identity() | {name: getattr(settings, name) for name in names})
+    key = {name: getattr(settings, name) for name in ("distillation_weight", "temperature", "refit_images")}
+    results = ResultCells(settings.out, recovery.identity() | key, report)
     results.measure("dense", lambda: {**recovery.complexity(recovery.dense), "top1": recovery.top1(recovery.dense)})
     for path in settings.plans:
         plan = CompressionPlan.load(path)
@@ -95,17 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             cell = results.measure(name, partial(measure_plan, recovery, start, plan, name, teacher))
             if cell["plan"] != plan.to_dict():
                 raise UserError(f"{settings.out}: cell '{name}' is of another plan than {path}; choose another --out")
-            write(results)
-    if settings.control:
-        results.measure(CONTROL, lambda: measure_control(recovery))
-        write(results)
-    return 0
+    return results.measure_all({CONTROL: recovery.control} if settings.control else {})
 
 
-def write(results: ResultCells) -> None:
+def report(results: ResultCells) -> str:
     """The table of the cells so far."""
     note = CONTROL_NOTE if CONTROL in results.cells else NO_CONTROL_NOTE
-    results.write_markdown([level_table(results.cells, results.settings)], NOTES + note)
+    return page(level_table(results.cells, results.settings), NOTES + note)
 
 
 def cells_of(stem: str, settings: Settings) -> dict[str, Teacher | None]:
@@ -117,15 +106,14 @@ def cells_of(stem: str, settings: Settings) -> dict[str, Teacher | None]:
 def compressed(recovery: Recovery, settings: Settings, plan: CompressionPlan) -> tuple[nn.Module, dict[str, Any]]:
     """The dense model compressed by the plan and refitted if asked, and what that took."""
     found = compress_with_kept(recovery.dense, plan, seed=settings.seed)
-    small = found.model
     if not settings.refit_images:
-        return small, {}
-    figures = {"top1_before_refit": recovery.top1(small)}
+        return found.model, {}
+    figures = {"top1_before_refit": recovery.top1(found.model)}
     images = read_images(settings.data / "train", settings.refit_images)
     started = time.perf_counter()
     probes = list(make_probes(recovery.dense, images, recovery.settings, batch=PROBE_BATCH))
-    refit(small, recovery.dense, found.kept, probes, seed=settings.seed)
-    return small, {**figures, "refit_s": round(time.perf_counter() - started, 1)}
+    refit(found.model, recovery.dense, found.kept, probes, seed=settings.seed)
+    return found.model, {**figures, "refit_s": round(time.perf_counter() - started, 1)}
 
 
 def measure_plan(
@@ -140,60 +128,52 @@ def measure_plan(
     return {"plan": plan.to_dict(), **figures, **recovery.measure(copy.deepcopy(small), plan, name, teacher=teacher)}
 
 
-def measure_control(recovery: Recovery) -> dict[str, float | None]:
-    """The dense model after the same fine-tuning."""
-    model = copy.deepcopy(recovery.dense)
-    return {**recovery.complexity(model), "top1_fine_tuned": recovery.fine_tune(model, None, CONTROL)}
-
-
-def level_table(cells: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Table:
+def level_table(cells: Mapping[str, dict[str, Any]], settings: dict[str, Any]) -> Table:
     """One row a plan: what is saved, top-1 and the drop without and with distillation, the paper's drop."""
     dense = cells["dense"]["top1"]
+    plans = dict.fromkeys(name.removesuffix(DISTILLED) for name in cells if name not in ("dense", CONTROL))
+    ways = {name: (cells.get(name), cells.get(name + DISTILLED)) for name in plans}
+    any_of = {name: distilled or alone or {} for name, (alone, distilled) in ways.items()}
+    any_of |= {name: cells[name] for name in ("dense", CONTROL) if name in cells}
+    ways |= {"dense": ({"top1_fine_tuned": dense}, None), CONTROL: (cells.get(CONTROL), None)}
+    rows = [name for name in ("dense", CONTROL) if name in cells]
+    rows += sorted(plans, key=lambda name: -any_of[name]["macs"])
 
-    def drop(cell: dict[str, Any] | None) -> tuple[str, str]:
-        if cell is None:
-            return "-", "-"
-        top1 = cell["top1_fine_tuned"]
-        return percent(top1), "-" if top1 is None else f"{100 * (dense - top1):.2f}"
+    def tuned(way: int) -> Callable[[str], str]:
+        return lambda name: "-" if (cell := ways[name][way]) is None else percent(cell["top1_fine_tuned"])
 
-    rows: list[tuple[str, ...]] = [
-        ("dense", *size_columns(cells["dense"]), *NOT_COMPRESSED, f"{100 * dense:.2f}", "0.00", "-", "-", "-")
-    ]
-    if CONTROL in cells:
-        rows.append((CONTROL, *size_columns(cells[CONTROL]), *NOT_COMPRESSED, *drop(cells[CONTROL]), "-", "-", "-"))
-    plans = {name.removesuffix(DISTILLED): cell for name, cell in cells.items() if name not in ("dense", CONTROL)}
-    for name, cell in sorted(plans.items(), key=lambda item: -item[1]["macs"]):
-        paper = f"{PAPER_DENSE - PAPER[name][3]:.2f}" if name in PAPER else "-"
-        before = [percent(cell[key]) if key in cell else "-" for key in BEFORE_TUNING]
-        tuned = *drop(cells.get(name)), *drop(cells.get(name + DISTILLED))
-        rows.append((name, *size_columns(cell), *before, *tuned, paper))
-    header: tuple[str, ...] = (
-        "Plan",
-        "MACs (CR %)",
-        "Params (CR %)",
-        "Before refit %",
-        "Compressed %",
-        "BatchNorm re-estimated %",
-    )
-    header += ("Fine-tuned %", "Drop", "Distilled %", "Drop, distilled", "Drop, paper")
-    caption = (
+    def drop(way: int) -> Callable[[str], str]:
+        def text(name: str) -> str:
+            top1 = (ways[name][way] or {}).get("top1_fine_tuned")
+            return "-" if top1 is None else f"{100 * (dense - top1):.2f}"
+
+        return text
+
+    def size(key: str) -> Callable[[str], str]:
+        return lambda name: f"{any_of[name][key] / 1e6:.2f}M ({any_of[name][f'{key}_reduction_percent']:.1f})"
+
+    def before(key: str) -> Callable[[str], str]:
+        return lambda name: percent(any_of[name][key]) if key in any_of[name] else "-"
+
+    return tabulate(
         f"{settings['architecture']} on {settings['test_images']} images, fine-tuned for {settings['steps']} steps "
-        f"at {settings['lr']:g}, refitted on {settings['refit_images']} unlabelled images; "
-        f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}"
-    )
-    return Table(header, tuple(rows), caption)
-
-
-def size_columns(cell: dict[str, Any]) -> tuple[str, str]:
-    """MACs and parameters with their reductions."""
-    return (
-        f"{cell['macs'] / 1e6:.2f}M ({cell['macs_reduction_percent']:.1f})",
-        f"{cell['params'] / 1e6:.2f}M ({cell['params_reduction_percent']:.1f})",
+        f"at {settings['lr']:g}, refitted on {settings['refit_images']} unlabelled images; {fine_tuning(settings)}",
+        rows,
+        {
+            "Plan": str,
+            "MACs (CR %)": size("macs"),
+            "Params (CR %)": size("params"),
+            "Before refit %": before("top1_before_refit"),
+            "Compressed %": before("top1_compressed"),
+            "BatchNorm re-estimated %": before("top1_reestimated"),
+            "Fine-tuned %": tuned(0),
+            "Drop": drop(0),
+            "Distilled %": tuned(1),
+            "Drop, distilled": drop(1),
+            "Drop, paper": lambda name: f"{PAPER_DENSE - PAPER[name][3]:.2f}" if name in PAPER else "-",
+        },
     )
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

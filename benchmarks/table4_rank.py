@@ -7,29 +7,22 @@ done; a fine-tuning that was interrupted goes on where its state was saved: run 
     python benchmarks/table4_rank.py --model runs/vgg16/last.safetensors --data runs/cifar
 """
 
-import copy
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.lib.recovery import Recovery, RecoverySettings, network_nmse, percent
-from benchmarks.lib.result_cells import ResultCells
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, save_figure, tabulate
+from benchmarks.lib.classifier_recovery import CONTROL, Recovery, RecoverySettings, fine_tuning, network_nmse, percent
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import PRECISION_NAMES, Table
+from norton_deploy.reporting.tables import Table
 
-RESULTS = Path(__file__).parent / "results"
 # Table IV: rank -> reduction of MACs and parameters (%), NMSE, top-1 without and with fine-tuning (%).
 PAPER = {
     1: (88.03, 87.06, 0.6265, 10.00, 93.84),
@@ -42,7 +35,6 @@ PAPER = {
     8: (6.93, 9.54, 0.0137, 94.03, 94.03),
 }
 PAPER_DENSE = 93.96
-CONTROL = "dense, fine-tuned alike"
 NOTES = f"""\
 In brackets: the paper's Table IV, from a dense model with {PAPER_DENSE} %. NMSE of this code: plain mean over the \
 layers, and all squared errors over all squared weights; the paper does not say which its figure is. The paper has no \
@@ -65,30 +57,23 @@ class Settings(RecoverySettings):
     """Results file; the table (.md) and the plot (.png) are written beside it."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
-    settings = parse_settings(Settings, argv, prog="table4_rank", description=__doc__ or "")
+def main(settings: Settings) -> int:
+    """Measure what is missing."""
     recovery = Recovery(settings)
-    results = ResultCells(settings.out, recovery.identity())
-    results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
-    results.measure(CONTROL, lambda: measure_control(recovery))
-    for rank in settings.ranks:
-        results.measure(f"rank {rank}", partial(measure_rank, recovery, rank))
-        write(results)
-    return 0
+    return ResultCells(settings.out, recovery.identity(), report).measure_all(
+        {
+            "dense": lambda: {"top1": recovery.top1(recovery.dense)},
+            CONTROL: recovery.control,
+            **{f"rank {rank}": partial(measure_rank, recovery, rank) for rank in settings.ranks},
+        }
+    )
 
 
-def write(results: ResultCells) -> None:
-    """The table and the plot of the cells so far."""
-    dense, control = results.cells["dense"], results.cells[CONTROL]
+def report(results: ResultCells) -> str:
+    """The table of the cells so far; the plot is written beside it."""
     cells = {rank: results.cells[f"rank {rank}"] for rank in PAPER if f"rank {rank}" in results.cells}
-    results.write_markdown([rank_table(dense, control, cells, results.settings)], NOTES)
-    plot(dense, cells, results.path.with_suffix(".png"))
-
-
-def measure_control(recovery: Recovery) -> dict[str, float | None]:
-    """The dense model after the same fine-tuning."""
-    return {"top1_fine_tuned": recovery.fine_tune(copy.deepcopy(recovery.dense), None, CONTROL)}
+    plot(results.cells["dense"], cells, results.path.with_suffix(".png"))
+    return page(rank_table(results, cells), NOTES)
 
 
 def measure_rank(recovery: Recovery, rank: int) -> dict[str, float | None]:
@@ -104,41 +89,36 @@ def measure_rank(recovery: Recovery, rank: int) -> dict[str, float | None]:
     return {**network_nmse(recovery.dense, errors), **recovery.measure(small, plan, f"rank {rank}")}
 
 
-def rank_table(
-    dense: dict[str, Any], control: dict[str, Any], cells: dict[int, dict[str, Any]], settings: dict[str, Any]
-) -> Table:
+def rank_table(results: ResultCells, cells: dict[int, Cell]) -> Table:
     """Table IV, the paper's figures in brackets."""
-    tuned_dense = percent(control["top1_fine_tuned"])
-    rows = [("dense", "0.00", "0.00", "0", f"{percent(dense['top1'])} ({PAPER_DENSE})", "-", tuned_dense)]
-    for rank, cell in cells.items():
-        macs, params, nmse, without, tuned = PAPER[rank]
-        rows.append(
-            (
-                str(rank),
-                f"{cell['macs_reduction_percent']:.2f} ({macs:.2f})",
-                f"{cell['params_reduction_percent']:.2f} ({params:.2f})",
-                f"{cell['nmse_mean']:.4f} / {cell['nmse_total']:.4f} ({nmse:.4f})",
-                f"{percent(cell['top1_compressed'])} ({without:.2f})",
-                f"{percent(cell['top1_reestimated'])}",
-                f"{percent(cell['top1_fine_tuned'])} ({tuned:.2f})",
-            )
-        )
-    header = ("Rank", "MACs CR %", "Params CR %", "NMSE mean / total", "As decomposed %", "BatchNorm re-estimated %")
-    steps = f"Fine-tuned, {settings['steps']} steps at {settings['lr']:g} %"
+    settings, dense, control = results.settings, results.cells["dense"], results.cells.get(CONTROL, {})
+    tuned = percent(control["top1_fine_tuned"]) if control else "-"
+    tuned_title = f"Fine-tuned, {settings['steps']} steps at {settings['lr']:g} %"
+    columns = {
+        "Rank": lambda rank: str(rank),
+        "MACs CR %": lambda rank: f"{cells[rank]['macs_reduction_percent']:.2f} ({PAPER[rank][0]:.2f})",
+        "Params CR %": lambda rank: f"{cells[rank]['params_reduction_percent']:.2f} ({PAPER[rank][1]:.2f})",
+        "NMSE mean / total": lambda rank: (
+            f"{cells[rank]['nmse_mean']:.4f} / {cells[rank]['nmse_total']:.4f} ({PAPER[rank][2]:.4f})"
+        ),
+        "As decomposed %": lambda rank: f"{percent(cells[rank]['top1_compressed'])} ({PAPER[rank][3]:.2f})",
+        "BatchNorm re-estimated %": lambda rank: percent(cells[rank]["top1_reestimated"]),
+        tuned_title: lambda rank: f"{percent(cells[rank]['top1_fine_tuned'])} ({PAPER[rank][4]:.2f})",
+    }
     caption = (
-        f"{settings['architecture']}, dense {100 * dense['top1']:.2f} % on {settings['test_images']} images; "
-        f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}"
+        f"{settings['architecture']}, dense {percent(dense['top1'])} % on {settings['test_images']} images; "
+        f"{fine_tuning(settings)}"
     )
-    return Table((*header, steps), tuple(rows), caption)
+    table = tabulate(caption, cells, columns)
+    first = ("dense", "0.00", "0.00", "0", f"{percent(dense['top1'])} ({PAPER_DENSE})", "-", tuned)
+    return Table(table.header, (first, *table.rows), caption)
 
 
 def plot(dense: dict[str, Any], cells: dict[int, dict[str, Any]], path: Path) -> None:
     """Accuracy and NMSE against rank, this code's solid and the paper's dashed."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     ranks = list(cells)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure((11, 4.2), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
     series = (
         ("top1_compressed", "as decomposed", "tab:red"),
         ("top1_reestimated", "BatchNorm re-estimated", "tab:orange"),
@@ -157,13 +137,8 @@ def plot(dense: dict[str, Any], cells: dict[int, dict[str, Any]], path: Path) ->
     for axes in (left, right):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    with atomic_write(path) as stream:
-        figure.savefig(stream, format="png", dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(Settings, main)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.lib.cells import Cell
 from benchmarks.lib.resident_images import read_resident_images
 from benchmarks.lib.resident_training import (
     Colours,
@@ -24,7 +25,6 @@ from benchmarks.lib.resident_training import (
     train_resident,
     use_gpu_forms,
 )
-from benchmarks.lib.result_cells import Cell
 from norton_deploy.compression.compress import apply_structure, compress
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.errors import UserError

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from norton_deploy.training.box_precision import keep_boxes_in_float32
 from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
 from benchmarks.lib.gpu_bench import Bench, Precision, arithmetic, as_torchvision, explain, spread, time_in_turn
 from norton_deploy.models.detectors import freeze_stages
+from norton_deploy.training.detector_training import keep_boxes_in_float32
 
 NormForward = Callable[[Any, Tensor], Tensor]
 

@@ -1,10 +1,18 @@
-"""A plan for a detector with narrower or fewer layers than the one that the plan was made for."""
+"""Plans for torchvision's widths on detectors with narrower or fewer layers: equal shares of filters."""
+
+from pathlib import Path
 
 from torch import nn
 
-from norton_deploy.compression.compress import channel_groups, fit_plan
+from norton_deploy.checkpoints.checkpoint import Checkpoint
+from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
+from norton_deploy.compression.channel_groups import channel_groups
+from norton_deploy.compression.compress import fit_plan
 from norton_deploy.compression.surgery import output_width
+from norton_deploy.data.image_folder import read_images
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.reporting.provenance import provenance
 
 
 def narrow_plan(plan: CompressionPlan, model: nn.Module, full: nn.Module) -> CompressionPlan:
@@ -32,3 +40,27 @@ def narrow_plan(plan: CompressionPlan, model: nn.Module, full: nn.Module) -> Com
             keep[name] = max(1, round(share * width))
     ranks = {name: rank for name, rank in fitted.ranks.items() if name in layers}
     return CompressionPlan(fitted.architecture, ranks, keep, fitted.note)
+
+
+def compress_narrow(
+    dense: Checkpoint, source: Path, plan: CompressionPlan, images: Path, *, refit: int = 64, reestimate: int = 256
+) -> Checkpoint:
+    """A trained detector compressed by a plan in its widths, and recovered on so many unlabelled images.
+
+    Args:
+        dense: the detector.
+        source: its file, for the lineage.
+        plan: for torchvision's widths.
+        images: folder of training images.
+        refit: images of the layer-wise least squares; 0 leaves it out.
+        reestimate: images of new BatchNorm statistics; 0 leaves them.
+    """
+    full = DetectorSettings(num_classes=dense.header.detector.num_classes).build(dense.header.task)
+    return compress_checkpoint(
+        dense,
+        narrow_plan(plan, dense.model, full),
+        command=provenance()["command"],
+        source=source,
+        refit_images=list(read_images(images, refit)) if refit else None,
+        reestimate_images=list(read_images(images, reestimate)) if reestimate else None,
+    )

@@ -7,7 +7,7 @@ All of them take the layer's weight [O, I, Kh, Kw] as one tensor and run as a ch
 - "tucker2": Tucker decomposition of the two channel modes by HOOI, pointwise, a small dense Kh x Kw convolution,
   pointwise (Kim et al., ICLR 2016).
 
-`rival_chains` has the convolutions, their cost, and the ranks for a budget.
+`rival_layers` has the convolutions, their cost, and the ranks for a budget.
 """
 
 from dataclasses import dataclass
@@ -187,12 +187,12 @@ def _orthogonal_iteration(
     tensor: Tensor, output_rank: int, input_rank: int, sweeps: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """HOOI from the HOSVD: orthonormal output [O, P], input [I, Q] and the core [P, Q, Kh, Kw]."""
-    input = _singular_vectors(tensor, 1, input_rank)
+    input = singular_vectors(tensor, 1, input_rank)
     previous = float("inf")
     for _ in range(sweeps):
-        output = _singular_vectors(torch.einsum("oihw,iq->oqhw", tensor, input), 0, output_rank)
+        output = singular_vectors(torch.einsum("oihw,iq->oqhw", tensor, input), 0, output_rank)
         projected = torch.einsum("oihw,op->pihw", tensor, output)
-        input = _singular_vectors(projected, 1, input_rank)
+        input = singular_vectors(projected, 1, input_rank)
         core = torch.einsum("pihw,iq->pqhw", projected, input)
         error = float(1 - core.square().sum())
         if previous - error <= tolerance * error:
@@ -201,7 +201,7 @@ def _orthogonal_iteration(
     return output, input, core
 
 
-def _singular_vectors(tensor: Tensor, mode: int, count: int) -> Tensor:
+def singular_vectors(tensor: Tensor, mode: int, count: int) -> Tensor:
     """The `count` leading left singular vectors of one mode's unfolding."""
     unfolded = tensor.movedim(mode, 0).flatten(1)
     return torch.linalg.eigh(unfolded @ unfolded.mT)[1].flip(1)[:, :count]
@@ -209,7 +209,7 @@ def _singular_vectors(tensor: Tensor, mode: int, count: int) -> Tensor:
 
 def _leading_columns(tensor: Tensor, mode: int, rank: int, generator: torch.Generator) -> Tensor:
     """Singular vectors of one mode, filled up with random unit columns to [n, rank]."""
-    vectors = _singular_vectors(tensor, mode, rank)
+    vectors = singular_vectors(tensor, mode, rank)
     missing = rank - vectors.shape[1]
     random = torch.randn(len(vectors), missing, generator=generator, dtype=tensor.dtype).to(tensor.device)
     return torch.cat([vectors, _unit(random)], dim=1)

@@ -1,21 +1,23 @@
 """Count multiply-accumulate operations (MACs) and parameters, dense and compressed, per layer and in total."""
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from norton_deploy.checkpoints.open_model import classifier_settings
 from norton_deploy.commands import write_json
-from norton_deploy.compression.compress import build_classifier, build_detector
+from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import Architecture, ClassifierSettings
+from norton_deploy.models.classifiers import Architecture
 from norton_deploy.models.detector_parts import BackboneSettings
-from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.detectors import DetectorSettings, ModelSettings
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{name}: expected at least {least}, got {value}")
     check_output_file(settings.json, "--json")
     plan = None if settings.plan is None else CompressionPlan.load(settings.plan)
-    vgg = settings.arch == "vgg16_bn"
+    shape: ModelSettings
     if settings.task == "cls":
-        classifier = ClassifierSettings(settings.arch, settings.num_classes or (10 if vgg else 1000))
-        dense, small = build_classifier(classifier), build_classifier(classifier, plan)
-        size = settings.image_size or ((32, 32) if vgg else (224, 224))
+        shape = classifier_settings(settings.arch, settings.num_classes)
     else:
         classes = settings.num_classes or (2 if settings.task == "keypoint" else 91)
-        detector = DetectorSettings(num_classes=classes, backbone=BackboneSettings(settings.arch))
-        dense, small = build_detector(settings.task, detector), build_detector(settings.task, detector, plan)
-        size = settings.image_size or (800, 800)
-    counts = [
+        shape = DetectorSettings(num_classes=classes, backbone=BackboneSettings(settings.arch))
+    dense = shape.build(settings.task)
+    size = settings.image_size or shape.input_size
+    before, after = (
         count_complexity(model, size, proposals=settings.proposals, detections=settings.detections)
-        for model in (dense, small)
-    ]
-    _print_table(*counts)
-    before, after = counts
+        for model in (dense, dense if plan is None else apply_structure(copy.deepcopy(dense), plan))
+    )
+    _print_table(before, after)
     figures = {
         "task": settings.task,
         "plan": None if settings.plan is None else str(settings.plan),

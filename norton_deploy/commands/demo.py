@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,39 +54,26 @@ class Step:
     arguments: tuple[str, ...]
     product: Path
 
-
-@dataclass(frozen=True)
-class Steps:
-    """The steps of one experiment.
-
-    Attributes:
-        root: folder below which all steps write; their records (command, seconds) are in root/steps.
-    """
-
-    root: Path
-
-    def run(
-        self, name: str, argv: Sequence[str], product: Path, *, title: str | None = None, once: Sequence[str] = ()
-    ) -> str:
-        """Run a command, unless it has been run with these arguments (and contents of YAML files among them) and its
-        product is there.
+    def run(self, root: Path) -> None:
+        """Run the command, unless it has been run with these arguments (and contents of YAML files among them) and its
+        product is there; a training run goes on from its last state.
 
         Args:
-            name: of the command.
-            argv: its arguments.
-            product: the file or folder below root that it writes last.
-            title: to print before the command, by default nothing.
-            once: further arguments of this very call.
-
-        Returns:
-            The command as a user would type it.
+            root: folder below which all steps write; the records (command, seconds) are in root/steps.
 
         Raises:
             UserError: it has been run with other arguments or contents, or fails.
             KeyboardInterrupt: it was interrupted.
         """
-        command = f"tools/{name}.py {shlex.join(argv)}"
-        record = self.root / "steps" / f"{product.relative_to(self.root).as_posix()}.json"
+        argv, product = self.arguments, self.product
+        once: tuple[str, ...] = ()
+        if self.command.startswith("train_"):
+            folder, product = product, product / "metrics.json"
+            argv = (*argv, "--out", str(folder), "--json", str(product))
+            if (folder / "settings.json").is_file():
+                once = ("--resume" if (folder / "state.pt").is_file() else "--overwrite",)
+        command = f"tools/{self.command}.py {shlex.join(argv)}"
+        record = root / "steps" / f"{product.relative_to(root).as_posix()}.json"
         contents = {
             argument: sha256_of(argument)
             for option, argument in pairwise(["", *argv])
@@ -97,31 +84,19 @@ class Steps:
             if before["command"] != command or before.get("contents", contents) != contents:
                 raise UserError(
                     f"{product}: was made by another command or other YAML files (see {record}); choose another "
-                    f"folder, or delete {self.root}"
+                    f"folder, or delete {root}"
                 )
-            if title is not None:
-                print(f"\n{title}: done already", flush=True)
-            return command
-        print("\n" if title is None else f"\n{title}\n", f"$ {command}", sep="", flush=True)
+            print(f"\n{self.title}: done already", flush=True)
+            return
+        print(f"\n{self.title}\n$ {command}", flush=True)
         started = time.perf_counter()
-        status = run(name, [*argv, *once])
+        status = run(self.command, [*argv, *once])
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         if status:
             raise UserError(f"failed: {command}")
         seconds = round(time.perf_counter() - started, 1)
         write_json({"command": command, "contents": contents, "seconds": seconds}, record)
-        return command
-
-    def train(self, name: str, argv: Sequence[str], folder: Path, *, title: str | None = None) -> str:
-        """Run a training command into `folder`, from its last state where there is one; see `run`.
-
-        The metrics of its last evaluation are in folder/metrics.json then.
-        """
-        product = folder / "metrics.json"
-        begun = (folder / "settings.json").is_file()
-        once = [] if not begun else ["--resume" if (folder / "state.pt").is_file() else "--overwrite"]
-        return self.run(name, [*argv, "--out", str(folder), "--json", str(product)], product, title=title, once=once)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,14 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="demo", description=__doc__ or "")
     if not settings.plan.is_file() or not CONFIGS.is_dir():
         raise UserError(f"{settings.plan}: not found; run the demo from the repository's root folder")
-    steps, runner = demo_steps(settings), Steps(settings.out)
-    started = time.perf_counter()
+    steps, started = demo_steps(settings), time.perf_counter()
     for number, step in enumerate(steps, start=1):
-        title = f"[{number}/{len(steps) + 1}] {step.title}"
-        if step.command.startswith("train_"):
-            runner.train(step.command, step.arguments, step.product, title=title)
-        else:
-            runner.run(step.command, step.arguments, step.product, title=title)
+        replace(step, title=f"[{number}/{len(steps) + 1}] {step.title}").run(settings.out)
     print(f"\n[{len(steps) + 1}/{len(steps) + 1}] latency, pictures, report", flush=True)
     report = write_demo_report(
         settings.out,

@@ -191,7 +191,10 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _head_groups(model: nn.Module) -> Iterator[ChannelGroup]:
-    """Groups inside the RPN head, the box head and the mask or keypoint head."""
+    """Groups inside the RPN head, the box head and the mask or keypoint head.
+
+    The rows of fc6 and fc7 are filters: pruning makes these layers small, so they are not factorised as well.
+    """
     chain = [f"rpn.head.conv.{index}.0" for index, _ in model.get_submodule("rpn.head.conv").named_children()]
     for layer, following in itertools.pairwise(chain):
         yield ChannelGroup(layer, (layer,), (), (Reader(following),))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.compression.compress import is_detector
+from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.errors import UserError
 from norton_deploy.models.detectors import ModelSettings

@@ -2,7 +2,8 @@
 
 MACs are those of convolutions and linear layers; a CPDBlock counts as its three convolutions (eq. 4-6, no
 further lowering). Biases, normalisation, pooling, activations, RoIAlign and NMS are not counted. Parameters
-include the affine terms of every normalisation, also of a frozen one.
+include the affine terms of every normalisation, also of a frozen one. The paper's MACs add BatchNorm and pooling:
+0.92 G for ResNet-50 by its plan, 0.8996 G here.
 """
 
 import copy

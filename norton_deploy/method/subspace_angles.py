@@ -59,8 +59,9 @@ def pabs_distance(
     Args:
         factors: factors of O filters, or the vectors [O, I] of a 1x1 convolution.
         weights: (alpha, beta, gamma) >= 0 with sum 1; not used for vectors.
-        measure: phi of a pair of factors: the "largest" principal angle (radians, 0 to pi/2) or the 2-"norm" of
-            all of them (0 to sqrt(R) pi/2).
+        measure: phi of a pair of factors: the "largest" principal angle (radians, 0 to pi/2), the plainest reading
+            of the paper, or the 2-"norm" of all of them (0 to sqrt(R) pi/2); at rank 1 they are the same. MATLAB's
+            `subspace` is the largest too, but counts no missing dimensions.
 
     Returns:
         D [O, O] float64, symmetric, zero diagonal.

@@ -7,7 +7,7 @@ from typing import Any
 
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.page import Heading, Paragraph, Picture, Report
-from norton_deploy.reporting.table3 import provenance_table
+from norton_deploy.reporting.provenance import provenance_table
 from norton_deploy.reporting.tables import Table
 
 AXES = {"macs": "reduction of MACs", "params": "reduction of parameters"}

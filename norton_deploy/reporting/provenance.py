@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from norton_deploy.reporting.tables import Table
+
 PACKAGES = ("norton-deploy", "torch", "torchvision", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy")
 
 
@@ -31,6 +33,15 @@ def provenance() -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def provenance_table(values: dict[str, Any]) -> Table:
+    """What `provenance()` recorded, one entry a row."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{key} {name}".strip(), str(entry)) for name, entry in entries]
+    return Table(("What", "Value"), tuple(rows), "Machine and versions")
 
 
 def _commit() -> str | None:

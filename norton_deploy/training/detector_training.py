@@ -87,6 +87,9 @@ def train_detector(
 ) -> TrainingResult:
     """Train, evaluate and save a detector; every process of a run calls this with the same settings.
 
+    Mask and keypoint losses are means over each process's own positives, as in torchvision; box and RPN losses equal
+    those of one process with all their images when every image gives its full sample.
+
     Args:
         settings: of the run.
         command: the command line, for the checkpoints' lineage.

@@ -7,7 +7,7 @@ well is in benchmarks/results/training_forms.md.
 
 oneDNN's bfloat16 convolutions are slow where a map has 4 x 4 or 2 x 2 positions, as in the last six convolutions of
 VGG-16 at 32 x 32. The same sums written as one product over all positions of all images are not; see
-benchmarks/results/small_maps.md.
+benchmarks/results/training_forms.md.
 """
 
 from typing import Any, Self, TypeVar

@@ -29,10 +29,10 @@ def images(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_it_runs_resumes_and_repeats_what_failed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, state = tmp_path / "cifar.json", tmp_path / "state"
-    arguments = [f"--data={images}", f"--out={out}", f"--state={state}", "--device=cpu", "--smoke", "--workers=0"]
+    settings = cifar_gpu.Settings(data=images, out=out, state=state, device="cpu", smoke=True, workers=0)
 
     def run() -> dict[str, dict[str, Any]]:
-        assert cifar_gpu.main(arguments) == 0
+        cifar_gpu.main(settings)
         return json.loads(out.read_text())["cells"]
 
     def fail(*_: object) -> None:
@@ -69,8 +69,8 @@ def test_a_cell_without_time_is_left_to_the_next_run(
 ) -> None:
     out = tmp_path / "cifar.json"
     monkeypatch.setattr(cifar_gpu, "measure_dense", lambda *_: pytest.fail("no time for it"))
-    arguments = [f"--data={images}", f"--out={out}", "--device=cpu", "--budget=0", "--workers=0"]
-    assert cifar_gpu.main(arguments) == 0 and not out.exists()
+    cifar_gpu.main(cifar_gpu.Settings(data=images, out=out, device="cpu", budget=0, workers=0))
+    assert not out.exists()
 
 
 def test_loss_of_a_recipe() -> None:

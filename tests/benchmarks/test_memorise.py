@@ -1,6 +1,5 @@
 """The benchmark that learns photographs by heart: the same images in both splits, annotations as detections."""
 
-import json
 from pathlib import Path
 
 from pycocotools.coco import COCO
@@ -24,9 +23,3 @@ def test_annotations_as_detections_score_one_on_the_training_images(tiny_coco: P
 
     metrics = evaluate_detector(perfect, val, batch_size=1, workers=0, progress=False).metrics
     assert metrics["segm"]["AP50"] == metrics["bbox"]["AP50"] == 1
-
-
-def test_the_table_is_made_from_its_json() -> None:
-    written = memorise_real.RESULTS / "memorise_real.md"
-    result = json.loads(written.with_suffix(".json").read_text())
-    assert written.read_text() == memorise_real.markdown(result, "memorise_real.png"), "run memorise_real.py"

@@ -10,9 +10,8 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import rivals, table1_cifar, table4_rank
-from benchmarks.lib.recovery import Recovery, RecoverySettings, network_nmse
-from benchmarks.lib.rival_chains import chain, chain_macs
-from benchmarks.lib.rival_layers import map_sizes
+from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, network_nmse
+from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost.complexity import count_complexity
@@ -98,21 +97,10 @@ def test_nmse_of_a_network() -> None:
 def test_table_4_goes_on_where_it_was_interrupted(stand_in, tmp_path, monkeypatch) -> None:
     model, data = stand_in
     out = tmp_path / "table4.json"
-    argv = ["--model", str(model), "--data", str(data), "--runs", str(tmp_path / "runs"), "--out", str(out)]
-    argv += [
-        "--ranks",
-        "1",
-        "--steps",
-        "3",
-        "--batch-size",
-        "4",
-        "--workers",
-        "0",
-        "--reestimate-images",
-        "8",
-        "--warmup-steps",
-        "1",
-    ]
+    settings = table4_rank.Settings(
+        model=model, data=data, runs=tmp_path / "runs", out=out, ranks=(1,), steps=3, batch_size=4, workers=0,
+        reestimate_images=8, warmup_steps=1,
+    )  # fmt: skip
     step = Trainer._train_step
     with monkeypatch.context() as patch:
 
@@ -123,25 +111,27 @@ def test_table_4_goes_on_where_it_was_interrupted(stand_in, tmp_path, monkeypatc
 
         patch.setattr(Trainer, "_train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            table4_rank.main(argv)
+            table4_rank.main(settings)
     assert list(json.loads(out.read_text())["cells"]) == ["dense"]
-    assert table4_rank.main(argv) == 0
+    assert table4_rank.main(settings) == 0
     cells = json.loads(out.read_text())["cells"]
     assert cells["rank 1"]["macs_reduction_percent"] == pytest.approx(88.03, abs=0.3)
     assert {"nmse_mean", "top1_compressed", "top1_reestimated", "top1_fine_tuned"} <= set(cells["rank 1"])
     assert "(0.6265)" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(Recovery, "measure", None)  # nothing is measured again
-    assert table4_rank.main(argv) == 0
+    assert table4_rank.main(settings) == 0
 
 
 def test_rivals_are_fine_tuned_at_two_learning_rates(stand_in, tmp_path, monkeypatch) -> None:
     model, data = stand_in
     monkeypatch.setattr(rivals, "METHODS", {"filter": "filter CPD"})
     out = tmp_path / "rivals.json"
-    argv = f"--model {model} --data {data} --runs {tmp_path / 'runs'} --out {out} --ranks 1 --seeds 0 --choices L1"
-    argv += " --steps 2 --batch-size 4 --workers 0 --reestimate-images 8 --warmup-steps 1"
-    assert rivals.main([*argv.split(), "--orders", "prune, decompose"]) == 0
+    settings = rivals.Settings(
+        model=model, data=data, runs=tmp_path / "runs", out=out, ranks=(1,), seeds=(0,), choices=("L1",),
+        orders=("prune, decompose",), steps=2, batch_size=4, workers=0, reestimate_images=8, warmup_steps=1,
+    )  # fmt: skip
+    assert rivals.main(settings) == 0
     cells = json.loads(out.read_text())["cells"]
     assert list(cells) == ["dense", "filter, rank 1", "L1, prune, decompose, seed 0"]
     assert 0 <= cells["filter, rank 1"]["top1_fine_tuned_other_lr"] <= 1

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.lib.rival_chains import chain, chain_macs
-from benchmarks.lib.rival_layers import map_sizes, replace_by_rivals, rival_sequence
+from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, replace_by_rivals, rival_sequence
 from benchmarks.lib.rivals import RIVALS, Rival, decompose_layer
 from norton_deploy.errors import UserError
 

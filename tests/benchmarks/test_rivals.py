@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks.lib.rival_chains import chain, chain_macs, chain_params, ranks_within
+from benchmarks.lib.rival_layers import chain, chain_macs, ranks_within
 from benchmarks.lib.rivals import RIVALS, LayerCP, ReshapedCP, Tucker2, decompose_layer, rival_nmse
 from norton_deploy.errors import UserError
 
@@ -65,14 +65,15 @@ def test_the_same_seed_gives_the_same_bits_and_terms_are_balanced() -> None:
     torch.testing.assert_close(first.output.norm(dim=0), first.horizontal.norm(dim=0))
 
 
-def test_macs_and_params_are_the_closed_forms() -> None:
+def test_macs_are_the_closed_forms() -> None:
     O, I, Kh, Kw, R = 20, 12, 3, 5, 4  # noqa: E741
-    big, small = (16, 18), (8, 9)  # stride 2
+    one, big, small = (1, 1), (16, 18), (8, 9)  # stride 2
     kernel = (Kh, Kw)
-    assert chain_params(chain("filter", O, I, (R,)), kernel) == R * O * (I + Kh + Kw)
-    assert chain_params(chain("layer", O, I, (R,)), kernel) == R * (I + Kw + Kh + O)
-    assert chain_params(chain("reshaped", O, I, (R,)), kernel) == R * (I + Kh * Kw + O)
-    assert chain_params(chain("tucker2", O, I, (R, 3)), kernel) == 3 * I + 3 * R * Kh * Kw + R * O
+    # over maps of one position MACs are the numbers in the kernels
+    assert chain_macs(chain("filter", O, I, (R,)), kernel, one, one) == R * O * (I + Kh + Kw)
+    assert chain_macs(chain("layer", O, I, (R,)), kernel, one, one) == R * (I + Kw + Kh + O)
+    assert chain_macs(chain("reshaped", O, I, (R,)), kernel, one, one) == R * (I + Kh * Kw + O)
+    assert chain_macs(chain("tucker2", O, I, (R, 3)), kernel, one, one) == 3 * I + 3 * R * Kh * Kw + R * O
     expected = R * (I * 16 * 18 + Kw * 16 * 9 + (Kh + O) * 8 * 9)
     assert chain_macs(chain("layer", O, I, (R,)), kernel, big, small) == expected
     expected = 3 * I * 16 * 18 + (3 * R * Kh * Kw + R * O) * 8 * 9

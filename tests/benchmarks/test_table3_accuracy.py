@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.lib.table3_accuracy import accuracy_report, accuracy_table
-from benchmarks.table3_accuracy import SHARED, Experiment, Settings
+from benchmarks.lib.cells import ResultCells
+from benchmarks.lib.table3_accuracy_report import accuracy_table
+from benchmarks.table3_accuracy import SHARED, Experiment, Settings, report
 from norton_deploy.errors import UserError
 
 
@@ -28,22 +29,23 @@ CELLS = (
     cell(1, "fast", 6, 0.45),
     cell(0, "fast", 12, 0.36),
 )
+LATENCY = {
+    "dense": {"latency": {"fps": 10.0}},
+    "fast": {"latency": {"fps": 31.0}, "speedup": {"ratio": 3.1, "low": 3.0, "high": 3.2}},
+}
 RESULTS = {
     "settings": {"train_images": 40, "pretrain_steps": 9, "recovery": "both"},
-    "cells": {str(index): entry for index, entry in enumerate(CELLS)},
-    "latency": {
-        "box": {
-            "models": {
-                "dense": {"latency": {"fps": 10.0}},
-                "fast": {"latency": {"fps": 31.0}, "speedup": {"ratio": 3.1, "low": 3.0, "high": 3.2}},
-            }
-        }
-    },
+    "cells": {**{str(index): entry for index, entry in enumerate(CELLS)}, "latency, box": {"models": LATENCY}},
 }
 
 
+def text_of(results: dict, path: Path) -> str:
+    path.write_text(json.dumps(results))
+    return report(ResultCells(path, results["settings"], report))
+
+
 def test_retention_is_taken_seed_by_seed_at_equal_steps() -> None:
-    before, dense, worse, fast, distilled, longer, *paper = accuracy_table(RESULTS, "box").rows
+    before, dense, worse, fast, distilled, longer, *paper = accuracy_table(CELLS, LATENCY, "box").rows
     assert before[:4] == ("dense before", "- (trained for 12)", "-", "-") and before[7] == "-"
     assert dense[:8] == ("dense", "6 steps", "0.001", "-", "0.450 (0.400, 0.500)", "0.900 (0.800, 1.000)",
                          "0.550 (0.500, 0.600)", "1.00 (1.00, 1.00)")  # fmt: skip
@@ -55,24 +57,24 @@ def test_retention_is_taken_seed_by_seed_at_equal_steps() -> None:
 
 
 def test_other_tasks_have_a_column_for_their_boxes() -> None:
-    cell = {**next(iter(RESULTS["cells"].values())), "task": "mask"}
+    cell = {**CELLS[0], "task": "mask"}
     cell["metrics"] = {"bbox": cell["metrics"]["bbox"], "segm": {**cell["metrics"]["bbox"], "AP": 0.125}}
-    table = accuracy_table({**RESULTS, "cells": {"one": cell}}, "mask")
+    table = accuracy_table([cell], {}, "mask")
     assert table.header[7] == "Box AP / AP50"
     assert table.rows[0][4] == "0.125" and table.rows[0][7].startswith(f"{cell['metrics']['bbox']['AP']:.3f} / ")
     assert {len(row) for row in table.rows} == {len(table.header)}
 
 
 def test_the_report_holds_the_tasks_that_were_measured(tmp_path) -> None:
-    text = accuracy_report(RESULTS).to_markdown(tmp_path)
+    text = text_of(RESULTS, tmp_path / "results.json")
     assert "## FasterRCNN" in text and "MaskRCNN" not in text
     assert "40 training images; 9 steps of 32 crops; training" in text
     assert "precision of the training: float32." in text
 
 
 def test_a_seed_of_another_precision_is_named(tmp_path) -> None:
-    cells = {name: {**one, "precision": "bf16" if one["seed"] else "no"} for name, one in RESULTS["cells"].items()}
-    text = accuracy_report({**RESULTS, "cells": cells}).to_markdown(tmp_path)
+    cells = {str(index): {**one, "precision": "bf16" if one["seed"] else "no"} for index, one in enumerate(CELLS)}
+    text = text_of({**RESULTS, "cells": cells}, tmp_path / "results.json")
     assert "precision of the training: float32; FasterRCNN with seed 1 mixed with bfloat16." in text
 
 

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,23 +55,22 @@ def test_a_checkpoint_is_packaged_in_float16(folder, monkeypatch):
     save_checkpoint(folder / "dense.safetensors", dense, header)
     save_checkpoint(folder / "small.safetensors", compress(dense, plan), header.made_by("test", plan=plan))
     make_synthetic.main(["--out", str(folder / "data"), "--train", "1", "--val", "2", "--workers", "1"])
-    more = ["--data", str(folder / "data"), "--out", str(folder / "packaged.json")]
-    monkeypatch.setattr(sys, "argv", ["package_weights", "--model", str(folder / "dense.safetensors"), *more])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/package_weights.py"])
+    settings = package_weights.Settings(folder / "small.safetensors", folder / "data", folder / "packaged.json")
     with pytest.raises(UserError, match="expected a compressed mask or keypoint detector"):
-        package_weights.main()
-    monkeypatch.setattr(sys, "argv", ["package_weights", "--model", str(folder / "small.safetensors"), *more])
+        package_weights.main(replace(settings, model=folder / "dense.safetensors"))
     monkeypatch.setattr(package_weights, "LARGEST_MB", 1.0)
     with pytest.raises(UserError, match=r"in float16, at most 1 MB"):
-        package_weights.main()
+        package_weights.main(settings)
     monkeypatch.setattr(package_weights, "LARGEST_MB", 30.0)
-    package_weights.main()
+    package_weights.main(settings)
     packed = load_checkpoint(weights.packaged_detector("mask"))
     expected = load_checkpoint(folder / "small.safetensors").model.state_dict()
     for name, tensor in packed.model.state_dict().items():
         wanted = expected[name].half().float() if tensor.is_floating_point() else expected[name]
         assert torch.equal(tensor, wanted), name
     assert read_header(weights.packaged_path("mask")).lineage[-1]["command"].startswith("benchmarks/package_weights.py")
-    entry = json.loads((folder / "packaged.json").read_text())["mask"]
+    entry = json.loads((folder / "packaged.json").read_text())["cells"]["mask"]
     assert entry["bytes"] == weights.packaged_path("mask").stat().st_size
     assert entry["float32"]["images"] == entry["float16"]["images"] == 2
     assert "| mask | fast_mask.safetensors |" in (folder / "packaged.md").read_text()

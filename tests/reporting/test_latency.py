@@ -55,7 +55,7 @@ def test_amdahls_bound():
 
 
 def test_stage_macs_follow_layer_names():
-    from benchmarks.lib.stage_split import stage_macs
+    from benchmarks.lib.stages import stage_macs
 
     names = {"backbone.body.conv1": 5, "backbone.fpn.inner": 7, "rpn.head.conv": 11, "roi_heads.box_head.fc6": 13}
     layers = tuple(SimpleNamespace(name=name, macs=macs) for name, macs in names.items())

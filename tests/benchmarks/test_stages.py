@@ -3,7 +3,7 @@
 import pytest
 from onnx import helper
 
-from benchmarks.lib.graph_stages import stages_of_events, stages_of_nodes
+from benchmarks.lib.stages import stages_of_events, stages_of_nodes
 from norton_deploy.errors import UserError
 
 
@@ -67,7 +67,7 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     import numpy as np
     import torch
 
-    from benchmarks.lib.stage_split import STAGES, split_stages
+    from benchmarks.lib.stages import STAGES, split_stages
     from norton_deploy.compression.lowering import lower_model
     from norton_deploy.data.synthetic import draw_scene
     from norton_deploy.export.onnx_export import export_onnx

@@ -11,19 +11,22 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from benchmarks.lib.training_runs import train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint, tensors_digest
 from norton_deploy.compression.reestimate import reestimate_batch_norm
-from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
+from norton_deploy.reporting.tables import PRECISION_NAMES
+from norton_deploy.training.classifier_training import ClassifierTrainingSettings
 from norton_deploy.training.initial_weights import InitialModel
-from norton_deploy.training.run_folder import RunFolder
 from norton_deploy.training.trainer import NonFiniteLossError
+
+CONTROL = "dense, fine-tuned alike"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +69,6 @@ class Teacher:
     weight: float
     temperature: float
 
-    @property
-    def how(self) -> tuple[float, float]:
-        """Weight and temperature."""
-        return self.weight, self.temperature
-
 
 class Recovery:
     """Measures compressed copies of one dense classifier.
@@ -98,7 +96,7 @@ class Recovery:
             std=self.settings.image_std,
             classes=checkpoint.header.categories.names,
         )
-        self.before = count_complexity(self.dense, self.settings.image_size)
+        self.before = complexity_of(self.dense, self.settings)
 
     def identity(self) -> dict[str, Any]:
         """What all figures depend on, for the results file: no paths, the model by its digest."""
@@ -124,7 +122,7 @@ class Recovery:
 
     def complexity(self, model: nn.Module) -> dict[str, float]:
         """MACs and parameters, and how much less that is than dense, in per cent."""
-        after = count_complexity(model, self.settings.image_size)
+        after = complexity_of(model, self.settings)
         return {
             "macs": after.macs,
             "params": after.params,
@@ -182,21 +180,12 @@ class Recovery:
         """
         recovery = self.recovery
         label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        start_of_run = [
-            tensors_digest(model.state_dict()),
-            seed,
-            self.identity(),
-            teacher and (sha256_of(teacher.model), *teacher.how),
-            lr,
-        ]
-        out = recovery.runs / f"{label}-{hashlib.sha256(json.dumps(start_of_run).encode()).hexdigest()[:8]}"
-        resume = RunFolder(out).settings.is_file()
-        init = None
-        if plan is not None:
-            init = out / "initial.safetensors"
-            if not resume:
-                made_by = self.header.made_by(f"benchmark cell: {name}", recovery.model, plan=plan)
-                save_checkpoint(init, model, made_by)
+        taught = teacher and (sha256_of(teacher.model), teacher.weight, teacher.temperature)
+        start_of_run = json.dumps([tensors_digest(model.state_dict()), seed, self.identity(), taught, lr])
+        out = recovery.runs / f"{label}-{hashlib.sha256(start_of_run.encode()).hexdigest()[:8]}"
+        init = None if plan is None else out / "initial.safetensors"
+        if init is not None and not init.is_file():
+            save_checkpoint(init, model, self.header.made_by(f"benchmark cell: {name}", recovery.model, plan=plan))
         training = ClassifierTrainingSettings(
             out=out,
             data=recovery.data,
@@ -217,8 +206,6 @@ class Recovery:
             state_every=100,
             workers=recovery.workers,
             seed=recovery.seed if seed is None else seed,
-            resume=resume,
-            progress=False,
         )
         if teacher is not None:
             training = replace(
@@ -226,12 +213,15 @@ class Recovery:
             )
         start = None if plan is not None else InitialModel(model, self.settings, None, name)
         try:
-            metrics = train_classifier(training, command=name, start=start).metrics
+            metrics = train_once(training, start=start)["metrics"]
         except NonFiniteLossError:
             return None
-        for file in ("state.pt", "best.safetensors"):  # nobody needs them once the run has ended
-            (out / file).unlink(missing_ok=True)
-        return metrics["classification"]["top1"]
+        return float(metrics["classification"]["top1"])
+
+    def control(self) -> dict[str, Any]:
+        """The dense model after the same fine-tuning: size and top-1."""
+        model = copy.deepcopy(self.dense)
+        return {**self.complexity(model), "top1_fine_tuned": self.fine_tune(model, None, CONTROL)}
 
 
 def percent(share: float | None) -> str:
@@ -253,3 +243,8 @@ def network_nmse(dense: nn.Module, layer_errors: dict[str, float]) -> dict[str, 
     energy = {name: float(weight.detach().double().square().sum()) for name, weight in weights.items()}
     total = sum(energy[name] * error for name, error in layer_errors.items()) / sum(energy.values())
     return {"nmse_mean": sum(layer_errors.values()) / len(layer_errors), "nmse_total": total}
+
+
+def fine_tuning(settings: dict[str, Any]) -> str:
+    """Its precision, for captions."""
+    return f"precision of the fine-tuning: {PRECISION_NAMES[settings['precision']]}"

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.lib.cells import ResultCells
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.reporting.page import Heading, Paragraph, Report
 from norton_deploy.reporting.tables import MODEL_NAMES, PAPER_ROWS, PRECISION_NAMES, Table, reduction_percent
@@ -12,6 +13,8 @@ from norton_deploy.structures import Task
 Cell = Mapping[str, Any]
 Way = tuple[str, int, float | None, float | None]
 DENSE, TRAINED = "dense", "dense before"
+LATENCY = "latency, "
+"""Cells of this name and a task hold times, all others a trained detector."""
 METHOD = """\
 Embedded data, drawn by a program; not COCO: outline, inner drawing and, nine times in ten, a favourite hue carry the \
 class. One ResNet-50 per seed is pretrained on object crops and starts every detector of that seed. The dense detector \
@@ -26,21 +29,23 @@ models of a task in turn on the same images; a distilled detector is the same gr
 the paired ratios with its 95 % interval. MACs without detections, as in Table III."""
 
 
-def accuracy_report(results: Mapping[str, Any]) -> Report:
+def accuracy_report(results: ResultCells) -> Report:
     """All tables of a results file, as far as it is filled."""
+    settings = results.settings
+    trained = [cell for name, cell in results.cells.items() if not name.startswith(LATENCY)]
     report = Report("Table III's accuracy on the embedded data")
-    report.blocks.append(Paragraph(METHOD))
-    settings = results["settings"]
-    report.blocks.append(
+    report.blocks += [
+        Paragraph(METHOD),
         Paragraph(
             f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops; "
             f"training and fine-tuning in steps of 4 images; recovery: {settings['recovery']}; "
-            f"precision of the training: {_precisions(list(results['cells'].values()))}."
-        )
-    )
-    for task in MODEL_NAMES:
-        if any(cell["task"] == task for cell in results["cells"].values()):
-            report.blocks += [Heading(MODEL_NAMES[task]), accuracy_table(results, task)]
+            f"precision of the training: {_precisions(trained)}."
+        ),
+    ]
+    for task, name in MODEL_NAMES.items():
+        if own := [cell for cell in trained if cell["task"] == task]:
+            latency = results.cells.get(f"{LATENCY}{task}", {}).get("models", {})
+            report.blocks += [Heading(name), accuracy_table(own, latency, task)]
     return report
 
 
@@ -54,13 +59,12 @@ def _precisions(cells: Sequence[Cell]) -> str:
     return "; ".join([PRECISION_NAMES[usual], *exceptions])
 
 
-def accuracy_table(results: Mapping[str, Any], task: Task) -> Table:
-    """One row per way of training: means over the seeds, the seeds' own values in brackets; then the paper's rows."""
+def accuracy_table(cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> Table:
+    """One row per way of training a task's detectors: means over the seeds, the seeds' own values in brackets; then
+    the paper's rows."""
     training = ("Model", "Fine-tuning", "Peak lr", "Distillation")
     boxes = () if task == "box" else ("Box AP / AP50",)
     figures = ("AP", "AP50", "AR", *boxes, "Retention", "MACs (CR)", "Params (CR)", "FPS", "Speed-up")
-    cells = [cell for cell in results["cells"].values() if cell["task"] == task]
-    latency = results["latency"].get(task, {}).get("models", {})
     ways = sorted({_way(cell) for cell in cells}, key=lambda way: _place(way, cells))
     rows = [_row([cell for cell in cells if _way(cell) == way], cells, latency, task) for way in ways]
     dense, norton = PAPER_ROWS[task]

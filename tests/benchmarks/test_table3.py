@@ -1,20 +1,21 @@
 """The Table III benchmark: resuming, equal work, calibrated random weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import table3
-from benchmarks.lib.stage_split import STAGES
+from benchmarks.lib.stages import STAGES
+from benchmarks.lib.table3_report import AUTHORS_ORT, DENSE_EAGER, DENSE_ORT, NORTON_EAGER, NORTON_ORT
 from norton_deploy.errors import UserError
 from norton_deploy.inference.torch_backend import TorchPredictor
-from norton_deploy.reporting.table3 import AUTHORS_ORT, DENSE_EAGER, DENSE_ORT, NORTON_EAGER, NORTON_ORT
 
 MODELS = (DENSE_EAGER, NORTON_EAGER, DENSE_ORT, NORTON_ORT, AUTHORS_ORT)
 
 
-def invented(task, settings, images):
+def invented(task, settings):
     """A measurement with round numbers; only its form is real."""
     latency = {
         "samples": 9,
@@ -27,6 +28,7 @@ def invented(task, settings, images):
     }
     split = {"stages_ms": dict.fromkeys(STAGES, 5.0), "method": "invented", "proposals": 100.0}
     return {
+        "images": "8 synthetic scenes, not photographs",
         "weights": "none",
         "device": dict.fromkeys(MODELS, "nowhere"),
         "latency": dict.fromkeys(MODELS, latency),
@@ -40,41 +42,41 @@ def invented(task, settings, images):
 def test_finished_tasks_are_kept_and_other_settings_refused(monkeypatch, tmp_path):
     measured = []
 
-    def measure(task, settings, images):
+    def measure(task, settings):
         if measured == ["box"]:
             measured.append("killed")
             raise KeyboardInterrupt
         measured.append(task)
-        return invented(task, settings, images)
+        return invented(task, settings)
 
     monkeypatch.setattr(table3, "measure_task", measure)
     out = tmp_path / "table3.json"
-    arguments = ["--image-size", "64", "64", "--out", str(out), "--work", str(tmp_path / "work"), "--small"]
+    settings = table3.Settings(image_size=(64, 64), out=out, work=tmp_path / "work", small=True)
     with pytest.raises(KeyboardInterrupt):
-        table3.main(arguments)
-    assert list(json.loads(out.read_text())["tasks"]) == ["box"]
-    assert table3.main(arguments) == 0
+        table3.main(settings)
+    assert list(json.loads(out.read_text())["cells"]) == ["box"]
+    assert table3.main(settings) == 0
     assert measured == ["box", "killed", "mask", "keypoint"]
     results = json.loads(out.read_text())
-    assert list(results["tasks"]) == ["box", "mask", "keypoint"]
-    assert all(task["provenance"]["versions"]["torch"] for task in results["tasks"].values())
+    assert list(results["cells"]) == ["box", "mask", "keypoint"]
+    assert all(task["provenance"]["versions"]["torch"] for task in results["cells"].values())
     markdown, page = out.with_suffix(".md").read_text(), out.with_suffix(".html").read_text()
     for text in ("no speed-up: invented", "1.00G (50)", "1.00M (75)", "RTX 3060", "synthetic scenes, not photographs"):
         assert text in markdown and text in page
     assert markdown.count("paper, RTX 3060") == 6
-    with pytest.raises(UserError, match="other settings"):
-        table3.main([*arguments, "--rounds", "5"])
+    with pytest.raises(UserError, match="measured with rounds = 12, now it is 5"):
+        table3.main(replace(settings, rounds=5))
     with pytest.raises(UserError, match="belong together"):
-        table3.main([*arguments, "--model", "x.safetensors"])
+        table3.main(replace(settings, model=tmp_path / "x.safetensors"))
 
 
 def test_random_models_do_equal_work(tmp_path):
     settings = table3.Settings(image_size=(96, 96), small=True, proposals=60, detections=7, work=tmp_path)
-    images, _ = table3.prepare_images(settings.images, settings.image_size, settings.work)
+    images, images_are = settings.prepare_images(settings.work)
+    assert images_are == "8 synthetic scenes, not photographs"
     dense, norton, categories = table3.random_pair("box", settings, images)
     work = {}
     for name, model in (("dense", dense), ("norton", norton)):
-        table3.equalise(model, settings.image_size, settings.proposals, settings.detections)
         proposals: list[int] = []
         model.rpn.register_forward_hook(lambda _m, _i, output, seen=proposals: seen.append(len(output[0][0])))
         found = [len(one) for _, one in TorchPredictor(model, "box", categories, device="cpu").predict_files(images)]
@@ -83,4 +85,4 @@ def test_random_models_do_equal_work(tmp_path):
         # Calibrated: activations neither vanish nor explode on the way through fifty layers.
         assert all(1e-3 < value.std() < 1e3 for value in features.values())
     assert work["dense"] == work["norton"] == ({60}, {7})
-    assert table3.count(norton, settings).macs < table3.count(dense, settings).macs
+    assert settings.complexity(norton).macs < settings.complexity(dense).macs
