@@ -7,8 +7,8 @@ else: not on the number of workers, nor on what was loaded before, nor on whethe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,8 @@ Target = dict[str, Any]
 
 # COCO's 17 keypoints after mirroring: left and right change places, the nose stays.
 MIRRORED_KEYPOINTS = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
-
-
-class DetectionTransform(Protocol):
-    """Changes an image and its target together; all randomness from `rng`."""
-
-    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]: ...
+DetectionTransform = Callable[[Tensor, Target, np.random.Generator], tuple[Tensor, Target]]
+"""Changes an image and its target together; all randomness from the generator."""
 
 
 def generator_for(seed: int, epoch: int, index: int) -> np.random.Generator:
