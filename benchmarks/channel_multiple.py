@@ -27,16 +27,16 @@ from norton_deploy.compression.channel_groups import channel_groups
 from norton_deploy.compression.compress import fit_plan
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.compression.surgery import output_width
+from norton_deploy.cost.complexity import layer_calls
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
-from norton_deploy.cost.layer_shapes import layer_calls
 from norton_deploy.cost.session import make_session
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.export.onnx_export import OPSET
 from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.inference.predictor import Image, Predictor, read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import Table
-from norton_deploy.search.end_to_end import Workload, tuned_predictor
+from norton_deploy.reporting.report import Table
+from norton_deploy.search.latency_budget import Workload, tuned_predictor
 from norton_deploy.structures import Categories
 
 CAPTIONS = {"body": "ResNet-50 body", "detector": "Whole Faster R-CNN, pixels to detections"}

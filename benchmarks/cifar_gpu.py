@@ -37,7 +37,7 @@ from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Table
 
 PLANS = Path("configs/plans")
 DECOMPOSED = "vgg16_88"  # rank 1, not pruned: the first stage of those that are

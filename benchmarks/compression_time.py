@@ -25,8 +25,7 @@ from torch import Tensor
 from benchmarks.lib.cells import RESULTS, ResultCells, interval, page, run, settings_of, spread, tabulate
 from norton_deploy.cost.turns import paired_speedup, time_in_turns
 from norton_deploy.method.cp import CPFactors, decompose_filters, layer_nmse, nmse
-from norton_deploy.method.filter_selection import select_filters
-from norton_deploy.method.subspace_angles import pabs_distance
+from norton_deploy.method.filter_selection import pabs_distance, select_filters
 
 STRUCTURED_TERMS = (1.0, 0.7, 0.5, 0.3, 0.2)
 STRUCTURED_NOISE = 0.3

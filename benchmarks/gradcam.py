@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.reporting.gradcam import compare_gradcam, draw_gradcam, open_compared
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Table
 
 NOTES = """\
 The correlation is Pearson's, between a compressed model's map and the dense model's on the same image for the same \

@@ -19,8 +19,8 @@ from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, sgemm_gmacs_per_s, timing_table
 from benchmarks.lib.stages import EVENT_SUFFIX
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.reporting.tables import Table
-from norton_deploy.search.end_to_end import export_tuned
+from norton_deploy.reporting.report import Table
+from norton_deploy.search.latency_budget import export_tuned
 from norton_deploy.structures import TASKS, Task
 
 MATRIX, GROUPED = "dense convolutions and matrix products", "grouped convolutions"

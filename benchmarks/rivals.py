@@ -28,20 +28,15 @@ from torch import nn
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, fine_tuning, network_nmse, percent
+from benchmarks.lib.rival_choices import choose_at_random, choose_by_geometric_median, choose_by_l1_norm
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within, replace_by_rivals
 from benchmarks.lib.rivals import RIVALS, Rival, RivalFactors, decompose_layer, rival_nmse
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.method.cp import layer_nmse
-from norton_deploy.method.filter_choices import (
-    FilterChoice,
-    choose_at_random,
-    choose_by_angles,
-    choose_by_geometric_median,
-    choose_by_l1_norm,
-)
+from norton_deploy.method.filter_selection import FilterChoice, choose_by_angles
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Table
 
 Choice = Literal["PABS", "L1", "FPGM", "random"]
 Order = Literal["decompose, prune", "prune, decompose"]

@@ -28,7 +28,7 @@ from norton_deploy.compression.refit import refit
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Table
 
 PLANS = Path("configs/plans")
 DISTILLED = ", distilled"

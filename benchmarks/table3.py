@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of
 from benchmarks.lib.random_detectors import PLANS, WorkSettings
-from benchmarks.lib.stages import split_stages, stage_macs
+from benchmarks.lib.stages import macs_ceiling, split_stages, stage_macs
 from benchmarks.lib.table3_report import (
     AUTHORS_EAGER,
     AUTHORS_ORT,
@@ -45,7 +45,7 @@ from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
-from norton_deploy.reporting.latency import macs_ceiling, measure_alternating
+from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.structures import TASKS, Categories, Task
 
 SPLIT_CALLS = 3

@@ -21,7 +21,7 @@ from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Table
 
 # Table IV: rank -> reduction of MACs and parameters (%), NMSE, top-1 without and with fine-tuning (%).
 PAPER = {

@@ -29,7 +29,7 @@ from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Predictor, read_image
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.reporting.latency import measure_alternating
-from norton_deploy.search.end_to_end import export_tuned
+from norton_deploy.search.latency_budget import export_tuned
 from norton_deploy.structures import TASKS, Task
 
 

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from norton_deploy.errors import UserError
     from norton_deploy.inference.loading import load_predictor
     from norton_deploy.method.cp import CPFactors, decompose_filters
-    from norton_deploy.method.filter_selection import select_filters
+    from norton_deploy.method.filter_selection import pabs_distance, select_filters
     from norton_deploy.method.plan import CompressionPlan
-    from norton_deploy.method.subspace_angles import pabs_distance
     from norton_deploy.models.detectors import DetectorSettings
     from norton_deploy.structures import Categories, Detections
 
@@ -41,7 +40,7 @@ _HOME = {
     "decompose_filters": "method.cp",
     "load_checkpoint": "checkpoints.checkpoint",
     "load_predictor": "inference.loading",
-    "pabs_distance": "method.subspace_angles",
+    "pabs_distance": "method.filter_selection",
     "save_checkpoint": "checkpoints.checkpoint",
     "select_filters": "method.filter_selection",
 }

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import ResultFile, atomic_write
-from norton_deploy.reporting.page import Report
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Report, Table
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

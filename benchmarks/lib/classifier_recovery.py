@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.lib.training_runs import train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint, tensors_digest
-from norton_deploy.compression.reestimate import reestimate_batch_norm
+from norton_deploy.compression.calibration import reestimate_batch_norm
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.image_folder import read_images
@@ -21,7 +21,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.tables import PRECISION_NAMES
+from norton_deploy.reporting.report import PRECISION_NAMES
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings
 from norton_deploy.training.initial_weights import InitialModel
 from norton_deploy.training.trainer import NonFiniteLossError

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from norton_deploy.compression.calibration import calibrate_random_detector
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.lowering import Form, lower_model
-from norton_deploy.compression.random_detector import calibrate_random_detector
+from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.method.plan import CompressionPlan
@@ -314,19 +315,17 @@ def time_in_turn(
 
     Whole rounds only; fewer than `rounds` when the cell's time is up, but at least two.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for step in range(-warm_up, rounds):
-        if step > 1 and bench.left() < 0:
-            break
-        names = list(calls) if step % 2 else list(calls)[::-1]
-        for name in names:
+
+    def finished(call: Callable[[], Any]) -> Callable[[int], None]:
+        def run(_step: int) -> None:
+            call()
             bench.synchronise()
-            started = time.perf_counter()
-            calls[name]()
-            bench.synchronise()
-            if step >= 0:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return times
+
+        return run
+
+    timed = {name: finished(call) for name, call in calls.items()}
+    bench.synchronise()
+    return time_in_turns(timed, rounds=rounds, warm_up=warm_up, enough=lambda: bench.left() < 0).to_dict()
 
 
 def event_ms(bench: Bench, call: Callable[[], Any], repeats: int = 20) -> list[float]:

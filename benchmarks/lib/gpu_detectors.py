@@ -30,7 +30,7 @@ from benchmarks.lib.gpu_bench import (
 )
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.cost.complexity import count_complexity
-from norton_deploy.reporting.latency import paired_speedup, summary_to_dict
+from norton_deploy.cost.turns import paired_speedup
 from norton_deploy.structures import TASKS, Task
 
 QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
@@ -184,7 +184,7 @@ def table3(bench: Bench, task: Task) -> dict[str, Any]:
     for name, values in times.items():
         rows[name] = spread(values)
         for baseline in ("eager dense fp32", "eager dense fp16 autocast"):
-            rows[name][f"speedup over {baseline}"] = summary_to_dict(paired_speedup(times[baseline], values))
+            rows[name][f"speedup over {baseline}"] = paired_speedup(times[baseline], values).to_dict()
         plan = "dense" if name.startswith("eager") else name.split()[0]
         rate = bench.rates.get(f"{'fp16' if 'fp16' in name else 'tf32' if 'tf32' in name else 'fp32'}_tflop_per_s")
         tflop_per_s = 2 * macs[plan].macs / rows[name]["median_ms"] / 1e9
@@ -308,10 +308,15 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
         for slot in slots[:depth]:
             slot.wait()
         flying[f"frames_per_s_{depth}_in_flight"] = calls * variant.batch / (time.perf_counter() - started)
-    agree = all(torch.equal(value, slots[1].found[name]) for name, value in slots[0].found.items())
+    differ = {
+        name: float((value.double() - slots[1].found[name].double()).abs().max())
+        for name, value in slots[0].found.items()
+        if not torch.equal(value, slots[1].found[name])
+    }
     bench.forget(lambda one: one.slot == 0)
     return {
-        "both_in_flight_agree": agree,
+        "both_in_flight_agree": not differ,
+        "both_in_flight_differ": differ,
         "latency_to_outputs": spread(to_outputs[1:]),
         "latency_to_pasted_detections": spread(to_detections[1:]),
         "detections": [len(one) for one in found],

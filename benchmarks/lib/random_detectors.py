@@ -24,7 +24,7 @@ from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.search.end_to_end import Workload
+from norton_deploy.search.latency_budget import Workload
 from norton_deploy.structures import Categories, Task
 
 PLANS = Path("configs/plans")

@@ -232,3 +232,23 @@ def stages_of_events(
         stage = stage_of_name.get(name) or stage_of_name.get(name.removesuffix(LAYOUT_SUFFIX)) or stage
         total_ms[stage] = total_ms.get(stage, 0.0) + event["dur"] / 1e3
     return total_ms
+
+
+def macs_ceiling(baseline_stages_ms: dict[str, float], macs_ratio: dict[str, float]) -> float:
+    """Amdahl's bound: the speed-up if every stage's time shrank exactly as its MACs do.
+
+    Stages without MACs (decoding, copies, box selection) keep their time; what is beyond this figure comes
+    from elsewhere than the saved arithmetic (a better kernel form, another engine).
+
+    Args:
+        baseline_stages_ms: stage -> time of the baseline.
+        macs_ratio: stage -> candidate MACs / baseline MACs, for the stages that have MACs.
+
+    Raises:
+        UserError: a ratio for a stage that was not measured.
+    """
+    unknown = macs_ratio.keys() - baseline_stages_ms.keys()
+    if unknown:
+        raise UserError(f"Amdahl's bound: no measured time for the stages {', '.join(sorted(unknown))}")
+    shrunk_ms = sum(time_ms * macs_ratio.get(stage, 1.0) for stage, time_ms in baseline_stages_ms.items())
+    return sum(baseline_stages_ms.values()) / shrunk_ms

@@ -6,9 +6,8 @@ from typing import Any
 
 from benchmarks.lib.cells import ResultCells, tabulate
 from benchmarks.lib.stages import STAGES
-from norton_deploy.reporting.page import Heading, Paragraph, Report
 from norton_deploy.reporting.provenance import provenance_table
-from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, detector_table
+from norton_deploy.reporting.report import MODEL_NAMES, DetectorRow, Heading, Paragraph, Report, Table, detector_table
 
 DENSE_EAGER, DENSE_ORT = "dense, torch eager", "dense, ONNX Runtime"
 NORTON_EAGER, NORTON_ORT = "NORTON, torch eager", "NORTON, ONNX Runtime"

@@ -8,9 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.lib.cells import Cell, ResultCells, save_figure, tabulate
-from norton_deploy.reporting.page import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance_table
-from norton_deploy.reporting.tables import MODEL_NAMES, Table
+from norton_deploy.reporting.report import MODEL_NAMES, Block, Heading, Paragraph, Picture, Report, Table
 
 SCALING = {
     "image side": "Faster R-CNN, image side in pixels",

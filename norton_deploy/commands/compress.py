@@ -18,8 +18,8 @@ from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.files import check_output_file, refuse_same_file
+from norton_deploy.method.filter_selection import AngleMeasure
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.method.subspace_angles import AngleMeasure
 
 
 @dataclass(frozen=True)

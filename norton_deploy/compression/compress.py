@@ -20,7 +20,7 @@ from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.surgery import cut_inputs, cut_outputs, filter_rows, output_width, replace_submodule
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters, max_rank
-from norton_deploy.method.filter_choices import FilterChoice, choose_by_angles
+from norton_deploy.method.filter_selection import FilterChoice, choose_by_angles
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -119,8 +119,7 @@ def compress_with_kept(
         plan: its ranks and kept filters.
         seed: seed of the decomposition's random starts.
         starts: starts per decomposition; the best is kept per filter.
-        choose: which filters of a group survive: by default eq. 11 and Algorithm 1; others are in
-            `method.filter_choices`.
+        choose: which filters of a group survive: by default eq. 11 and Algorithm 1.
         progress: told of each layer or group.
 
     Raises:

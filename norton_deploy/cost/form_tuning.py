@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.compression.lowering import Form
-from norton_deploy.cost.layer_shapes import LayerCall, LayerShape
+from norton_deploy.cost.complexity import LayerCall, LayerShape
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.files import ResultFile
 

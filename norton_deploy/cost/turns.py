@@ -108,6 +108,7 @@ def time_in_turns(
     rounds: int,
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Turns:
     """Time calls that take turns in one process.
 
@@ -121,6 +122,7 @@ def time_in_turns(
         rounds: timed calls of each.
         warm_up: rounds before that, not timed.
         clock: of seconds.
+        enough: asked before every round from the third on; when it says so, the rounds so far are all.
 
     Raises:
         UserError: no calls or no rounds.
@@ -131,6 +133,8 @@ def time_in_turns(
     times_ms = np.zeros((rounds, len(names)))
     orders = balanced_orders(len(names))
     for step in range(-warm_up, rounds):
+        if step > 1 and enough():
+            return Turns(names, times_ms[:step])
         for index in orders[step % len(orders)]:
             started = clock()
             calls[names[index]](step)

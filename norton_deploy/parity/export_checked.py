@@ -11,8 +11,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.checkpoints.open_model import open_model, published_categories
+from norton_deploy.compression.calibration import random_detector
 from norton_deploy.compression.lowering import Form, lower_model
-from norton_deploy.compression.random_detector import random_detector
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError

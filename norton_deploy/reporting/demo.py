@@ -17,9 +17,18 @@ from norton_deploy.inference.drawing import draw_detections
 from norton_deploy.inference.loading import PACKAGED_TASKS, load_predictor, packaged_path
 from norton_deploy.inference.predictor import Predictor, read_image
 from norton_deploy.reporting.latency import LatencyRun, measure_alternating
-from norton_deploy.reporting.page import Block, Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.tables import MODEL_NAMES, DetectorRow, Table, detector_table
+from norton_deploy.reporting.report import (
+    MODEL_NAMES,
+    Block,
+    DetectorRow,
+    Heading,
+    Paragraph,
+    Picture,
+    Report,
+    Table,
+    detector_table,
+)
 from norton_deploy.structures import Task
 
 LATENCY_ROUNDS = 40

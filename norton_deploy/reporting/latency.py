@@ -6,19 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from norton_deploy.cost.turns import (  # noqa: F401 (TODO: two names for benchmarks, until they import cost.turns)
-    Speedup,
-    TimeSummary,
-    Turns,
-    balanced_orders,
-    paired_speedup,
-    time_in_turns,
-)
+from norton_deploy.cost.turns import TimeSummary, Turns, time_in_turns
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Predictor
 
@@ -102,28 +94,3 @@ def measure_alternating(
     turns = time_in_turns(calls, rounds=rounds, warm_up=warm_up, clock=clock)
     counts = np.array(list(detections.values())).T
     return LatencyRun(turns.names, turns.times_ms, tuple(map(tuple, stages.values())), counts)
-
-
-def macs_ceiling(baseline_stages_ms: dict[str, float], macs_ratio: dict[str, float]) -> float:
-    """Amdahl's bound: the speed-up if every stage's time shrank exactly as its MACs do.
-
-    Stages without MACs (decoding, copies, box selection) keep their time; what is beyond this figure comes
-    from elsewhere than the saved arithmetic (a better kernel form, another engine).
-
-    Args:
-        baseline_stages_ms: stage -> time of the baseline.
-        macs_ratio: stage -> candidate MACs / baseline MACs, for the stages that have MACs.
-
-    Raises:
-        UserError: a ratio for a stage that was not measured.
-    """
-    unknown = macs_ratio.keys() - baseline_stages_ms.keys()
-    if unknown:
-        raise UserError(f"Amdahl's bound: no measured time for the stages {', '.join(sorted(unknown))}")
-    shrunk_ms = sum(time_ms * macs_ratio.get(stage, 1.0) for stage, time_ms in baseline_stages_ms.items())
-    return sum(baseline_stages_ms.values()) / shrunk_ms
-
-
-def summary_to_dict(summary: TimeSummary | Speedup) -> dict[str, Any]:
-    """TODO: until benchmarks call `to_dict`."""
-    return summary.to_dict()

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from norton_deploy.files import atomic_write
-from norton_deploy.reporting.page import Heading, Paragraph, Picture, Report
 from norton_deploy.reporting.provenance import provenance_table
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Heading, Paragraph, Picture, Report, Table
 
 AXES = {"macs": "reduction of MACs", "params": "reduction of parameters"}
 COLOURS = ("C0", "C2", "C1", "C4", "C5")

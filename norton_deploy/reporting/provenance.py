@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from norton_deploy.reporting.tables import Table
+from norton_deploy.reporting.report import Table
 
 PACKAGES = ("norton-deploy", "torch", "torchvision", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy")
 

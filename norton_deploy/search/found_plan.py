@@ -11,11 +11,9 @@ from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import Complexity
 from norton_deploy.cost.form_tuning import BlockTuning
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.decisions import STEMS, Choice, Decision, ranks_and_keep
-from norton_deploy.search.end_to_end import Workload
 from norton_deploy.search.joint_cost import Budget, JointCost
-from norton_deploy.search.latency_budget import LatencyResult
-from norton_deploy.search.planner import Harm, Point
+from norton_deploy.search.latency_budget import LatencyResult, Workload
+from norton_deploy.search.planner import STEMS, Choice, Decision, Harm, Point, ranks_and_keep
 
 
 @dataclass(frozen=True)

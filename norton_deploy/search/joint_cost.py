@@ -13,8 +13,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP, channel_groups
-from norton_deploy.cost.complexity import layer_params
-from norton_deploy.cost.layer_shapes import LayerCall, LayerShape
+from norton_deploy.cost.complexity import LayerCall, LayerShape, layer_params
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 

@@ -1,26 +1,81 @@
-"""Latency of plans: measured layers plus a measured rest, corrected by the plan that comes out."""
+"""Latency of plans in ONNX Runtime: measured layers plus a measured rest, corrected by the plan that comes out."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.compress import compress
-from norton_deploy.cost.form_tuning import TimingTable
+from norton_deploy.compression.lowering import lower_model
+from norton_deploy.cost.complexity import Complexity, LayerCall, count_complexity, layer_calls
+from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.cost.turns import Turns, time_in_turns
+from norton_deploy.export.onnx_export import export_onnx
+from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+from norton_deploy.export.static_roi_align import fix_sampling
+from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.decisions import Decision, Option, to_plan
-from norton_deploy.search.end_to_end import Workload, tuned_predictor
 from norton_deploy.search.joint_cost import Budget, JointCost, calibrate, joint_cost
-from norton_deploy.search.planner import Harm, Planner, Point
+from norton_deploy.search.planner import Decision, Harm, Option, Planner, Point, to_plan
 from norton_deploy.structures import Categories
 
 TOLERANCE = 0.05
 """Relative difference between prediction and measurement above which the plan is made once more."""
 MOST_PLANS = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every model gets alike: image size, regions through the heads per image, images per call."""
+
+    image_size: tuple[int, int]
+    proposals: int
+    detections: int
+    batch: int = 1
+
+    @classmethod
+    def of(cls, model: Any, image_size: tuple[int, int]) -> "Workload":
+        """A detector's own numbers of proposals and detections; none for a classifier."""
+        if not is_detector(model):
+            return cls(image_size, 0, 0)
+        return cls(image_size, int(model.rpn._post_nms_top_n["testing"]), int(model.roi_heads.detections_per_img))
+
+    def calls(self, model: nn.Module) -> list[LayerCall]:
+        """Every call of a layer of the model for one image."""
+        return layer_calls(model, self.image_size, proposals=self.proposals, detections=self.detections)
+
+    def complexity(self, model: nn.Module) -> Complexity:
+        """MACs of the model for one image, and its parameters."""
+        return count_complexity(model, self.image_size, proposals=self.proposals, detections=self.detections)
+
+
+def tuned_predictor(
+    model: nn.Module, workload: Workload, categories: Categories, table: TimingTable
+) -> OnnxRuntimePredictor:
+    """A detector in evaluation mode, exported with every CPDBlock in its fastest form and opened."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_tuned(model, workload, categories, table, file)
+        return OnnxRuntimePredictor(file, providers=[table.provider])
+
+
+def export_tuned(
+    model: nn.Module, workload: Workload, categories: Categories, table: TimingTable, file: Path
+) -> dict[str, str]:
+    """Export a detector with every CPDBlock in its fastest form; returns block -> form."""
+    forms = {tuning.name: tuning.form for tuning in tune_blocks(workload.calls(model), table)}
+    assert isinstance(model, GeneralizedRCNN)
+    lowered = lower_model(fix_sampling(model), "grouped", forms)
+    export_onnx(StaticRCNN(lowered, GraphSettings(workload.image_size, workload.batch)), file, categories=categories)
+    return dict(forms)
 
 
 @dataclass(frozen=True)

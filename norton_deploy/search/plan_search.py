@@ -17,12 +17,10 @@ from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.decisions import RANKS, list_decisions, to_plan, untouched
-from norton_deploy.search.end_to_end import Workload
 from norton_deploy.search.found_plan import FoundPlan, UniformComparison, layer_choices
 from norton_deploy.search.joint_cost import UNITS, Budget, joint_cost
-from norton_deploy.search.latency_budget import LatencyResult, LatencySearch
-from norton_deploy.search.planner import Planner
+from norton_deploy.search.latency_budget import LatencyResult, LatencySearch, Workload
+from norton_deploy.search.planner import RANKS, Planner, list_decisions, to_plan, untouched
 from norton_deploy.search.sensitivity import Sensitivity
 
 TIMING_IMAGES = 4

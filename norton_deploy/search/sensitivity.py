@@ -17,7 +17,7 @@ from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.probe import Probe, run_stages
 from norton_deploy.files import ResultFile
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.decisions import Choice, Decision
+from norton_deploy.search.planner import Choice, Decision
 
 
 class Sensitivity:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.lib.cells import ResultCells, page, run, settings_of, tabulate
 from norton_deploy.errors import UserError
-from norton_deploy.reporting.page import Paragraph, Report
+from norton_deploy.reporting.report import Paragraph, Report
 
 
 def report(results: ResultCells) -> str:

@@ -1,9 +1,11 @@
 """Which stage a node belongs to, and how a profile is added up."""
 
+from types import SimpleNamespace
+
 import pytest
 from onnx import helper
 
-from benchmarks.lib.stages import stages_of_events, stages_of_nodes
+from benchmarks.lib.stages import macs_ceiling, stage_macs, stages_of_events, stages_of_nodes
 from norton_deploy.errors import UserError
 
 
@@ -103,3 +105,20 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
         assert split.proposals == 40
         for stage in set(STAGES) - {"other"}:
             assert split.stages_ms[stage] > 0, (predictor.backend, stage)
+
+
+def test_amdahls_bound():
+    stages_ms = {"decode": 10.0, "backbone": 60.0, "heads": 30.0}
+    assert macs_ceiling(stages_ms, {"backbone": 0.5}) == pytest.approx(100 / 70)
+    assert macs_ceiling(stages_ms, {"backbone": 0.0, "heads": 0.0}) == pytest.approx(10)
+    assert macs_ceiling(stages_ms, {}) == 1
+    with pytest.raises(UserError, match="neck"):
+        macs_ceiling(stages_ms, {"neck": 0.5})
+
+
+def test_stage_macs_follow_layer_names():
+    names = {"backbone.body.conv1": 5, "backbone.fpn.inner": 7, "rpn.head.conv": 11, "roi_heads.box_head.fc6": 13}
+    layers = tuple(SimpleNamespace(name=name, macs=macs) for name, macs in names.items())
+    assert stage_macs(SimpleNamespace(layers=layers)) == {"backbone": 5, "fpn_rpn": 18, "heads": 13}
+    with pytest.raises(UserError, match="classifier"):
+        stage_macs(SimpleNamespace(layers=(SimpleNamespace(name="classifier.fc", macs=1),)))

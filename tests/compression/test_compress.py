@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
+from norton_deploy.compression.calibration import reestimate_batch_norm
 from norton_deploy.compression.compress import build_classifier, build_detector, channel_groups, compress
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.reestimate import reestimate_batch_norm
 from norton_deploy.errors import UserError
-from norton_deploy.method.filter_selection import select_filters
+from norton_deploy.method.filter_selection import pabs_distance, select_filters
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.method.subspace_angles import pabs_distance
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings

@@ -8,9 +8,8 @@ import pytest
 
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost import form_tuning as tuning
-from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.complexity import LayerCall, LayerShape, count_complexity, layer_calls
 from norton_deploy.cost.form_tuning import TimingTable, layer_graph, time_forms, tune_blocks
-from norton_deploy.cost.layer_shapes import LayerCall, LayerShape, layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings

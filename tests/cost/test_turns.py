@@ -31,6 +31,8 @@ def test_every_call_is_timed_once_a_round_in_balanced_order():
     assert Counter(pair for order in rounds for pair in pairwise(order)) == dict.fromkeys(
         [(x, y) for x in "abc" for y in "abc" if x != y], 2
     )
+    left = iter([False, True])
+    assert time_in_turns(calls, rounds=9, enough=lambda: next(left)).times_ms.shape == (3, 3)
     for mistake in ({"calls": {}, "rounds": 1}, {"calls": calls, "rounds": 0}):
         with pytest.raises(UserError, match="at least one"):
             time_in_turns(**mistake)

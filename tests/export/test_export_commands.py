@@ -9,7 +9,7 @@ from torch import nn
 
 from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
-from norton_deploy.compression.random_detector import LOGIT_SPREAD, calibrate_random_detector
+from norton_deploy.compression.calibration import LOGIT_SPREAD, calibrate_random_detector
 from norton_deploy.data.synthetic import CATEGORIES, draw_scene
 from norton_deploy.export.tensorrt_build import EngineManifest, is_installed
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings

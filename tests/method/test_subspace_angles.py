@@ -9,7 +9,7 @@ from torch import Tensor
 
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import CPFactors
-from norton_deploy.method.subspace_angles import pabs_distance, principal_angles
+from norton_deploy.method.filter_selection import pabs_distance, principal_angles
 
 
 def random_factors(filters: int, in_channels: int, rank: int, seed: int = 0) -> CPFactors:
@@ -135,7 +135,7 @@ def test_nearly_equal_subspaces_of_different_dimension() -> None:
 def test_many_filters_in_blocks_equal_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = random_factors(23, 17, 2)
     whole = pabs_distance(factors)
-    monkeypatch.setattr("norton_deploy.method.subspace_angles.BLOCK_NUMBERS", 500)
+    monkeypatch.setattr("norton_deploy.method.filter_selection.BLOCK_NUMBERS", 500)
     torch.testing.assert_close(pabs_distance(factors), whole, rtol=0, atol=1e-12)
     assert torch.equal(whole, whole.T) and not whole.diagonal().any()
 

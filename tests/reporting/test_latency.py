@@ -1,13 +1,11 @@
-"""Detectors in turn: the same image for all, stages and detections of measured calls; Amdahl's bound."""
-
-from types import SimpleNamespace
+"""Detectors in turn: the same image for all, stages and detections of measured calls."""
 
 import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import StageTiming
-from norton_deploy.reporting.latency import macs_ceiling, measure_alternating
+from norton_deploy.reporting.latency import measure_alternating
 
 
 class ScriptedPredictor:
@@ -43,22 +41,3 @@ def test_detectors_take_turns_on_the_same_image():
     for nothing in (({}, ["x"]), (predictors, [])):
         with pytest.raises(UserError, match="at least one"):
             measure_alternating(*nothing, rounds=1)
-
-
-def test_amdahls_bound():
-    stages_ms = {"decode": 10.0, "backbone": 60.0, "heads": 30.0}
-    assert macs_ceiling(stages_ms, {"backbone": 0.5}) == pytest.approx(100 / 70)
-    assert macs_ceiling(stages_ms, {"backbone": 0.0, "heads": 0.0}) == pytest.approx(10)
-    assert macs_ceiling(stages_ms, {}) == 1
-    with pytest.raises(UserError, match="neck"):
-        macs_ceiling(stages_ms, {"neck": 0.5})
-
-
-def test_stage_macs_follow_layer_names():
-    from benchmarks.lib.stages import stage_macs
-
-    names = {"backbone.body.conv1": 5, "backbone.fpn.inner": 7, "rpn.head.conv": 11, "roi_heads.box_head.fc6": 13}
-    layers = tuple(SimpleNamespace(name=name, macs=macs) for name, macs in names.items())
-    assert stage_macs(SimpleNamespace(layers=layers)) == {"backbone": 5, "fpn_rpn": 18, "heads": 13}
-    with pytest.raises(UserError, match="classifier"):
-        stage_macs(SimpleNamespace(layers=(SimpleNamespace(name="classifier.fc", macs=1),)))

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.reporting.page import Heading, Paragraph, Picture, Report
-from norton_deploy.reporting.tables import PAPER_ROWS, DetectorRow, Table, detector_table, reduction_percent
+from norton_deploy.reporting.report import (
+    PAPER_ROWS,
+    DetectorRow,
+    Heading,
+    Paragraph,
+    Picture,
+    Report,
+    Table,
+    detector_table,
+    reduction_percent,
+)
 
 
 def test_rows_print_in_table_3s_form_beside_the_papers():

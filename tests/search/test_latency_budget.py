@@ -11,9 +11,8 @@ from torch import nn
 from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost import form_tuning as tuning
-from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.cost.complexity import LayerShape, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
-from norton_deploy.cost.layer_shapes import LayerShape
 from norton_deploy.cost.turns import Turns
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress, fit_plan
 from norton_deploy.compression.probe import Probe, make_probes, run_stages
-from norton_deploy.cost.complexity import count_complexity
-from norton_deploy.cost.layer_shapes import layer_calls
+from norton_deploy.cost.complexity import count_complexity, layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
-from norton_deploy.search.decisions import Decision, list_decisions, to_plan, untouched
 from norton_deploy.search.joint_cost import calibrate, joint_cost
-from norton_deploy.search.planner import Planner
+from norton_deploy.search.planner import Decision, Planner, list_decisions, to_plan, untouched
 from norton_deploy.search.sensitivity import Sensitivity
 
 SETTINGS = DetectorSettings(

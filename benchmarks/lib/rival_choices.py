@@ -1,44 +1,13 @@
-"""Ways to choose which filters of a layer survive: the paper's (PABS, Algorithm 1) and those it is compared with.
+"""Other ways to choose which filters of a layer survive, which Algorithm 1 is compared with (`FilterChoice`s)."""
 
-A choice gets the filters of all layers that share one channel axis, so that coupled layers keep the same
-channels, and the number to keep; it returns the kept indices, ascending. Filters are CP factors where a layer has
-been decomposed, and vectors [O, F] (flattened) where it has not.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import CPFactors
-from norton_deploy.method.filter_selection import select_filters
-from norton_deploy.method.subspace_angles import EQUAL_WEIGHTS, AngleMeasure, pabs_distance
-
-Filters = CPFactors | Tensor
-FilterChoice = Callable[[Sequence[Filters], int], Tensor]
-
-
-def choose_by_angles(
-    layers: Sequence[Filters],
-    keep: int,
-    *,
-    weights: tuple[float, float, float] = EQUAL_WEIGHTS,
-    measure: AngleMeasure = "largest",
-) -> Tensor:
-    """The paper's choice: Algorithm 1 on the principal angles between the factors (eq. 11), summed over the layers.
-
-    Args:
-        layers: filters of the coupled layers, O each.
-        keep: number of filters O' to keep, 1 <= O' <= O.
-        weights: alpha, beta, gamma of eq. 11.
-        measure: how the principal angles become one distance (`pabs_distance`).
-
-    Returns:
-        Kept indices [O'], int64, ascending.
-    """
-    distance = torch.stack([pabs_distance(filters, weights=weights, measure=measure) for filters in layers]).sum(dim=0)
-    return select_filters(distance, keep)
+from norton_deploy.method.filter_selection import Filters
 
 
 def choose_by_l1_norm(layers: Sequence[Filters], keep: int) -> Tensor:

@@ -1,31 +1,100 @@
-"""A detector with random weights that detects something: to try a target before there is anything to deploy.
+"""Calibration by a few images: BatchNorm statistics, and random detectors that detect something.
 
 A freshly initialised detector overflows fp16 (its residual stream doubles at every block) and finds nothing (every
 class scores 1 / classes). Both make an export look fine, or broken, for the wrong reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
+from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.compress import build_detector
-from norton_deploy.compression.reestimate import reestimate_batch_norm
+from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.data.synthetic import draw_scene
+from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings
-from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.models.detectors import DetectorSettings, ModelSettings
 from norton_deploy.structures import Task
 
+BATCH = 16
 LOGIT_SPREAD = 2.0
 """Standard deviation that objectness, class and mask logits are scaled to."""
 BRANCH_GAIN = 0.25
 """Share of a residual branch beside its identity; with 1, rounding errors grow from block to block as in no
 trained network, and the comparison with eager mode would measure that."""
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, images: Iterable[Tensor], settings: ModelSettings) -> int:
+    """Replace the mean and variance of every BatchNorm by their averages over `images`, in place.
+
+    Frozen BatchNorm is re-estimated too and stays frozen. Of a detector only the backbone runs: its heads have no
+    BatchNorm.
+
+    Args:
+        model: classifier or detector.
+        images: float [3, H, W], 0..1 RGB, of any sizes; they are taken 16 at a time.
+        settings: of the model; they prepare the images.
+
+    Returns:
+        The number of images used.
+
+    Raises:
+        UserError: there are no images.
+    """
+    was_training = model.training
+    model.eval()
+    frozen = {name: layer for name, layer in model.named_modules() if isinstance(layer, FrozenBatchNorm2d)}
+    for name, layer in frozen.items():
+        replace_submodule(model, name, _thawed(layer))
+    live = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in live]
+    for layer in live:
+        layer.reset_running_stats()
+        layer.momentum = None  # A plain average over all batches.
+        layer.train()
+    network = model.get_submodule("backbone") if is_detector(model) else model
+    count = 0
+    stream = iter(images)
+    while batch := list(islice(stream, BATCH)):
+        prepared = settings.prepare(batch)
+        # The part that all images fill: the padding of the smaller ones would count as image.
+        height, width = (min(sides) for sides in zip(*prepared.image_sizes, strict=True))
+        network(prepared.tensors[:, :, :height, :width])
+        count += len(batch)
+    for layer, momentum in zip(live, momenta, strict=True):
+        layer.momentum = momentum
+    for name, layer in frozen.items():
+        estimated = model.get_submodule(name)
+        layer.running_mean.copy_(_tensor(estimated.running_mean))
+        layer.running_var.copy_(_tensor(estimated.running_var))
+        replace_submodule(model, name, layer)
+    model.train(was_training)
+    if count == 0:
+        raise UserError("BatchNorm re-estimation: no images were given")
+    return count
+
+
+def _thawed(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
+    """A live BatchNorm with the affine terms of a frozen one."""
+    live = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps)
+    live.weight.copy_(_tensor(frozen.weight))
+    live.bias.copy_(_tensor(frozen.bias))
+    return live.to(_tensor(frozen.weight).device)
+
+
+def _tensor(value: object) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
 
 
 def random_detector(task: Task, image_size: tuple[int, int], plan: CompressionPlan | None = None) -> FasterRCNN:

@@ -8,18 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.lib.rival_choices import choose_at_random, choose_by_geometric_median, choose_by_l1_norm
 from norton_deploy.compression.compress import compress, compress_with_kept
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters
-from norton_deploy.method.filter_choices import (
-    choose_at_random,
-    choose_by_angles,
-    choose_by_geometric_median,
-    choose_by_l1_norm,
-)
-from norton_deploy.method.filter_selection import select_filters
+from norton_deploy.method.filter_selection import choose_by_angles, pabs_distance, select_filters
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.method.subspace_angles import pabs_distance
 from norton_deploy.models.classifiers import ClassifierSettings
 
 
