@@ -1,6 +1,6 @@
 """The paper's Tables I and IV on one GPU in some minutes: VGG-16-BN on CIFAR-10, trained, compressed, fine-tuned.
 
-All images lie on the GPU (norton_deploy/data/resident_images.py) and a step is the replay of a recorded graph, so that
+All images lie on the GPU (benchmarks/lib/resident_images.py) and a step is the replay of a recorded graph, so that
 an epoch costs what its convolutions cost. As the authors do, the plans that decompose and prune are fine-tuned twice,
 after decomposing and after pruning; the first stage is the plan of 88 %. Every cell gets a share of the seconds that
 are left and trains for as many epochs as fit into it, at most --epochs; a cell is written when it is done, an error is
@@ -31,13 +31,13 @@ from benchmarks.lib.cifar_experiment import (
     load_state,
     save_state,
 )
+from benchmarks.lib.resident_training import use_gpu_forms
 from norton_deploy.compression.compress import prune
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
-from norton_deploy.training.gpu_forms import use_gpu_forms
 
 PLANS = Path("configs/plans")
 DECOMPOSED = "vgg16_88"  # rank 1, not pruned: the first stage of those that are

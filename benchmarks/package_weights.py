@@ -12,12 +12,15 @@ from typing import Any
 
 from benchmarks.lib.cells import RESULTS, ResultCells, run, tabulate
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from norton_deploy.checkpoints.packaged import LARGEST_MB, packaged_path
 from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.detector_evaluation import evaluate_file
+from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.files import atomic_write
+from norton_deploy.inference.loading import packaged_path
 from norton_deploy.reporting.provenance import provenance
+
+LARGEST_MB = 12.0
+"""No packaged file may be larger, in millions of bytes."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from benchmarks.lib.narrow_plan import compress_narrow
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.detector_evaluation import evaluate_file
+from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
 

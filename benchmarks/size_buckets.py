@@ -16,7 +16,7 @@ from benchmarks.lib.cells import RESULTS, ResultCells, run, tabulate
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import primary_iou_type
-from norton_deploy.evaluation.detector_evaluation import evaluate_file
+from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.reporting.latency import measure_alternating

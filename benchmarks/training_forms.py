@@ -1,4 +1,4 @@
-"""Forms in which layers train on a CPU: what `training/cpu_forms.py` puts in their place, against the plain ones.
+"""Forms in which layers train on a CPU: what `training/forms.py` puts in their place, against the plain ones.
 
 Blocks: the paper's three convolutions against one with the recomposed weight, for layers of VGG-16 on CIFAR-10 and of
 a ResNet-50 on 192 px images, at several ranks, in float32 and in bfloat16. Convolutions: oneDNN's against one matrix
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from benchmarks.lib.cells import RESULTS, ResultCells, interval, page, run, tabulate
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.cost.turns import time_in_turns
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.training import cpu_forms
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.training import forms as training_forms
 
 PRECISIONS = {"float32": False, "bfloat16": True}  # whether autocast is on
 BLOCKS = ((64, 32, 128), (256, 8, 128), (512, 4, 128), (64, 48, 4), (256, 12, 4))  # channels, side of the map, images
@@ -68,10 +68,10 @@ def measure_block(layer: tuple[int, int, int], rank: int, precision: str, repeat
     channels, side, images = layer
     torch.manual_seed(0)
     block = CPDBlock(channels, channels, 3, rank, padding=1, bias=False).to(memory_format=torch.channels_last)
-    forms = {"three": block, "one": cpu_forms.RecomposedBlock.sharing(block)}
+    forms = {"three": block, "one": training_forms.RecomposedBlock.sharing(block)}
     x = torch.randn(images, channels, side, side)
     with torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[precision]):
-        takes_one = cpu_forms.CpuBlock.sharing(block).trains_as_one(x)
+        takes_one = training_forms.CpuBlock.sharing(block).trains_as_one(x)
     return {
         "precision": precision, "channels": channels, "side": side, "images": images, "rank": rank,
         **time_steps(forms, x, repeats, PRECISIONS[precision]),
@@ -81,24 +81,24 @@ def measure_block(layer: tuple[int, int, int], rank: int, precision: str, repeat
 
 def measure_convolution(channels: int, side: int, repeats: int) -> dict[str, Any]:
     """One convolution, and the product in its place whatever the map."""
-    used, cpu_forms.LARGEST_MAP = cpu_forms.LARGEST_MAP, max(cpu_forms.LARGEST_MAP, side**2)
+    used, training_forms.LARGEST_MAP = training_forms.LARGEST_MAP, max(training_forms.LARGEST_MAP, side**2)
     try:
         layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         return {"used": side**2 <= used, **measure_products(layer, torch.randn(IMAGES, channels, side, side), repeats)}
     finally:
-        cpu_forms.LARGEST_MAP = used
+        training_forms.LARGEST_MAP = used
 
 
 def measure_vgg(repeats: int) -> dict[str, Any]:
     """The whole network."""
     images = torch.randn(IMAGES, 3, *VGG.image_size)
-    return {"used": True, **measure_products(build_dense_classifier(VGG), images, repeats)}
+    return {"used": True, **measure_products(VGG.build(), images, repeats)}
 
 
 def measure_products(model: nn.Module, images: Tensor, repeats: int) -> dict[str, Any]:
     """A model with convolutions, and with products in their place."""
     model = model.to(memory_format=torch.channels_last)
-    forms = {"convolution": model, "product": cpu_forms.use_cpu_forms(nn.Sequential(copy.deepcopy(model)))}
+    forms = {"convolution": model, "product": training_forms.use_cpu_forms(nn.Sequential(copy.deepcopy(model)))}
     return time_steps(forms, images, repeats, bfloat16=True)
 
 

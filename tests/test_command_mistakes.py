@@ -7,7 +7,7 @@ import pytest
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.commands import run
 from norton_deploy.data.synthetic import CATEGORIES
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.structures import Categories
 
 PLANS = Path(__file__).parent.parent / "configs" / "plans"
@@ -46,7 +46,7 @@ def test_compress_does_not_replace_its_model(tmp_path: Path, capsys: pytest.Capt
     settings = ClassifierSettings("resnet18", num_classes=6)
     model = tmp_path / "dense.safetensors"
     header = CheckpointHeader("cls", settings, None, Categories.from_coco(CATEGORIES))
-    save_checkpoint(model, build_dense_classifier(settings), header)
+    save_checkpoint(model, settings.build(), header)
     before = model.read_bytes()
     assert run("compress", ["--model", str(model), "--plan", str(write_plan(tmp_path)), "--out", str(model)]) == 1
     assert "would be lost" in capsys.readouterr().err and model.read_bytes() == before

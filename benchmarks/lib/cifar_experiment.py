@@ -15,15 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.lib.cells import Cell
-from benchmarks.lib.resident_training import Colours, Loss, ResidentSettings, logits_of, top1_of, train_resident
+from benchmarks.lib.resident_images import read_resident_images
+from benchmarks.lib.resident_training import (
+    Colours,
+    Loss,
+    ResidentSettings,
+    logits_of,
+    top1_of,
+    train_resident,
+    use_gpu_forms,
+)
 from norton_deploy.compression.compress import apply_structure, compress
 from norton_deploy.cost.complexity import count_complexity
-from norton_deploy.data.resident_images import read_resident_images
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training.distillation import distillation_loss
-from norton_deploy.training.gpu_forms import use_gpu_forms
 
 IMAGE_SIZE = (32, 32)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -88,7 +95,7 @@ class Experiment:
         self.colours = Colours(MEAN, STD, self.device)
         self.classifier = ClassifierSettings("vgg16_bn", num_classes=len(self.train.classes), image_size=IMAGE_SIZE)
         torch.manual_seed(settings.seed)
-        self.skeleton = build_dense_classifier(self.classifier)
+        self.skeleton = self.classifier.build()
         self.layers = [name for name, layer in self.skeleton.named_modules() if isinstance(layer, nn.Conv2d)]
         self.before = count_complexity(self.skeleton, IMAGE_SIZE)
         self.models: dict[str, nn.Module] = {}

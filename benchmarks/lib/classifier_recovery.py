@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.training_runs import train_once
-from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint, tensors_digest
 from norton_deploy.compression.calibration import reestimate_batch_norm
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import PRECISION_NAMES

@@ -26,7 +26,7 @@ from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings, RoiSettings, RpnSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import TASKS, Task
 
 PLANS = Path(__file__).parents[2] / "configs" / "plans"
@@ -155,7 +155,7 @@ class Bench:
 
     def _build(self, task: Task, plan: str, dense: Future[nn.Module] | None) -> nn.Module:
         if dense is None:
-            return build_dense_detector(task, self.settings(task)).eval()
+            return self.settings(task).build(task).eval()
         model = copy.deepcopy(dense.result())
         return apply_structure(model, CompressionPlan.load(PLANS / f"{plan}.yaml")).eval()
 

@@ -120,7 +120,7 @@ def state(outputs: Outputs) -> dict[str, Any]:
 def correctness(bench: Bench) -> dict[str, Any]:
     """The project's parity gate, its graph run on this device: every stage and the detections, fp32, TF32 and fp16."""
     from benchmarks.lib.gpu_parity import Subject, compare
-    from norton_deploy.checkpoints.packaged import PACKAGED_TASKS, packaged_detector
+    from norton_deploy.inference.loading import PACKAGED_TASKS, packaged_detector
 
     subjects = [
         Subject(f"packaged {task}", load_checkpoint(packaged_detector(task)).model, (192, 256), task)

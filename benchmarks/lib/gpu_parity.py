@@ -116,7 +116,7 @@ def references(bench: Bench, subject: Subject, count: int) -> list[Detections] |
 def prepare(folder: Path, count: int = 8) -> None:
     """Scenes, and what torchvision's eager detectors find in them on this CPU."""
     from norton_deploy.checkpoints.checkpoint import load_checkpoint
-    from norton_deploy.checkpoints.packaged import PACKAGED_TASKS, packaged_detector
+    from norton_deploy.inference.loading import PACKAGED_TASKS, packaged_detector
 
     folder.mkdir(parents=True, exist_ok=True)
     size = (192, 256)

@@ -3,14 +3,17 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.data.resident_images import ResidentImages, normalised
+from benchmarks.lib.resident_images import ResidentImages, normalised
+from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.training.forms import M, recompose_blocks
 
 EVALUATION_BATCH = 2000
 EAGER_STEPS = 3  # before the graph is recorded: they allocate memory and choose convolution algorithms
@@ -247,3 +250,28 @@ def top1_of(model: nn.Module, images: ResidentImages, colours: Colours, *, exact
     """Top-1 accuracy, 0..1; see `logits_of`."""
     found = logits_of(model, images.pixels, colours, exact=exact).argmax(dim=1)
     return float((found == images.labels).float().mean())
+
+
+@torch.no_grad()
+def use_gpu_forms(model: M) -> M:
+    """Recompose all CPDBlocks and move biases that a BatchNorm follows into its mean, in place; returns the model.
+
+    Such a bias changes nothing in training but costs a pass over the maps there and one back.
+    """
+    recompose_blocks(model)
+    for layer, norm in _normalised_layers(model):
+        if isinstance(layer.bias, Tensor):
+            cast(Tensor, norm.running_mean).sub_(layer.bias)
+            layer.register_parameter("bias", None)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _normalised_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Layers with weights and the BatchNorm right behind them, in the Sequentials of a model."""
+    for parent in model.modules():
+        if isinstance(parent, nn.Sequential):
+            for layer, norm in pairwise(parent):
+                if isinstance(layer, nn.Conv2d | nn.Linear | CPDBlock) and isinstance(
+                    norm, nn.modules.batchnorm._BatchNorm
+                ):
+                    yield layer, norm

@@ -1,7 +1,8 @@
 """One file per model: safetensors with a JSON header that says how to rebuild it and where it comes from."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
@@ -42,7 +42,7 @@ class CheckpointHeader:
 
     Attributes:
         task: cls, box, mask or keypoint.
-        settings: what the dense model was built from (normalisation, input size, anchors, ...).
+        settings: what the dense model was built from.
         plan: the plan it was compressed by, None when it is dense.
         categories: the detector's labels; a classifier's classes are labels 1..K here, in order.
         lineage: one entry per command that made it, oldest first: command, source file and its SHA-256,
@@ -60,29 +60,31 @@ class CheckpointHeader:
 
     @property
     def detector(self) -> DetectorSettings:
-        """A detector's settings.
-
-        Raises:
-            UserError: it is a classifier.
-        """
+        """A detector's settings; a `UserError` where it is a classifier."""
         if not isinstance(self.settings, DetectorSettings):
             raise UserError(f"expected a detector, found the classifier {self.settings.architecture}")
         return self.settings
 
     @property
     def classifier(self) -> ClassifierSettings:
-        """A classifier's settings.
-
-        Raises:
-            UserError: it is a detector.
-        """
+        """A classifier's settings; a `UserError` where it is a detector."""
         if not isinstance(self.settings, ClassifierSettings):
             raise UserError(f"expected a classifier, found a {self.task} detector")
         return self.settings
 
     def made_by(self, command: str, source: str | Path | None = None, **changes: Any) -> "CheckpointHeader":
-        """This header with one more lineage entry, and with `changes` to its fields."""
-        return replace(self, **changes, lineage=(*self.lineage, lineage_entry(command, source)))
+        """This header with `changes` to its fields, and with one more lineage entry, made now by this version.
+
+        Args:
+            command: the command line.
+            source: the file it started from.
+            changes: to other fields.
+        """
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"command": command, "date": date, "version": version("norton-deploy")}
+        if source is not None:
+            entry |= {"source": str(source), "source_sha256": sha256_of(source)}
+        return replace(self, **changes, lineage=(*self.lineage, entry))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -151,22 +153,25 @@ class Checkpoint:
     header: CheckpointHeader
 
 
-def lineage_entry(command: str, source: str | Path | None = None) -> dict[str, str]:
-    """Who made a checkpoint: the command line, the file it started from, the date and the version."""
-    entry = {
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": version("norton-deploy"),
-    }
-    if source is not None:
-        entry |= {"source": str(source), "source_sha256": sha256_of(source)}
-    return entry
-
-
 def class_categories(names: Sequence[str]) -> Categories:
     """A classifier's class names as categories: class index k has label and id k + 1."""
     numbers = tuple(range(1, len(names) + 1))
     return Categories(numbers, numbers, tuple(names))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], prefix: bytes = b"") -> str:
+    """SHA-256 over every tensor's name, type, shape and bytes, by names ascending; 64 hexadecimal digits.
+
+    Args:
+        tensors: on any device, for example a model's `state_dict()`.
+        prefix: bytes that come first.
+    """
+    digest = hashlib.sha256(prefix)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, header: CheckpointHeader, *, half: bool = False) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.checkpoints.packaged import PackagedTask, packaged_detector
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file, refuse_same_file
-from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector
 from norton_deploy.video.pipeline import VideoPipeline
 from norton_deploy.video.sinks import VideoFile, Window
 from norton_deploy.video.sources import open_source

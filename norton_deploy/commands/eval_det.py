@@ -15,7 +15,7 @@ from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import metrics_table
-from norton_deploy.evaluation.detector_evaluation import evaluate_file, write_results
+from norton_deploy.evaluation.evaluate import evaluate_file, write_results
 from norton_deploy.files import check_output_file
 from norton_deploy.structures import Task
 

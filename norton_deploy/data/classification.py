@@ -74,7 +74,6 @@ class ClassificationFolder(Dataset[tuple[Tensor, int, str]]):
 
     Args:
         root: folder with train/ and val/ or test/.
-        split: "train" or "val".
         style, image_size, mean, std: see `classification_transform`.
         seed: of the augmentation.
         classes: class names in the order of the labels, for example a checkpoint's; by default the sorted
@@ -199,7 +198,6 @@ def write_crops(
         size: side of a crop in pixels.
         smallest_side: objects whose longer side is shorter are left out, in pixels.
         skip_bad: skip bad images and annotations with a counted warning.
-        progress: show progress bars.
 
     Returns:
         number of crops of each split.

@@ -49,12 +49,9 @@ def decode_segmentation(segmentation: Any, image_size: tuple[int, int]) -> npt.N
 def _clipped_box(entry: Entry, image: Entry) -> tuple[float, float, float, float]:
     """The annotation's box as xyxy, clipped to the image."""
     x, y, width, height = entry["bbox"]
-    return (
-        min(max(x, 0.0), image["width"]),
-        min(max(y, 0.0), image["height"]),
-        min(max(x + width, 0.0), image["width"]),
-        min(max(y + height, 0.0), image["height"]),
-    )
+    x1, x2 = (min(max(side, 0.0), image["width"]) for side in (x, x + width))
+    y1, y2 = (min(max(side, 0.0), image["height"]) for side in (y, y + height))
+    return x1, y1, x2, y2
 
 
 def _is_degenerate(entry: Entry, image: Entry) -> bool:
@@ -81,7 +78,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Args:
         root: folder with train2017/, val2017/ and annotations/.
-        split: "train" or "val".
         task: "box", "mask" (instances_*.json) or "keypoint" (person_keypoints_*.json).
         categories: labels to use, for example those of a checkpoint; by default those of the file.
         transforms: changes image and target, seeded by (seed, epoch, image id).
@@ -191,10 +187,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             truth.createIndex()
         return truth
 
-    def image_path(self, index: int) -> Path:
-        """File of item `index`."""
-        return image_folder(self.root, self.split) / self._record(index)[0]["file_name"]
-
     def pixels(self, index: int) -> npt.NDArray[np.uint8]:
         """Item `index` untransformed, uint8 [H, W, 3] RGB.
 
@@ -202,7 +194,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             UserError: the file is missing, truncated or not of the size that the annotations say.
         """
         height, width = (int(side) for side in self._image_sizes[index])
-        return read_pixels(self.image_path(index), self.image_ids[index], (height, width))
+        path = image_folder(self.root, self.split) / self._record(index)[0]["file_name"]
+        return read_pixels(path, self.image_ids[index], (height, width))
 
     def target(self, index: int) -> Target:
         """Target of item `index`, untransformed; the image is not read."""

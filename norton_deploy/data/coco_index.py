@@ -248,7 +248,6 @@ def read_annotations(
 
     Args:
         root: folder in COCO's layout.
-        split: "train" or "val".
         task: decides the annotation file and the fields that must be there.
         skip_bad: leave out bad entries with one counted warning instead of raising.
 

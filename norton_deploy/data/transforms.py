@@ -7,26 +7,20 @@ else: not on the number of workers, nor on what was loaded before, nor on whethe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from norton_deploy.errors import UserError
-
 Target = dict[str, Any]
 
 # COCO's 17 keypoints after mirroring: left and right change places, the nose stays.
 MIRRORED_KEYPOINTS = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
-
-
-class DetectionTransform(Protocol):
-    """Changes an image and its target together; all randomness from `rng`."""
-
-    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]: ...
+DetectionTransform = Callable[[Tensor, Target, np.random.Generator], tuple[Tensor, Target]]
+"""Changes an image and its target together; all randomness from the generator."""
 
 
 def generator_for(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -68,27 +62,6 @@ class RandomHorizontalFlip:
         return image.flip(-1), target
 
 
-class RandomShortestSize:
-    """Scale jitter: resize so that the shorter side is one of `sizes` and the longer at most `max_size`.
-
-    Args:
-        sizes: (smallest, largest) length of the shorter side in pixels, drawn uniformly.
-        max_size: limit of the longer side in pixels.
-    """
-
-    def __init__(self, sizes: tuple[int, int], max_size: int) -> None:
-        if not 1 <= sizes[0] <= sizes[1] <= max_size:
-            raise UserError(f"scale jitter: expected smallest <= largest <= max_size, got {sizes} and {max_size}")
-        self.sizes, self.max_size = sizes, max_size
-
-    def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
-        short = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
-        height, width = image.shape[-2:]
-        scale = min(short / min(height, width), self.max_size / max(height, width))
-        new_height, new_width = max(1, int(height * scale)), max(1, int(width * scale))
-        return resize(image, target, (new_height, new_width))
-
-
 class PhotometricJitter:
     """Random brightness, contrast, saturation and hue, each applied half of the time."""
 
@@ -110,37 +83,14 @@ class PhotometricJitter:
         return image, target
 
 
-def resize(image: Tensor, target: Target, image_size: tuple[int, int]) -> tuple[Tensor, Target]:
-    """Resize image (bilinear, antialiased), boxes, area, masks (nearest) and keypoints to (height, width)."""
-    height, width = image.shape[-2:]
-    if (height, width) == tuple(image_size):
-        return image, target
-    scale_y, scale_x = image_size[0] / height, image_size[1] / width
-    target = dict(target)
-    target["boxes"] = target["boxes"] * torch.tensor([scale_x, scale_y, scale_x, scale_y])
-    target["area"] = target["area"] * (scale_x * scale_y)
-    if "masks" in target:
-        target["masks"] = F.resize(target["masks"], list(image_size), F.InterpolationMode.NEAREST_EXACT)
-    if "keypoints" in target:
-        target["keypoints"] = target["keypoints"] * torch.tensor([scale_x, scale_y, 1.0])
-    resized = F.resize(image, list(image_size), F.InterpolationMode.BILINEAR, antialias=True)
-    return resized.clamp(0.0, 1.0), target
-
-
-def training_transform(
-    *, flip: float = 0.5, short_sides: tuple[int, int] | None = None, max_size: int = 1333, photometric: bool = False
-) -> Compose:
-    """The detection recipe: flip, then (when given) scale jitter and photometric jitter.
+def training_transform(*, flip: float = 0.5, photometric: bool = False) -> Compose:
+    """The detection recipe; scale jitter is the detector's own (`ImageSettings.train_short_sides`).
 
     Args:
         flip: probability of mirroring.
-        short_sides: range of the shorter side in pixels; None keeps the image's size.
-        max_size: limit of the longer side when `short_sides` is given.
         photometric: jitter brightness, contrast, saturation and hue.
     """
     steps: list[DetectionTransform] = [RandomHorizontalFlip(flip)]
-    if short_sides is not None:
-        steps.append(RandomShortestSize(short_sides, max_size))
     if photometric:
         steps.append(PhotometricJitter())
     return Compose(steps)

@@ -11,15 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from norton_deploy.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointHeader,
-    load_weights,
-    read_header,
-    read_tensors,
-)
+from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_header, read_tensors
+from norton_deploy.checkpoints.open_model import published_categories
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import BODY, apply_structure
 from norton_deploy.detectron2.config import Detectron2Config, read_config
@@ -86,11 +80,9 @@ def _categories(task: Task, num_classes: int, annotations: str | Path | None) ->
     if annotations is not None:
         ids, names = _annotated(Path(annotations))
     else:
-        coco = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
-        known = [(number, name) for number, name in enumerate(coco) if number > 0 and name != "N/A"]
-        if task == "keypoint" and foreground == 1:
-            known = known[:1]
-        ids, names = tuple(number for number, _ in known), tuple(name for _, name in known)
+        is_person = task == "keypoint" and foreground == 1
+        coco = published_categories("keypoint", 2) if is_person else published_categories("box", 91)
+        ids, names = coco.ids, coco.names
         if len(ids) != foreground:
             return Categories(labels, labels, tuple(f"class {label}" for label in labels))
     if len(ids) != foreground:

@@ -22,16 +22,16 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from norton_deploy.checkpoints.checkpoint import load_checkpoint, load_weights
+from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.compression.compress import BODY, apply_structure, compress
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.detectron2.checkpoint import BACKBONE, backbone_structure
+from norton_deploy.detectron2.checkpoint import backbone_structure
 from norton_deploy.detectron2.config import NORTON_BACKBONE, STRIDES, Detectron2Config, config_of
 from norton_deploy.detectron2.weights import swap_red_and_blue
 from norton_deploy.models.detector_parts import FREEZING_ORDER, freeze_stages
+from norton_deploy.training.initial_weights import load_backbone
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
-CLASSIFICATION_LAYER = "fc."
 # Below Detectron2's own logger, which its tools set up for printing.
 logger = logging.getLogger("detectron2.norton_deploy")
 
@@ -99,13 +99,7 @@ def _detector_with_backbone(config: Detectron2Config) -> tuple[Any, int]:
     if source is not None:
         if source.header.plan is not None and plan is not None:
             model = apply_structure(model, plan)
-        tensors = source.model.state_dict()
-        if source.header.task == "cls":
-            body = {name: t for name, t in tensors.items() if not name.startswith(CLASSIFICATION_LAYER)}
-            load_weights(model.get_submodule(BODY.rstrip(".")), body, path)
-        else:
-            part = {name.removeprefix(BACKBONE): t for name, t in tensors.items() if name.startswith(BACKBONE)}
-            load_weights(model.get_submodule(BACKBONE.rstrip(".")), part, path)
+        load_backbone(model, source, path)
     if plan is not None and (source is None or source.header.plan is None):
         model = compress(model, plan)
     if config["INPUT.FORMAT"] == "BGR":

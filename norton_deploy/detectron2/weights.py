@@ -21,50 +21,27 @@ CELL_ANCHORS = "proposal_generator.anchor_generator.cell_anchors."
 ANCHOR_TOLERANCE_PX = 1e-3
 
 
-Rename = Callable[[re.Match[str]], str]
 Conversion = Callable[[Tensor], Tensor]
 
-# Our name -> Detectron2's, of a plain ResNet-FPN backbone. The first pattern that fits is used.
-_BACKBONE: tuple[tuple[str, Rename], ...] = (
-    (r"backbone\.body\.conv1\.(.+)", lambda m: f"backbone.bottom_up.stem.conv1.{m[1]}"),
-    (r"backbone\.body\.bn1\.(.+)", lambda m: f"backbone.bottom_up.stem.conv1.norm.{m[1]}"),
-    (
-        r"backbone\.body\.layer(\d)\.(\d+)\.conv(\d)\.(.+)",
-        lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.{m[4]}",
-    ),
-    (
-        r"backbone\.body\.layer(\d)\.(\d+)\.bn(\d)\.(.+)",
-        lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.norm.{m[4]}",
-    ),
-    (
-        r"backbone\.body\.layer(\d)\.(\d+)\.downsample\.0\.(.+)",
-        lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}.{m[2]}.shortcut.{m[3]}",
-    ),
-    (
-        r"backbone\.body\.layer(\d)\.(\d+)\.downsample\.1\.(.+)",
-        lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}.{m[2]}.shortcut.norm.{m[3]}",
-    ),
-    (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.(.+)", lambda m: f"backbone.fpn_lateral{int(m[1]) + 2}.{m[2]}"),
-    (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.(.+)", lambda m: f"backbone.fpn_output{int(m[1]) + 2}.{m[2]}"),
-)
-_HEADS: tuple[tuple[str, Rename], ...] = (
-    (r"rpn\.head\.conv\.0\.0\.(.+)", lambda m: f"proposal_generator.rpn_head.conv.{m[1]}"),
-    (r"rpn\.head\.cls_logits\.(.+)", lambda m: f"proposal_generator.rpn_head.objectness_logits.{m[1]}"),
-    (r"rpn\.head\.bbox_pred\.(.+)", lambda m: f"proposal_generator.rpn_head.anchor_deltas.{m[1]}"),
-    (r"roi_heads\.box_head\.fc6\.(.+)", lambda m: f"roi_heads.box_head.fc1.{m[1]}"),
-    (r"roi_heads\.box_head\.fc7\.(.+)", lambda m: f"roi_heads.box_head.fc2.{m[1]}"),
-    (r"roi_heads\.box_predictor\.(.+)", lambda m: m[0]),
-    (r"roi_heads\.mask_head\.(\d+)\.0\.(.+)", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{m[2]}"),
-    (r"roi_heads\.mask_predictor\.conv5_mask\.(.+)", lambda m: f"roi_heads.mask_head.deconv.{m[1]}"),
-    (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(.+)", lambda m: f"roi_heads.mask_head.predictor.{m[1]}"),
-    (
-        r"roi_heads\.keypoint_head\.(\d+)\.(.+)",
-        lambda m: f"roi_heads.keypoint_head.conv_fcn{int(m[1]) // 2 + 1}.{m[2]}",
-    ),
-    (
-        r"roi_heads\.keypoint_predictor\.kps_score_lowres\.(.+)",
-        lambda m: f"roi_heads.keypoint_head.score_lowres.{m[1]}",
-    ),
+# Parts of our names -> Detectron2's, one after the other.
+_RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"^backbone\.body\.layer(\d)", lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}"),
+    (r"^backbone\.body\.", "backbone.bottom_up.stem."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0", lambda m: f"backbone.fpn_lateral{int(m[1]) + 2}"),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0", lambda m: f"backbone.fpn_output{int(m[1]) + 2}"),
+    (r"^rpn\.head\.conv\.0\.0", "proposal_generator.rpn_head.conv"),
+    (r"^rpn\.head\.cls_logits", "proposal_generator.rpn_head.objectness_logits"),
+    (r"^rpn\.head\.bbox_pred", "proposal_generator.rpn_head.anchor_deltas"),
+    (r"\.box_head\.fc6", ".box_head.fc1"),
+    (r"\.box_head\.fc7", ".box_head.fc2"),
+    (r"\.mask_head\.(\d+)\.0", lambda m: f".mask_head.mask_fcn{int(m[1]) + 1}"),
+    (r"\.mask_predictor\.conv5_mask", ".mask_head.deconv"),
+    (r"\.mask_predictor\.mask_fcn_logits", ".mask_head.predictor"),
+    (r"\.keypoint_head\.(\d+)", lambda m: f".keypoint_head.conv_fcn{int(m[1]) // 2 + 1}"),
+    (r"\.keypoint_predictor\.kps_score_lowres", ".keypoint_head.score_lowres"),
 )
 
 
@@ -86,11 +63,9 @@ def detectron2_name(name: str, *, own_backbone: bool = False) -> str:
     """
     if own_backbone and name.startswith("backbone."):
         return name
-    for pattern, rename in (*_BACKBONE, *_HEADS):
-        match = re.fullmatch(pattern, name)
-        if match is not None:
-            return rename(match)
-    raise KeyError(name)
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def convert_weights(

@@ -1,15 +1,19 @@
-"""Which kind of model file needs which predictor, and several graphs of one model as one."""
+"""Which model file needs which predictor, several graphs of one model as one, and the models in the package."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Backend, Image, Predictor, StageTiming
 from norton_deploy.structures import Detections
 
+PackagedTask = Literal["mask", "keypoint"]
+PACKAGED_FOLDER = Path(__file__).parents[1] / "checkpoints"
+PACKAGED_TASKS: tuple[PackagedTask, ...] = get_args(PackagedTask)
 BACKEND_OF_SUFFIX: dict[str, Backend] = {
     ".safetensors": "torch",
     ".onnx": "onnxruntime",
@@ -149,3 +153,27 @@ def _log_aspect(image_size: tuple[int, int]) -> float:
 def _weights(predictor: Predictor) -> str:
     contract = getattr(predictor, "contract", None)
     return contract.weights_sha256 if contract is not None else ""
+
+
+def packaged_path(task: PackagedTask) -> Path:
+    """Where the package's own small trained detector of a task lies, whether it is there or not.
+
+    NORTON by fast.yaml, trained on the embedded data, in float16: it knows the categories of the drawn scenes only and
+    is there to show something without any training. benchmarks/package_weights.py puts it there.
+    """
+    return PACKAGED_FOLDER / f"fast_{task}.safetensors"
+
+
+def packaged_detector(task: PackagedTask) -> Path:
+    """The checkpoint of the packaged detector of a task.
+
+    Raises:
+        UserError: this installation has none.
+    """
+    path = packaged_path(task)
+    if not path.is_file():
+        raise UserError(
+            f"{path.name}: this installation has no packaged {task} detector; give --model FILE, "
+            "for example one that `make demo` trains"
+        )
+    return path

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -166,15 +166,10 @@ def build_resnet(
     known = [name for name in get_args(Architecture) if name.startswith("resnet")]
     if architecture not in known:
         raise UserError(f"architecture '{architecture}': expected one of {', '.join(known)}")
-    options: dict[str, Any] = {
-        "num_classes": num_classes,
-        "norm_layer": partial(NORM_LAYERS[norm], eps=norm_eps),
-    }
-    # FrozenBatchNorm2d has buffers where torchvision's zero initialisation expects parameters.
-    options["zero_init_residual"] = zero_init_residual and norm != "frozen"
-    return getattr(resnet, architecture)(weights=None, **options)
-
-
-def build_dense_classifier(settings: ClassifierSettings) -> nn.Module:
-    """`settings.build()`."""
-    return settings.build()
+    network: nn.Module = getattr(resnet, architecture)(
+        num_classes=num_classes,
+        norm_layer=partial(NORM_LAYERS[norm], eps=norm_eps),
+        # FrozenBatchNorm2d has buffers where torchvision's zero initialisation expects parameters.
+        zero_init_residual=zero_init_residual and norm != "frozen",
+    )
+    return network

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -94,30 +94,18 @@ class BackboneSettings:
         if not self.architecture.startswith("resnet"):
             raise UserError(f"backbone '{self.architecture}': a detector needs a resnet")
 
-    def build_body(self, *, stride_in_1x1: bool = False) -> nn.Module:
-        """The ResNet without its classification layer, as torchvision's detectors hold it.
-
-        Its outputs are the four stages, named "0" to "3".
-        """
-        network = build_resnet(
-            self.architecture,
-            1,
-            norm=self.norm,
-            norm_eps=self.norm_eps,
-            zero_init_residual=self.zero_init_residual,
+    def build(self, *, stride_in_1x1: bool = False) -> BackboneWithFPN:
+        """Body (the ResNet without its classification layer) and pyramid, as torchvision's detectors hold them."""
+        network: Any = build_resnet(
+            self.architecture, 1, norm=self.norm, norm_eps=self.norm_eps, zero_init_residual=self.zero_init_residual
         )
         if stride_in_1x1:
             for block in network.modules():
                 if isinstance(block, Bottleneck):
                     block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-        return IntermediateLayerGetter(network, {stage: str(index) for index, stage in enumerate(STAGES)})
-
-    def build(self, *, stride_in_1x1: bool = False) -> BackboneWithFPN:
-        """Body and pyramid."""
-        body = self.build_body(stride_in_1x1=stride_in_1x1)
-        backbone = BackboneWithFPN(nn.Module(), {}, _stage_widths(body), self.fpn_channels)
-        backbone.body = body
-        return backbone
+        widths = [network.inplanes >> doublings for doublings in (3, 2, 1, 0)]  # every stage has twice the channels
+        outputs = {stage: str(index) for index, stage in enumerate(STAGES)}
+        return BackboneWithFPN(network, outputs, widths, self.fpn_channels)
 
 
 @dataclass(frozen=True)
@@ -251,13 +239,3 @@ def _design_maps(side: int) -> list[Tensor]:
     """Empty pyramid levels 2 to 5 of an image of `side` pixels."""
     padded = math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR
     return [torch.empty(1, 1, padded // stride, padded // stride, device="meta") for stride in (4, 8, 16, 32)]
-
-
-def _stage_widths(body: nn.Module) -> list[int]:
-    """Output channels of layer1..layer4."""
-    widths = []
-    for stage in STAGES:
-        last_block = list(body.get_submodule(stage).children())[-1]
-        last_conv = [layer for layer in last_block.children() if isinstance(layer, nn.Conv2d)][-1]
-        widths.append(last_conv.out_channels)
-    return widths

@@ -145,8 +145,3 @@ class DetectorSettings:
 
 
 ModelSettings = ClassifierSettings | DetectorSettings
-
-
-def build_dense_detector(task: ModelTask, settings: DetectorSettings | None = None) -> FasterRCNN:
-    """`settings.build(task)`; the settings default to torchvision's."""
-    return (settings or DetectorSettings()).build(task)

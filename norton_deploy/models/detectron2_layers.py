@@ -6,7 +6,7 @@ pyramid of fixed strides (`PyramidAnchorGenerator`, `PyramidRoIAlign`); keypoint
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
-from torchvision.models.detection.transform import (
-    GeneralizedRCNNTransform,
-    resize_boxes,
-    resize_keypoints,
-)
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes, resize_keypoints
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper, _convert_to_roi_format, _filter_input
 
@@ -34,27 +30,11 @@ class DetectorTransform(GeneralizedRCNNTransform):
     """`GeneralizedRCNNTransform` with Pillow's resizing, masks at subpixel positions and keypoint probabilities."""
 
     def __init__(
-        self,
-        min_size: int | tuple[int, ...],
-        max_size: int,
-        image_mean: list[float],
-        image_std: list[float],
-        *,
-        image_resize: ImageResize,
-        mask_paste: MaskPaste,
-        keypoint_score: KeypointScore,
+        self, *as_torchvision: Any, image_resize: ImageResize, mask_paste: MaskPaste, keypoint_score: KeypointScore
     ) -> None:
-        """
-        Args:
-            min_size, max_size, image_mean, image_std: as torchvision's.
-            image_resize: see `DetectorSettings`; likewise the next two.
-            mask_paste: how box-local masks come into the image.
-            keypoint_score: "probability": the heads give log probabilities, which become probabilities here.
-        """
-        super().__init__(min_size, max_size, image_mean, image_std)
-        self.image_resize = image_resize
-        self.mask_paste = mask_paste
-        self.keypoint_score = keypoint_score
+        """See `Detectron2Settings`; the heads give log probabilities where `keypoint_score` is "probability"."""
+        super().__init__(*as_torchvision)
+        self.image_resize, self.mask_paste, self.keypoint_score = image_resize, mask_paste, keypoint_score
 
     def normalize(self, image: Tensor) -> Tensor:
         """Mean and std; with "antialiased" that waits until the image is resized."""
@@ -201,9 +181,7 @@ class PyramidAnchorGenerator(AnchorGenerator):
             rounding: whether anchors have whole pixels, as torchvision's.
             offset: centre of the first anchor, in strides from the image's corner.
         """
-        self.rounding = rounding
-        self.strides = strides
-        self.offset = offset
+        self.strides, self.rounding, self.offset = strides, rounding, offset
         super().__init__(sizes, aspect_ratios)
 
     def generate_anchors(

@@ -9,14 +9,14 @@ from typing import Any, cast
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.checkpoints.open_model import open_model, published_categories
 from norton_deploy.compression.calibration import random_detector
 from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.detector_evaluation import evaluate_detector
+from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.export.contract import GraphContract, InputDtype, Precision, Target
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.precision import to_fp16

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.probe import Probe, run_stages

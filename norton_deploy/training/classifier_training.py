@@ -14,12 +14,12 @@ from torch.nn import functional
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.data.classification import ClassificationFolder, Style
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
 from norton_deploy.training.batches import Batch, SampledBatches, collate_classes
-from norton_deploy.training.cpu_forms import use_cpu_forms
 from norton_deploy.training.distillation import DistilledClassification, open_classifier_teacher
+from norton_deploy.training.forms import use_cpu_forms
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
 from norton_deploy.training.run_folder import seed_step
 from norton_deploy.training.settings import TrainingSettings, build_accelerator
@@ -98,7 +98,7 @@ def train_classifier(
 
     Args:
         settings: of the run.
-        command: the command line, for the checkpoints' lineage.
+        command: for the checkpoints' lineage.
         announce: called on the main process with what the run starts from and how.
         start: a model whose structure no checkpoint can name (instead of `settings.init`); its weights are then
             saved as plain safetensors.
@@ -130,22 +130,14 @@ def train_classifier(
         teacher.to(memory_format=torch.channels_last)
         if settings.cpu_forms:
             use_cpu_forms(teacher)
+        weight, temperature = settings.distillation_weight, settings.temperature
         loss_terms = DistilledClassification(
-            teacher,
-            weight=settings.distillation_weight,
-            temperature=settings.temperature,
-            smoothing=settings.label_smoothing,
+            teacher, weight=weight, temperature=temperature, smoothing=settings.label_smoothing
         )
 
     def evaluate(model: nn.Module) -> Evaluation:
-        metrics = evaluate_classifier(
-            model,
-            val,
-            accelerator.device,
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            progress=settings.progress,
-        )
+        how: Any = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
+        metrics = evaluate_classifier(model, val, accelerator.device, **how)
         return Evaluation({"classification": metrics}, metrics["top1"])
 
     trainer = Trainer(

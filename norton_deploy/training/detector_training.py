@@ -13,7 +13,7 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.transforms import training_transform
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import table3_scores
-from norton_deploy.evaluation.detector_evaluation import evaluate_detector
+from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.files import sha256_of
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.models.detectors import DetectorSettings

@@ -35,8 +35,7 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus Pearson's correlation over batch and positions, averaged over the channels.
 
     Args:
-        student: feature maps [N, C, H, W].
-        teacher: feature maps [N, C, H, W].
+        student, teacher: feature maps [N, C, H, W].
 
     Returns:
         Scalar in 0..2, float32. A channel that is constant in both counts 0, one that is constant in one of them 0.5.
@@ -138,7 +137,8 @@ def open_detector_teacher(
         own, wanted = (attrgetter(field)(found) for found in (header.detector, settings))
         if own != wanted:
             raise UserError(f"--teacher {path}: {field} is {own}, the student's is {wanted}")
-    width, wide = _pyramid_width(student), _pyramid_width(teacher.model)
+    backbones: Any = [detector.get_submodule("backbone") for detector in (student, teacher.model)]
+    width, wide = (backbone.out_channels for backbone in backbones)
     if pyramid_channels is None and width != wide:
         raise UserError(
             f"--teacher {path}: fpn_channels is {wide}, the student's pyramid has {width} channels, and its checkpoint "
@@ -150,11 +150,6 @@ def open_detector_teacher(
             "dense original's pyramid; give the detector that it was compressed from"
         )
     return teacher.model, None if pyramid_channels is None else torch.tensor(pyramid_channels)
-
-
-def _pyramid_width(detector: nn.Module) -> int:
-    backbone: Any = detector.get_submodule("backbone")
-    return int(backbone.out_channels)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

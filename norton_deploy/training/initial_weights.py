@@ -20,8 +20,6 @@ from norton_deploy.structures import Categories, Task
 CLASSIFICATION_LAYER = "fc."
 NAMED = 5
 """So many of a checkpoint's categories are named in a message."""
-
-
 S = TypeVar("S", ClassifierSettings, DetectorSettings)
 
 
@@ -43,18 +41,15 @@ def training_categories(task: Task, data: Categories, init: Path | None) -> Cate
     Models of torchvision label COCO's categories by their ids, those of other frameworks 1 to 80.
 
     Args:
-        task: box, mask or keypoint.
-        data: categories of the training data.
+        task, data: task and categories of the training data.
         init: a checkpoint or a .pth file, or None.
     """
     if init is None or init.suffix != ".safetensors":
         return data
     header = read_header(init)
-    own = header.categories  # an id alone says little: every data set of one's own begins at 1
-    is_same = header.task == task and set(zip(own.ids, own.names, strict=True)) == set(
-        zip(data.ids, data.names, strict=True)
-    )
-    return header.categories if is_same else data
+    # an id alone says little: every data set of one's own begins at 1
+    own, theirs = (set(zip(found.ids, found.names, strict=True)) for found in (header.categories, data))
+    return header.categories if header.task == task and own == theirs else data
 
 
 def initial_detector(
@@ -72,8 +67,7 @@ def initial_detector(
     differ from their defaults. From a classifier's checkpoint the body is taken. The plan is the file's.
 
     Args:
-        task: box, mask or keypoint.
-        categories: of the training data; they decide the number of classes.
+        task, categories: of the training data; the categories decide the number of classes.
         settings: of the detector.
         init: a checkpoint (.safetensors), or torchvision's .pth.
         plan: structure of a detector that starts from random weights; not with `init`.
@@ -112,11 +106,15 @@ def _random_detector(task: Task, settings: DetectorSettings, plan: Path | None) 
             "detector.backbone.norm frozen goes with a pretrained backbone: give --init FILE, or train from random "
             "weights with --detector.backbone.norm batch (or group, or sync on several GPUs)"
         )
-    model = settings.build(task)
+    start = _random(settings.build(task), settings, plan)
+    freeze_stages(start.model.get_submodule("backbone.body"), settings.backbone.trainable_layers)
+    return start
+
+
+def _random(model: nn.Module, settings: S, plan: Path | None) -> InitialModel[S]:
     structure = None if plan is None else CompressionPlan.load(plan)
     if structure is not None:
         apply_structure(model, structure)
-    freeze_stages(model.get_submodule("backbone.body"), settings.backbone.trainable_layers)
     return InitialModel(model, settings, structure, "RANDOM weights: no --init was given")
 
 
@@ -143,18 +141,29 @@ def _kept_settings(final: DetectorSettings, given: DetectorSettings) -> str:
 
 def _take_weights(model: nn.Module, task: Task, categories: Categories, source: Checkpoint, init: Path) -> str:
     """Load what fits of the source's weights, strictly; returns what was taken, in words."""
+    if source.header.task == task and source.header.categories == categories:
+        load_weights(model, source.model.state_dict(), str(init))
+        return f"{init}: all weights"
+    load_backbone(model, source, str(init))
+    if source.header.task == "cls":
+        return f"{init}: backbone body of a classifier; pyramid and heads are random"
+    theirs = ", ".join(source.header.categories.names[:NAMED]) if source.header.task == task else source.header.task
+    return f"{init}: backbone and pyramid; the heads are random (the file's detect something else: {theirs})"
+
+
+def load_backbone(model: nn.Module, source: Checkpoint, path: str) -> None:
+    """Load the backbone (body and pyramid) of another detector, or a classifier's body, strictly; `path` is its file.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
     tensors = source.model.state_dict()
     if source.header.task == "cls":
         body = {name: t for name, t in tensors.items() if not name.startswith(CLASSIFICATION_LAYER)}
-        load_weights(model.get_submodule("backbone.body"), body, str(init))
-        return f"{init}: backbone body of a classifier; pyramid and heads are random"
-    if source.header.task == task and source.header.categories == categories:
-        load_weights(model, tensors, str(init))
-        return f"{init}: all weights"
-    backbone = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
-    load_weights(model.get_submodule("backbone"), backbone, str(init))
-    theirs = ", ".join(source.header.categories.names[:NAMED]) if source.header.task == task else source.header.task
-    return f"{init}: backbone and pyramid; the heads are random (the file's detect something else: {theirs})"
+        load_weights(model.get_submodule("backbone.body"), body, path)
+    else:
+        backbone = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+        load_weights(model.get_submodule("backbone"), backbone, path)
 
 
 def initial_classifier(
@@ -174,11 +183,7 @@ def initial_classifier(
         UserError: the file does not fit, or `plan` is given with `init`.
     """
     if init is None:
-        model = settings.build()
-        structure = None if plan is None else CompressionPlan.load(plan)
-        if structure is not None:
-            apply_structure(model, structure)
-        return InitialModel(model, settings, structure, "RANDOM weights: no --init was given")
+        return _random(settings.build(), settings, plan)
     _refuse_plan(plan, init)
     source = open_model(str(init))
     found = source.header.settings

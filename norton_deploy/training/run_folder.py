@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -88,16 +87,11 @@ class RunState:
 
     Attributes:
         step: optimizer steps done.
-        epoch: the current pass over the data, from 0.
-        batch: batches of that pass that each process has done.
-        best: the best value of the watched metric so far, None before the first evaluation.
-        evaluated_step: the step of the last evaluation, -1 before the first.
-        metrics: the last evaluation's metrics.
+        epoch, batch: the current pass over the data, from 0, and the batches of it that each process has done.
+        best: the best score so far, None before the first evaluation.
+        evaluated_step, metrics: of the last evaluation; -1 before the first.
         identity: the settings that decide the weights and the number of processes.
-        model: state dict of the model.
-        optimizer: state dict of the optimizer.
-        average: state dict of the moving average of the weights, if there is one.
-        scaler: state dict of the gradient scaler (fp16), if there is one.
+        model, optimizer, average, scaler: state dicts; None without a moving average, or without fp16.
     """
 
     step: int
@@ -115,9 +109,8 @@ class RunState:
 
 def save_state(path: Path, state: RunState) -> None:
     """Write the state whole or not at all; it holds tensors and plain containers only."""
-    content = {name: getattr(state, name) for name in RunState.__dataclass_fields__}
     with atomic_write(path) as stream:
-        torch.save({"format": FORMAT, **content}, stream)
+        torch.save({"format": FORMAT, **vars(state)}, stream)
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> RunState:
@@ -185,9 +178,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._stream is not None:
             self._stream.close()
             self._board.close()

@@ -1,5 +1,6 @@
 """The settings of every training run, and the optimizer, learning rate, average and processes that they mean."""
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,17 +15,7 @@ from norton_deploy.errors import UserError
 
 MILESTONE_FACTOR = 0.1
 # Fields that may differ between a run and its resumption: they change no weight.
-_WITHOUT_EFFECT = (
-    "resume",
-    "overwrite",
-    "workers",
-    "log_every",
-    "state_every",
-    "json",
-    "progress",
-    "data",
-    "out",
-)
+_WITHOUT_EFFECT = ("resume", "overwrite", "workers", "log_every", "state_every", "json", "progress", "data", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +142,8 @@ class TrainingSettings:
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the weights, as plain JSON values: a resumed run must have the same."""
-        return {name: _plain(value) for name, value in asdict(self).items() if name not in _WITHOUT_EFFECT}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))  # tuples as lists, paths as texts
+        return {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,6 +1,7 @@
 """The training loop, the same for detectors and classifiers, one process or many."""
 
 import json
+import math
 import resource
 import signal
 import sys
@@ -19,8 +20,7 @@ from tqdm import tqdm
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.training.batches import Batch, EpochLoader
-from norton_deploy.training.cpu_forms import use_cpu_forms
-from norton_deploy.training.gpu_forms import recompose_blocks
+from norton_deploy.training.forms import recompose_blocks, use_cpu_forms
 from norton_deploy.training.run_folder import RunFolder, RunLog, RunState, load_state, save_state, seed_step
 from norton_deploy.training.settings import TrainingSettings, build_optimizer, build_weight_average
 
@@ -29,7 +29,7 @@ LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Attributes: metrics, one dictionary for each measure; score, the one number that is to rise."""
+    """Metrics, one dictionary for each measure, and the one number that is to rise."""
 
     metrics: dict[str, dict[str, float]]
     score: float
@@ -146,13 +146,9 @@ class Trainer:
                 self.announce(f"continues at step {self.step} ({where})")
         if len(set(gather_object([self.step]))) > 1:
             raise UserError(f"{self.folder.root}: not every process sees its state; put --out on a shared disk")
+        hidden = not (main and self.settings.progress)
         bar = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (main and self.settings.progress),
+            None, "training", self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden
         )
         log = RunLog(self.folder, first_step=self.step, enabled=main)
         with log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
@@ -212,14 +208,14 @@ class Trainer:
         own = dict(zip(terms, values.tolist(), strict=True))
         # a non-finite loss on any process makes the mean non-finite on all, so they stop together
         means = dict(zip(terms, accelerator.reduce(values.clone(), "mean").tolist(), strict=True))
-        if not all(map(_is_finite, means.values())):
+        if not all(map(math.isfinite, means.values())):
             self._stop(batch, own)
         self.optimizer.zero_grad()
         accelerator.backward(total)
-        limit = float("inf") if settings.clip_norm is None else settings.clip_norm
+        limit = math.inf if settings.clip_norm is None else settings.clip_norm
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
         # with fp16 an overflow is ordinary: the scaler skips the step and lowers its scale
-        if not _is_finite(norm) and accelerator.scaler is None:
+        if not math.isfinite(norm) and accelerator.scaler is None:
             self._stop(batch, {**own, "gradient_norm": norm})
         self.optimizer.step()
         if self.average is not None:
@@ -234,9 +230,9 @@ class Trainer:
             with atomic_write(self.folder.non_finite, "w") as stream:
                 stream.write(json.dumps({"step": self.step, "processes": everyone}, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
-        bad = [entry for entry in everyone if not all(_is_finite(float(v)) for v in entry["losses"].values())]
+        bad = [entry for entry in everyone if not all(math.isfinite(float(v)) for v in entry["losses"].values())]
         worst = bad[0] if bad else everyone[0]
-        names = [name for name, value in worst["losses"].items() if not _is_finite(float(value))]
+        names = [name for name, value in worst["losses"].items() if not math.isfinite(float(value))]
         raise NonFiniteLossError(
             f"step {self.step}: {', '.join(names)} is not finite for image ids "
             f"{', '.join(map(str, worst['image_ids']))}; details in {self.folder.non_finite}; "
@@ -260,8 +256,7 @@ class Trainer:
         self.metrics, self.evaluated_step = evaluation.metrics, self.step
         log.write("evaluation", self.step, {"epoch": self.epoch, **evaluation.metrics})
         better = self.best is None or evaluation.score > self.best
-        if better:
-            self.best = evaluation.score
+        self.best = evaluation.score if better else self.best
         if self.accelerator.is_main_process:
             self.save_model(self.folder.last, model)
             if better:
@@ -296,10 +291,6 @@ class Trainer:
             self.average.load_state_dict(state.average)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")  # False for NaN too
 
 
 class StopSignals:

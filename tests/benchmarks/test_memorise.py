@@ -6,7 +6,7 @@ from pycocotools.coco import COCO
 
 from benchmarks import memorise_real
 from norton_deploy.data.coco import CocoDetection
-from norton_deploy.evaluation.detector_evaluation import evaluate_detector
+from norton_deploy.evaluation.evaluate import evaluate_detector
 
 
 def test_annotations_as_detections_score_one_on_the_training_images(tiny_coco: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from norton_deploy.compression.compress import compress, fit_plan
 from norton_deploy.compression.surgery import output_width
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 
 WIDE = DetectorSettings(
     num_classes=3,
@@ -27,7 +27,7 @@ PLAN = CompressionPlan(
 
 
 def test_shares_stay_and_absent_layers_go() -> None:
-    narrow, wide = (build_dense_detector("mask", settings) for settings in (NARROW, WIDE))
+    narrow, wide = (settings.build("mask") for settings in (NARROW, WIDE))
     plan = narrow_plan(PLAN, narrow, wide)
     assert plan.ranks == {"backbone.body.layer1.0.conv1": 2, "roi_heads.mask_head.0.0": 1}
     assert plan.keep == {
@@ -42,5 +42,5 @@ def test_shares_stay_and_absent_layers_go() -> None:
 
 
 def test_equal_widths_leave_the_plan_as_it_is() -> None:
-    wide = build_dense_detector("mask", WIDE)
+    wide = WIDE.build("mask")
     assert narrow_plan(PLAN, wide, wide) == fit_plan(wide, PLAN)

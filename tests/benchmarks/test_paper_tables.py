@@ -16,7 +16,7 @@ from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categor
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +37,14 @@ def stand_in(tmp_path_factory) -> tuple[Path, Path]:
     torch.manual_seed(0)
     settings = ClassifierSettings("vgg16_bn", 2, image_size=(32, 32))
     header = CheckpointHeader("cls", settings, None, class_categories(("blue", "red")))
-    save_checkpoint(root / "dense.safetensors", build_dense_classifier(settings), header)
+    save_checkpoint(root / "dense.safetensors", settings.build(), header)
     return root / "dense.safetensors", root / "data"
 
 
 @pytest.mark.parametrize("level", [77, 88, 96, 99])
 def test_plans_of_table_1_meet_its_macs_and_parameters(level: int) -> None:
     paper_macs, _, paper_params, _ = table1_cifar.PAPER[f"vgg16_{level}"]
-    dense = build_dense_classifier(VGG)
+    dense = VGG.build()
     before = count_complexity(dense, (32, 32)).macs
     plan = CompressionPlan.load(ROOT / "configs" / "plans" / f"vgg16_{level}.yaml")
     after = count_complexity(apply_structure(dense, plan), (32, 32))
@@ -73,9 +73,9 @@ def test_rivals_get_the_macs_of_the_filters_cpd(stand_in, kind: str) -> None:
 
 def test_both_orders_and_all_choices_give_the_plan_s_structure() -> None:
     torch.manual_seed(0)
-    dense = build_dense_classifier(VGG).eval()
+    dense = VGG.build().eval()
     plan = CompressionPlan("vgg16_bn", {"features.0": 1, "features.3": 1}, {"features.0": 20, "features.3": 30})
-    expected = {name: t.shape for name, t in apply_structure(build_dense_classifier(VGG), plan).state_dict().items()}
+    expected = {name: t.shape for name, t in apply_structure(VGG.build(), plan).state_dict().items()}
     weights = {}
     for order in ("decompose, prune", "prune, decompose"):
         for choice in ("PABS", "L1", "FPGM", "random"):

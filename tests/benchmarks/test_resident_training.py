@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.lib.resident_images import ResidentImages
 from benchmarks.lib.resident_training import (
     Colours,
     NesterovSGD,
     ResidentSettings,
     learning_rate,
     train_resident,
+    use_gpu_forms,
 )
 from norton_deploy.compression.compress import compress, prune
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.training.gpu_forms import use_gpu_forms
+from norton_deploy.models.classifiers import ClassifierSettings
 
 CPU = torch.device("cpu")
 PLAN = CompressionPlan("vgg16_bn", {"features.0": 1, "features.3": 2}, {"features.0": 24, "classifier.0": 100})
@@ -30,7 +30,7 @@ PLAN = CompressionPlan("vgg16_bn", {"features.0": 1, "features.3": 2}, {"feature
 def vgg() -> nn.Module:
     """With statistics and biases that are not those of the initialisation."""
     torch.manual_seed(0)
-    model = build_dense_classifier(ClassifierSettings("vgg16_bn", num_classes=10, image_size=(32, 32))).eval()
+    model = ClassifierSettings("vgg16_bn", num_classes=10, image_size=(32, 32)).build().eval()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
             nn.init.uniform_(layer.running_mean, -0.1, 0.1)

@@ -14,7 +14,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters
 from norton_deploy.method.filter_selection import choose_by_angles, pabs_distance, select_filters
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 
 
 def filters(count: int, length: int, seed: int = 0) -> Tensor:
@@ -70,7 +70,7 @@ def test_keep_out_of_range_is_an_error(choose) -> None:  # type: ignore[no-untyp
 
 def test_compress_keeps_what_the_choice_says() -> None:
     torch.manual_seed(0)
-    dense = build_dense_classifier(ClassifierSettings("resnet18", 10)).eval()
+    dense = ClassifierSettings("resnet18", 10).build().eval()
     plan = CompressionPlan("resnet18", {"layer1.0.conv1": 1}, {"layer1.0.conv1": 5, "layer3": 9})
     kept = compress_with_kept(dense, plan, starts=1, choose=choose_by_l1_norm).kept
     rebuilt = decompose_filters(dense.get_submodule("layer1.0.conv1").weight, 1, starts=1).reconstruct()  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_compress_keeps_what_the_choice_says() -> None:
 
 def test_prune_then_decompose_is_compress_twice() -> None:
     torch.manual_seed(0)
-    dense = build_dense_classifier(ClassifierSettings("resnet18", 10)).eval()
+    dense = ClassifierSettings("resnet18", 10).build().eval()
     keep = CompressionPlan("resnet18", {}, {"layer1.0.conv1": 20})
     ranks = CompressionPlan("resnet18", {"layer1.0.conv1": 1, "layer1.0.conv2": 1})
     pruned = compress(dense, keep)

@@ -77,7 +77,7 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     from norton_deploy.inference.loading import load_predictor
     from norton_deploy.inference.torch_backend import TorchPredictor
     from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
-    from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+    from norton_deploy.models.detectors import DetectorSettings
     from norton_deploy.structures import Categories
 
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
         image=ImageSettings(64, 64),
         rpn=RpnSettings(anchor_sizes=(8, 16, 24, 32, 48), pre_nms=(50, 50), post_nms=(40, 40)),
     )
-    model = build_dense_detector("box", settings).eval()
+    model = settings.build("box").eval()
     categories = Categories((1, 2), (1, 2), ("a", "b"))
     graph = StaticRCNN(lower_model(model), GraphSettings((64, 64)))
     export_onnx(graph, tmp_path / "model.onnx", categories=categories)

@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointHeader,
+    class_categories,
+    save_checkpoint,
+    tensors_digest,
+)
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
-from norton_deploy.checkpoints.digest import tensors_digest
 from norton_deploy.compression.calibration import reestimate_batch_norm
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress, compress_with_kept
@@ -18,9 +23,9 @@ from norton_deploy.compression.refit import refit
 from norton_deploy.cost.complexity import complexity_of, count_complexity
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
 
 SETTINGS = ClassifierSettings("resnet18", 3, image_size=(32, 32))
@@ -35,7 +40,7 @@ PLAN = CompressionPlan(
 def dense() -> Checkpoint:
     torch.manual_seed(0)
     header = CheckpointHeader("cls", SETTINGS, None, class_categories("abc"))
-    return Checkpoint(build_dense_classifier(SETTINGS).eval(), header)
+    return Checkpoint(SETTINGS.build().eval(), header)
 
 
 def images(count: int = 4) -> list[Tensor]:
@@ -85,7 +90,7 @@ def test_a_narrowed_pyramid_names_its_channels() -> None:
         num_classes=2, backbone=BackboneSettings("resnet18", fpn_channels=16), roi=RoiSettings(box_features=32)
     )
     header = CheckpointHeader("box", settings, None, Categories((1,), (1,), ("thing",)))
-    dense = Checkpoint(build_dense_detector("box", settings).eval(), header)
+    dense = Checkpoint(settings.build("box").eval(), header)
     plan = CompressionPlan("rcnn", {}, {PYRAMID_GROUP: 6})
     channels = compress_checkpoint(dense, plan, command="x").header.pyramid_channels
     assert channels == tuple(compress_with_kept(dense.model, plan).kept[PYRAMID_GROUP].tolist())
@@ -99,7 +104,7 @@ def test_complexity_is_counted_at_the_models_own_size(dense: Checkpoint) -> None
         roi=RoiSettings(box_features=32),
         image=ImageSettings(min_size=64),
     )
-    model = build_dense_detector("box", settings)
+    model = settings.build("box")
     found = complexity_of(model, settings)
     assert (found.image_size, found.proposals, found.detections) == ((64, 64), 1000, 0)
     assert found == count_complexity(model, (64, 64), proposals=1000)

@@ -16,9 +16,9 @@ from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.filter_selection import pabs_distance, select_filters
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 
 TABLE3 = CompressionPlan.load(Path(__file__).parents[2] / "configs" / "plans" / "table3.yaml")
@@ -65,14 +65,14 @@ def stages(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("architecture", ["resnet50", "vgg16_bn"])
 def test_an_empty_plan_is_exact(architecture: str) -> None:
-    model = shake(build_dense_classifier(ClassifierSettings(architecture, 10)))
+    model = shake(ClassifierSettings(architecture, 10).build())
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     small = compress(model, CompressionPlan(architecture))
     torch.testing.assert_close(small(images), model(images), atol=1e-5, rtol=1e-5)
 
 
 def test_full_rank_and_full_width_is_exact() -> None:
-    model = shake(build_dense_classifier(ClassifierSettings("resnet50", 10)))
+    model = shake(ClassifierSettings("resnet50", 10).build())
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     small = compress(model, CompressionPlan("resnet50", {"layer1.0.conv2": 9, "layer3.0.conv2": 9}))
     assert isinstance(small.get_submodule("layer3.0.conv2"), CPDBlock)
@@ -81,7 +81,7 @@ def test_full_rank_and_full_width_is_exact() -> None:
 
 def test_pruning_only_equals_cutting_by_hand() -> None:
     """Cut conv1 of one block and the residual stream of stage 2, tensor by tensor."""
-    model = shake(build_dense_classifier(ClassifierSettings("resnet50", 10)))
+    model = shake(ClassifierSettings("resnet50", 10).build())
     plan = CompressionPlan("resnet50", {}, {"layer2.1.conv1": 100, "layer2": 300})
     small = compress(model, plan)
 
@@ -138,7 +138,7 @@ def channel_groups_width(model: nn.Module, name: str) -> int:
 @pytest.mark.parametrize("task", ["box", "mask", "keypoint"])
 def test_pruning_a_whole_detector_silences_exactly_the_cut_channels(task: Task) -> None:
     torch.manual_seed(1)
-    model = shake(build_dense_detector(task, SMALL))
+    model = shake(SMALL.build(task))
     keep = {}
     for name in channel_groups(model):
         width = channel_groups_width(model, name)
@@ -165,7 +165,7 @@ def test_pruning_a_whole_detector_silences_exactly_the_cut_channels(task: Task) 
 
 def test_an_empty_plan_of_a_detector_is_exact() -> None:
     torch.manual_seed(2)
-    model = shake(build_dense_detector("mask", SMALL))
+    model = shake(SMALL.build("mask"))
     images = torch.rand(1, 3, 96, 96)
     with torch.no_grad():
         for small, large in zip(
@@ -176,7 +176,7 @@ def test_an_empty_plan_of_a_detector_is_exact() -> None:
 
 @pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
 def test_a_backbone_plan_fits_the_backbone_in_a_detector(norm: str) -> None:
-    model = build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, norm=norm)))
+    model = replace(SMALL, backbone=replace(SMALL.backbone, norm=norm)).build("box")
     small = compress(model, TABLE3, starts=1)
     block = small.get_submodule("backbone.body.layer4.2.conv2")
     assert isinstance(block, CPDBlock)
@@ -188,7 +188,7 @@ def test_a_backbone_plan_fits_the_backbone_in_a_detector(norm: str) -> None:
 
 def test_frozen_stages_stay_frozen() -> None:
     model = compress(
-        build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, trainable_layers=2))),
+        replace(SMALL, backbone=replace(SMALL.backbone, trainable_layers=2)).build("box"),
         TABLE3,
         starts=1,
     )
@@ -226,7 +226,7 @@ def test_compressing_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 def test_reestimation_gives_the_statistics_of_the_images(norm: str) -> None:
-    model = shake(build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, norm=norm))))
+    model = shake(replace(SMALL, backbone=replace(SMALL.backbone, norm=norm)).build("box"))
     images = [torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     assert reestimate_batch_norm(model, images, SMALL) == 4
     stem = model.backbone.body.conv1(model.transform(images)[0].tensors)
@@ -241,7 +241,7 @@ def test_reestimation_gives_the_statistics_of_the_images(norm: str) -> None:
 
 def test_statistics_know_nothing_of_padding() -> None:
     """The first normalisation sees the convolved part that both images fill."""
-    model = build_dense_detector("box", replace(SMALL, backbone=replace(SMALL.backbone, norm="batch")))
+    model = replace(SMALL, backbone=replace(SMALL.backbone, norm="batch")).build("box")
     images = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
     reestimate_batch_norm(model, images, SMALL)
     prepared = model.transform(images)[0]

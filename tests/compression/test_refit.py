@@ -12,9 +12,9 @@ from norton_deploy.compression.probe import make_probes, run_stages
 from norton_deploy.compression.refit import input_patches, refit
 from norton_deploy.method.cp import CPFactors
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 
 CLASSIFIER = ClassifierSettings("resnet18", 7, image_size=(32, 32))
 DETECTOR = DetectorSettings(
@@ -32,7 +32,7 @@ def pictures(count: int, side: int) -> list[Tensor]:
 
 def classifier() -> nn.Module:
     torch.manual_seed(0)
-    return build_dense_classifier(CLASSIFIER).eval()
+    return CLASSIFIER.build().eval()
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), ((2, 1), (0, 2), (1, 2))])
@@ -123,7 +123,7 @@ def test_linearly_dependent_channels_are_repaired_exactly() -> None:
 
 def test_no_layer_gets_worse_and_the_detector_gets_better() -> None:
     torch.manual_seed(0)
-    dense = build_dense_detector("mask", DETECTOR)
+    dense = DETECTOR.build("mask")
     with torch.no_grad():  # BatchNorm of its own.
         dense.backbone(torch.rand(4, 3, 64, 64))
     dense.eval()

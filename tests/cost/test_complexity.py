@@ -10,8 +10,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 
 TABLE3 = CompressionPlan.load(Path(__file__).parents[2] / "configs" / "plans" / "table3.yaml")
@@ -48,7 +48,7 @@ class _Odd(nn.Module):
 
 
 def test_resnet50_at_224() -> None:
-    dense = build_dense_classifier(ClassifierSettings("resnet50"))
+    dense = ClassifierSettings("resnet50").build()
     before = count_complexity(dense, (224, 224))
     assert (before.macs, before.params) == (4_089_184_256, 25_557_032)
     after = count_complexity(apply_structure(dense, TABLE3), (224, 224))
@@ -64,7 +64,7 @@ def test_resnet50_at_224() -> None:
     ],
 )
 def test_detectors_at_800(task: Task, dense_macs: int, macs: int, dense_params: int, params: int) -> None:
-    model = build_dense_detector(task, DetectorSettings(num_classes=2 if task == "keypoint" else 91))
+    model = DetectorSettings(num_classes=2 if task == "keypoint" else 91).build(task)
     before = count_complexity(model, (800, 800))
     assert (before.macs, before.params) == (dense_macs, dense_params)
     after = count_complexity(apply_structure(model, TABLE3), (800, 800))
@@ -72,7 +72,7 @@ def test_detectors_at_800(task: Task, dense_macs: int, macs: int, dense_params: 
 
 
 def test_keypoint_head_of_a_hundred_people() -> None:
-    model = build_dense_detector("keypoint", DetectorSettings(num_classes=2))
+    model = DetectorSettings(num_classes=2).build("keypoint")
     extra = count_complexity(model, (320, 320), detections=100).macs - count_complexity(model, (320, 320)).macs
     head = 14 * 14 * 9 * 512 * (256 + 7 * 512)
     transposed = 14 * 14 * 512 * 17 * 16
@@ -87,7 +87,7 @@ def test_keypoint_head_of_a_hundred_people() -> None:
     ],
 )
 def test_table_iv_reductions(rank: int, macs_reduction: float, params_reduction: float) -> None:
-    dense = build_dense_classifier(ClassifierSettings("vgg16_bn", 10, image_size=(32, 32)))
+    dense = ClassifierSettings("vgg16_bn", 10, image_size=(32, 32)).build()
     before = count_complexity(dense, (32, 32))
     convs = [name for name, layer in dense.named_modules() if isinstance(layer, nn.Conv2d)]
     plan = CompressionPlan("vgg16_bn", dict.fromkeys(convs, rank))

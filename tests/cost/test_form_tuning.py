@@ -13,7 +13,7 @@ from norton_deploy.cost.form_tuning import TimingTable, layer_graph, time_forms,
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 
 ONE, NONE = (1, 1), (0, 0)
 BLOCK = LayerShape("conv", 6, 8, (3, 3), (2, 1), (1, 2), (1, 2), 2, (2, 9, 10))
@@ -50,7 +50,7 @@ def test_macs_and_parameters_are_those_of_the_complexity_counter() -> None:
         {"backbone.body.layer2.0.conv1": 2, "rpn.head.conv.0.0": 1, "roi_heads.mask_head.0.0": 3},
         {"backbone.body.layer2.0.conv1": 80, "backbone.fpn.layer_blocks": 12},
     )
-    model = apply_structure(build_dense_detector("mask", settings), plan)
+    model = apply_structure(settings.build("mask"), plan)
     calls = layer_calls(model, (64, 96), proposals=20, detections=5)
     counted = count_complexity(model, (64, 96), proposals=20, detections=5)
     assert sum(call.shape.macs for call in calls) == counted.macs

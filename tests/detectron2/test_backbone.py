@@ -15,7 +15,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
 
 # Detectron2 is no dependency: it is built from source by those who train in it (docs/detectron2.md).
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_classes=3, roi=RoiSettings(box_features=64), backbone=BackboneSettings(norm="batch")
     )
     torch.manual_seed(0)
-    model = compress(build_dense_detector("box", settings), PLAN, starts=1).eval()
+    model = compress(settings.build("box"), PLAN, starts=1).eval()
     path = tmp_path_factory.mktemp("norton") / "small.safetensors"
     categories = Categories((1, 2), (1, 2), ("a", "b"))
     save_checkpoint(path, model, CheckpointHeader("box", settings, PLAN, categories))

@@ -16,7 +16,6 @@ from norton_deploy.detectron2.checkpoint import import_detectron2
 from norton_deploy.detectron2.config import read_config
 from norton_deploy.detectron2.weights import convert_weights, detectron2_name
 from norton_deploy.errors import UserError
-from norton_deploy.models.detectors import build_dense_detector
 from norton_deploy.structures import Categories
 from norton_deploy.training.initial_weights import training_categories
 
@@ -49,13 +48,13 @@ def convert(config: Path, tensors: dict[str, np.ndarray], model: nn.Module) -> d
 
 @pytest.fixture(scope="module")
 def faster_rcnn() -> nn.Module:
-    return build_dense_detector("box", read_config(CONFIG).settings())
+    return read_config(CONFIG).settings().build("box")
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_key_of_the_zoo_has_one_place_of_its_shape(task: str) -> None:
     config = read_config(HERE / "configs" / f"{task}.yaml")
-    state = build_dense_detector(config.task, config.settings()).state_dict()
+    state = config.settings().build(config.task).state_dict()
     shapes = zoo_shapes(task)
     ours = {detectron2_name(name): tuple(tensor.shape) for name, tensor in state.items()}
     assert len(ours) == len(state) and ours.keys() == shapes.keys()

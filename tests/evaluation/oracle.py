@@ -12,7 +12,7 @@ import numpy as np
 from accelerate import PartialState
 
 from norton_deploy.data.coco import CocoDetection
-from norton_deploy.evaluation.detector_evaluation import Image, evaluate_detector
+from norton_deploy.evaluation.evaluate import Image, evaluate_detector
 from norton_deploy.structures import Detections
 
 

@@ -11,7 +11,7 @@ from norton_deploy.commands.eval_det import main
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.errors import UserError
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def mask_detector(tiny_coco, tmp_path_factory):
         rpn=RpnSettings(anchor_sizes=(8, 16, 32, 48, 64)),
     )
     torch.manual_seed(0)
-    model = build_dense_detector("mask", settings)
+    model = settings.build("mask")
     save_checkpoint(path, model, CheckpointHeader("mask", settings, None, categories))
     return path
 

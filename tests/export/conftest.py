@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from reduced_detectors import IMAGE_SIZE, compressed_detector, reduced_detector
 
-from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.export.onnx_export import Precision, export_onnx
 from norton_deploy.export.precision import to_fp16

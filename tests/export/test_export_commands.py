@@ -13,7 +13,7 @@ from norton_deploy.compression.calibration import LOGIT_SPREAD, calibrate_random
 from norton_deploy.data.synthetic import CATEGORIES, draw_scene
 from norton_deploy.export.tensorrt_build import EngineManifest, is_installed
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
 
 SETTINGS = DetectorSettings(
@@ -29,7 +29,7 @@ SETTINGS = DetectorSettings(
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random box detector that finds something."""
     torch.manual_seed(0)
-    model = build_dense_detector("box", SETTINGS).eval()
+    model = SETTINGS.build("box").eval()
     images = [torch.from_numpy(draw_scene(seed, (96, 128)).image).permute(2, 0, 1) / 255 for seed in (1, 2)]
     calibrate_random_detector(model, images, SETTINGS)
     path = tmp_path_factory.mktemp("checkpoint") / "box.safetensors"

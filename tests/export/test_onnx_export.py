@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs
 
-from norton_deploy.checkpoints.digest import tensors_digest
+from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.onnx_export import read_contract

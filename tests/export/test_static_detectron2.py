@@ -8,7 +8,7 @@ from norton_deploy.export.static_heads import StaticKeypointHead
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import EXPORTED_SAMPLES, StaticRoIAlign, fix_sampling, is_adaptive
 from norton_deploy.models.detector_parts import BackboneSettings, Detectron2Settings, RoiSettings, RpnSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.models.detectron2_layers import PyramidRoIAlign
 
 SETTINGS = DetectorSettings(
@@ -43,7 +43,7 @@ def test_static_roi_align_follows_strides_and_alignment(aligned: bool) -> None:
 
 
 def test_adaptive_sampling_is_fixed_in_a_copy() -> None:
-    model = build_dense_detector("mask", SETTINGS).eval()
+    model = SETTINGS.build("mask").eval()
     assert is_adaptive(model)
     with pytest.raises(UserError, match="adaptive"):
         StaticRCNN(model, GraphSettings((64, 64)))
@@ -55,7 +55,7 @@ def test_adaptive_sampling_is_fixed_in_a_copy() -> None:
 
 def test_keypoint_scores_are_probabilities() -> None:
     torch.manual_seed(0)
-    heads = build_dense_detector("keypoint", SETTINGS).eval().roi_heads
+    heads = SETTINGS.build("keypoint").eval().roi_heads
     static = StaticKeypointHead(heads, (64, 64))
     pooled = torch.randn(3, 14, 14, 16)
     with torch.no_grad():

@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from benchmarks import package_weights
-from norton_deploy.checkpoints import packaged as weights
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, load_checkpoint, read_header, save_checkpoint
 from norton_deploy.commands import make_synthetic
 from norton_deploy.commands.demo_video import Settings, chosen_model
 from norton_deploy.compression.compress import compress
 from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.errors import UserError
+from norton_deploy.inference import loading as weights
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An installation without weights."""
-    monkeypatch.setattr(weights, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(weights, "PACKAGED_FOLDER", tmp_path)
     return tmp_path
 
 
@@ -48,7 +48,7 @@ def test_a_checkpoint_is_packaged_in_float16(folder, monkeypatch):
     )
     plan = CompressionPlan("rcnn", {}, {f"backbone.body.layer{stage}": 16 for stage in (3, 4)})
     torch.manual_seed(0)
-    dense = build_dense_detector("mask", shape)
+    dense = shape.build("mask")
     ids = tuple(category["id"] for category in CATEGORIES)
     categories = Categories(tuple(range(1, len(ids) + 1)), ids, tuple(names))
     header = CheckpointHeader("mask", shape, None, categories)

@@ -8,12 +8,12 @@ from norton_deploy.compression.compress import apply_structure, fit_plan
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
-from norton_deploy.models.detectors import build_dense_detector
+from norton_deploy.models.classifiers import ClassifierSettings
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 
 PLANS = Path(__file__).parents[2] / "configs" / "plans"
-RESNET50 = build_dense_classifier(ClassifierSettings("resnet50"))
+RESNET50 = ClassifierSettings("resnet50").build()
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -68,9 +68,7 @@ def test_a_plan_that_does_not_fit_names_the_layer(plan: CompressionPlan, message
     ],
 )
 def test_plans_meet_the_published_levels(name: str, gigamacs: float, million_parameters: float) -> None:
-    model = apply_structure(
-        build_dense_classifier(ClassifierSettings("resnet50")), CompressionPlan.load(PLANS / f"{name}.yaml")
-    )
+    model = apply_structure(ClassifierSettings("resnet50").build(), CompressionPlan.load(PLANS / f"{name}.yaml"))
     count = count_complexity(model, (224, 224))
     dense = count_complexity(RESNET50, (224, 224))
     assert abs(count.macs - gigamacs * 1e9) / dense.macs < 0.01
@@ -82,9 +80,9 @@ def test_plans_over_whole_detectors_fit_every_task(task: Task) -> None:
     plans = {path.stem: CompressionPlan.load(path) for path in PLANS.glob("*.yaml")}
     whole = {name: plan for name, plan in plans.items() if plan.architecture == "rcnn"}
     assert {"balanced", "fast"} <= whole.keys()
-    counts = {"dense": count_complexity(build_dense_detector(task), (256, 256), detections=100).macs}
+    counts = {"dense": count_complexity(DetectorSettings().build(task), (256, 256), detections=100).macs}
     for name, plan in whole.items():
-        small = apply_structure(build_dense_detector(task), plan)
+        small = apply_structure(DetectorSettings().build(task), plan)
         counts[name] = count_complexity(small, (256, 256), detections=100).macs
         head = getattr(small.roi_heads, f"{task}_head")
         assert any(type(module).__name__ == "CPDBlock" for module in head.modules()) == (task != "box")

@@ -87,7 +87,7 @@ def test_subpixel_masks_are_grid_samples_in_torch_and_on_the_host() -> None:
 
 
 def test_stride_moves_to_the_first_convolution() -> None:
-    body = BackboneSettings().build_body(stride_in_1x1=True)
+    body = BackboneSettings().build(stride_in_1x1=True).body
     strides = {
         name: (block.conv1.stride, block.conv2.stride)
         for name, block in body.named_modules()

@@ -36,7 +36,7 @@ def test_float32_is_torchvisions_to_the_bit_and_gradients_agree() -> None:
 
 
 def test_a_frozen_body_under_autocast_hands_on_bfloat16() -> None:
-    body = BackboneSettings("resnet18").build_body().eval()
+    body = BackboneSettings("resnet18").build().body.eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         maps = body(torch.rand(1, 3, 32, 32))
     assert {value.dtype for value in maps.values()} == {torch.bfloat16}

@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import MultiScaleRoIAlign
 
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 
 SETTINGS = DetectorSettings(
     num_classes=3,
@@ -26,7 +26,7 @@ def test_scales_are_those_that_torchvision_infers_at_the_design_size(side: int) 
         roi=RoiSettings(box_features=8, mask_channels=(8,)),
         image=ImageSettings(side, 2 * side),
     )
-    model = build_dense_detector("mask", settings).eval()
+    model = settings.build("mask").eval()
     names = [name for name in model.state_dict() if "roi_pool" in name]
     assert not names  # Published weights still fit.
     batch, _ = model.transform([torch.rand(3, side, side)])
@@ -41,7 +41,7 @@ def test_scales_are_those_that_torchvision_infers_at_the_design_size(side: int) 
 
 def test_a_first_batch_of_small_images_changes_nothing() -> None:
     torch.manual_seed(0)
-    fresh = build_dense_detector("mask", SETTINGS).eval()
+    fresh = SETTINGS.build("mask").eval()
     used = copy.deepcopy(fresh)
     used.transform.min_size = (40,)
     image = torch.rand(3, 96, 128)

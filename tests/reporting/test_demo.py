@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from norton_deploy.checkpoints import packaged as weights
 from norton_deploy.commands.demo import main
+from norton_deploy.inference import loading as weights
 
 SMALL = ("--train-images", "8", "--val-images", "4", "--pretrain-steps", "2", "--finetune-steps", "1",
          "--detector-steps", "2")  # fmt: skip
@@ -15,7 +15,7 @@ SMALL = ("--train-images", "8", "--val-images", "4", "--pretrain-steps", "2", "-
 def test_the_demo_runs_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     out = tmp_path / "demo"
-    monkeypatch.setattr(weights, "__file__", str(tmp_path / "__init__.py"))  # an installation without weights
+    monkeypatch.setattr(weights, "PACKAGED_FOLDER", tmp_path)  # an installation without weights
     assert main(["--out", str(out), *SMALL]) == 0
     report = (out / "report.md").read_text()
     assert report.count("pictures/detections-") >= 1 and "packaged" not in report

@@ -12,9 +12,9 @@ from norton_deploy.commands.gradcam import main
 from norton_deploy.compression.compress import compress
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.gradcam import (
     Question,
     explained_layers,
@@ -45,7 +45,7 @@ def test_maps_follow_from_activations_and_gradients() -> None:
     np.testing.assert_allclose(gradcam_maps(model, question, ["0"])["0"], expected[:6, :8].numpy(), atol=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(UserError, match="no layer 'layer9'"):
-        gradcam_maps(build_dense_classifier(CLASSIFIER).eval(), question, ["layer9"])
+        gradcam_maps(CLASSIFIER.build().eval(), question, ["layer9"])
 
 
 def test_correlation_of_maps() -> None:
@@ -56,9 +56,9 @@ def test_correlation_of_maps() -> None:
 
 
 def test_three_levels_of_every_kind_of_model() -> None:
-    assert explained_layers(build_dense_classifier(CLASSIFIER)) == ["layer2", "layer3", "layer4"]
-    assert explained_layers(build_dense_detector("box", DETECTOR))[0] == "backbone.body.layer2"
-    vgg = build_dense_classifier(ClassifierSettings("vgg16_bn", 10, image_size=(32, 32)))
+    assert explained_layers(CLASSIFIER.build()) == ["layer2", "layer3", "layer4"]
+    assert explained_layers(DETECTOR.build("box"))[0] == "backbone.body.layer2"
+    vgg = ClassifierSettings("vgg16_bn", 10, image_size=(32, 32)).build()
     layers = explained_layers(vgg)
     assert layers == ["features.22", "features.32", "features.42"]
     assert all(isinstance(vgg.get_submodule(layer), nn.ReLU) for layer in layers)
@@ -88,7 +88,7 @@ def files(tmp_path_factory):
         pixels = np.random.default_rng(index).integers(0, 256, (80, 96, 3), np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"{index}.png")
     torch.manual_seed(0)
-    models = {"cls": build_dense_classifier(CLASSIFIER), "box": build_dense_detector("box", DETECTOR)}
+    models = {"cls": CLASSIFIER.build(), "box": DETECTOR.build("box")}
     for task, model in models.items():
         settings = CLASSIFIER if task == "cls" else DETECTOR
         header = CheckpointHeader(task, settings, None, class_categories("abc"))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.turns import Turns
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget
 from norton_deploy.search.found_plan import FoundPlan
@@ -42,7 +42,7 @@ def invented_times(shape: LayerShape, forms: list[Form], provider: str) -> list[
 @pytest.fixture
 def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, list[str]]:
     torch.manual_seed(0)
-    detector = build_dense_detector("box", SETTINGS).eval()
+    detector = SETTINGS.build("box").eval()
     header = CheckpointHeader("box", SETTINGS, None, class_categories(["a", "b"]))
 
     def in_turn(calls: dict[str, Any], *, rounds: int, warm_up: int) -> Turns:

@@ -12,7 +12,7 @@ from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categor
 from norton_deploy.commands import run
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.search.joint_cost import Budget
 
 
@@ -31,7 +31,7 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
     settings = ClassifierSettings("resnet18", 4, image_size=(32, 32))
     header = CheckpointHeader("cls", settings, None, class_categories(["a", "b", "c", "d"]))
     model, out = tmp_path / "model.safetensors", tmp_path / "plan.yaml"
-    save_checkpoint(model, build_dense_classifier(settings).eval(), header)
+    save_checkpoint(model, settings.build().eval(), header)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "image.png"), pixels)
     figures = tmp_path / "figures.json"

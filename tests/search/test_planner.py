@@ -15,7 +15,7 @@ from norton_deploy.cost.complexity import count_complexity, layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.search.joint_cost import calibrate, joint_cost
 from norton_deploy.search.planner import Decision, Planner, list_decisions, to_plan, untouched
 from norton_deploy.search.sensitivity import Sensitivity
@@ -32,7 +32,7 @@ SIZE = (64, 64)
 @pytest.fixture(scope="module")
 def dense() -> nn.Module:
     torch.manual_seed(0)
-    return build_dense_detector("keypoint", SETTINGS).eval()
+    return SETTINGS.build("keypoint").eval()
 
 
 @pytest.fixture(scope="module")

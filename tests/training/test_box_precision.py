@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 from norton_deploy.training.detector_training import keep_boxes_in_float32
 
@@ -18,7 +18,7 @@ def tiny_detector(task: Task) -> nn.Module:
         roi=RoiSettings(box_features=16, mask_channels=(16,), keypoint_channels=(16,)),
     )
     torch.manual_seed(0)
-    return build_dense_detector(task, settings).train()
+    return settings.build(task).train()
 
 
 def seen_boxes(detector: nn.Module) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
-from norton_deploy.models.detectors import DetectorSettings, build_dense_detector
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.training import detector_training
 from norton_deploy.training.batches import Batch
 from norton_deploy.training.distillation import FeatureImitation, correlation_loss
@@ -42,7 +42,7 @@ def one_thread():
 
 def dense_detector() -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_dense_detector("box", SETTINGS).train()
+    return SETTINGS.build("box").train()
 
 
 def batch() -> Batch:

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from norton_deploy.data.loading import GroupedBatchSampler
 from norton_deploy.errors import UserError
-from norton_deploy.training.batches import SampledBatches, collate_classes
+from norton_deploy.training.batches import GroupedBatchSampler, SampledBatches, collate_classes
 
 
 class Numbers:

@@ -10,7 +10,7 @@ from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.commands.train_cls import main
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.classification import evaluate_classifier
+from norton_deploy.evaluation.evaluate import evaluate_classifier
 
 COLOURS = {"blue": (40, 60, 210), "green": (50, 200, 60), "red": (220, 50, 40)}
 

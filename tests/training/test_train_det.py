@@ -18,7 +18,7 @@ from norton_deploy.compression.compress import compress
 from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings, build_dense_classifier
+from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.structures import Categories
 from norton_deploy.training import detector_training, trainer
 from norton_deploy.training.initial_weights import training_categories
@@ -42,7 +42,7 @@ def compressed_classifier(tmp_path_factory):
     path = tmp_path_factory.mktemp("init") / "classifier.safetensors"
     settings = ClassifierSettings("resnet18", num_classes=3)
     torch.manual_seed(0)
-    model = compress(build_dense_classifier(settings), PLAN, starts=1)
+    model = compress(settings.build(), PLAN, starts=1)
     save_checkpoint(path, model, CheckpointHeader("cls", settings, PLAN, class_categories("abc")))
     return path
 

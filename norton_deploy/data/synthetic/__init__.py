@@ -57,10 +57,6 @@ def _write_image(
     return entry, [{**annotation, "image_id": image_id} for annotation in scene.annotations]
 
 
-def _init_worker() -> None:
-    cv2.setNumThreads(1)
-
-
 def _write_split(
     folder: Path, split: str, count: int, seed: int, image_sizes: tuple[int, int], workers: int, progress: bool
 ) -> None:
@@ -70,7 +66,7 @@ def _write_split(
     bar: dict[str, Any] = {"total": count, "desc": f"{split} images", "unit": "image", "disable": not progress}
     if workers > 1 and count >= _PARALLEL_FROM:
         # Not forked: a child cannot use the threads that OpenCV and OpenMP have started in its parent.
-        with ProcessPoolExecutor(workers, get_context("spawn"), _init_worker) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
             written = list(tqdm(pool.map(_write_image, *arguments, chunksize=8), **bar))
     else:
         written = list(tqdm(map(_write_image, *arguments), **bar))
@@ -78,12 +74,8 @@ def _write_split(
     annotations = [annotation for _, found in written for annotation in found]
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
-    info = {
-        "description": "Synthetic scenes in COCO's layout, written by norton_deploy",
-        "version": "1.0",
-        "seed": seed,
-        "image_sizes": list(image_sizes),
-    }
+    description = "Synthetic scenes in COCO's layout, written by norton_deploy"
+    info = {"description": description, "version": "1.0", "seed": seed, "image_sizes": list(image_sizes)}
     licences = [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}]
     common = {"info": info, "licenses": licences, "images": images}
     boxes = [
@@ -122,7 +114,6 @@ def write_dataset(
         seed: of everything.
         image_sizes: smallest and largest side in pixels; height and width are drawn from it independently.
         workers: processes; None takes the number of cores, at most 16.
-        progress: show progress bars.
 
     Raises:
         UserError: `root` holds something already, or a number is out of range.

@@ -183,41 +183,30 @@ def _body_parts(
         parts.append(limb(13 + side, 15 + side, (0.037, 0.024), colour["shin"], -0.002))
         hand = points[9 + side] + 0.25 * (points[9 + side] - points[7 + side])
         radius = 0.026 * scale
-        parts.append(
-            _Part(float(depth[9 + side]) + 0.05, ellipse(hand, radius, radius, count=10), colour["skin"], (9 + side,))
-        )
+        palm = ellipse(hand, radius, radius, count=10)
+        parts.append(_Part(float(depth[9 + side]) + 0.05, palm, colour["skin"], (9 + side,)))
         shin = points[15 + side] - points[13 + side]
         length = float(np.hypot(*shin)) + 1e-6
         toe = points[15 + side] + 0.03 * scale * shin / length + 0.055 * scale * body.facing[:2]
         outline = capsule(points[15 + side] + 0.015 * scale * shin / length, toe, 0.026 * scale, 0.02 * scale)
         parts.append(_Part(float(depth[15 + side]) + 0.01, outline, colour["shoe"], (15 + side,)))
     # The trunk is the outline of four discs at shoulders and hips, so that it keeps its width in profile.
-    corners = np.concatenate(
-        [
-            capsule(points[5], points[6], 0.04 * scale * build, 0.04 * scale * build),
-            capsule(points[11], points[12], 0.062 * scale * build, 0.062 * scale * build),
-        ]
-    )
-    parts.append(_Part(0.0, convex_outline(corners), clothes["shirt"], (5, 6, 11, 12)))
+    shoulders = capsule(points[5], points[6], 0.04 * scale * build, 0.04 * scale * build)
+    hips = capsule(points[11], points[12], 0.062 * scale * build, 0.062 * scale * build)
+    parts.append(_Part(0.0, convex_outline(shoulders, hips), clothes["shirt"], (5, 6, 11, 12)))
     if skirt:
-        hem = np.stack(
-            [points[11:13].mean(0) * 0.35 + 0.65 * points[13], points[11:13].mean(0) * 0.35 + 0.65 * points[14]]
-        )
-        cloth = np.concatenate(
-            [
-                capsule(points[11], points[12], 0.06 * scale * build, 0.06 * scale * build),
-                capsule(hem[0], hem[1], 0.07 * scale, 0.07 * scale),
-            ]
-        )
-        parts.append(_Part(0.02, convex_outline(cloth), clothes["trousers"], (11, 12)))
+        hem = 0.35 * points[11:13].mean(0) + 0.65 * points[13:15]
+        waist = capsule(points[11], points[12], 0.06 * scale * build, 0.06 * scale * build)
+        cloth = convex_outline(waist, capsule(hem[0], hem[1], 0.07 * scale, 0.07 * scale))
+        parts.append(_Part(0.02, cloth, clothes["trousers"], (11, 12)))
     throat = capsule(neck, points[3:5].mean(axis=0), 0.03 * scale, 0.03 * scale)
     parts.append(_Part(0.001 + float(body.head[2]) * 0.5, throat, clothes["skin"]))
     return parts
 
 
-def convex_outline(points: Points) -> Points:
-    """Convex hull [P, 2] of the points [N, 2]."""
-    return np.asarray(cv2.convexHull(points.astype(np.float32))).reshape(-1, 2).astype(float)
+def convex_outline(*outlines: Points) -> Points:
+    """Convex hull [P, 2] of outlines [N, 2]."""
+    return np.asarray(cv2.convexHull(np.concatenate(outlines).astype(np.float32))).reshape(-1, 2).astype(float)
 
 
 def _head_parts(
@@ -229,14 +218,8 @@ def _head_parts(
     up = up / (np.hypot(*up) + 1e-6)
     angle = float(np.arctan2(up[0], -up[1]))
     depth = float(body.head[2]) + 0.03
-    parts = [
-        _Part(
-            depth,
-            ellipse(head + 0.006 * scale * up, 0.076 * scale, 0.09 * scale, angle),
-            clothes["hair"],
-            (0, 1, 2, 3, 4),
-        )
-    ]
+    hair = ellipse(head + 0.006 * scale * up, 0.076 * scale, 0.09 * scale, angle)
+    parts = [_Part(depth, hair, clothes["hair"], (0, 1, 2, 3, 4))]
     if long_hair:
         fall = capsule(head, head - 0.11 * scale * up, 0.075 * scale, 0.06 * scale)
         parts.append(_Part(depth - 0.02 if body.facing[2] > 0 else depth + 0.001, fall, clothes["hair"], (3, 4)))

@@ -1,8 +1,8 @@
-"""Run a detector over a COCO split, on one process or many, and score what it finds."""
+"""Run a detector over a COCO split, or a classifier over a folder, on one process or many, and score what it finds."""
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from norton_deploy.compression.lowering import lower_model, quickest_forms
+from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.coco import CocoDetection
-from norton_deploy.data.loading import iterate
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, one_line_errors
 from norton_deploy.evaluation.coco_metrics import (
     IOU_TYPES,
     IouType,
@@ -44,14 +46,7 @@ class DetectorEvaluation:
 
 @dataclass(frozen=True)
 class FileEvaluation:
-    """A model file on a dataset.
-
-    Attributes:
-        predictor: the loaded model.
-        dataset: the split.
-        images: how many of its images were seen.
-        evaluation: what came out.
-    """
+    """Attributes: the loaded model; the split; how many of its images were seen; what came out."""
 
     predictor: Predictor
     dataset: CocoDetection
@@ -73,16 +68,12 @@ class FileEvaluation:
 
 
 class _Pixels(Dataset[tuple[int, Image]]):
-    """Image id and undecorated pixels of the items that one process is to see."""
+    """Image id and untransformed pixels of every item."""
 
-    def __init__(self, dataset: CocoDetection, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
+    def __init__(self, dataset: CocoDetection) -> None:
+        self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, Image]:
-        index = self.indices[position]
+    def __getitem__(self, index: int) -> tuple[int, Image]:
         return self.dataset.image_ids[index], self.dataset.pixels(index)
 
 
@@ -109,26 +100,21 @@ def evaluate_detector(
         limit: evaluate the first so many images only.
         batch_size: images per call of `detect`.
         workers: processes that decode images.
-        progress: show a bar on the main process.
     """
     # joins torchrun's processes, unless a trainer has done so before; without `cpu` it would not on CPUs
     state = PartialState(cpu=not torch.cuda.is_available())
     labels = dataset.categories if categories is None else categories
     chosen = range(len(dataset))[:limit]
     indices = chosen[state.process_index :: state.num_processes]
-    loader = DataLoader(_Pixels(dataset, indices), batch_size, num_workers=workers, collate_fn=list, shuffle=False)
+    loader = DataLoader(_Pixels(dataset), batch_size, sampler=indices, num_workers=workers, collate_fn=list)
     own: list[dict[str, Any]] = []
-    with tqdm(
-        total=len(indices),
-        desc="evaluating",
-        unit="image",
-        leave=False,
-        dynamic_ncols=True,
-        disable=not (progress and state.is_main_process),
-    ) as bar:
-        for image_id, detections in _detections(detect, loader):
-            own.extend(detections.to_coco_results(image_id, labels))
-            bar.update()
+    hidden = not (progress and state.is_main_process)
+    with tqdm(None, "evaluating", len(indices), False, unit="image", dynamic_ncols=True, disable=hidden) as bar:
+        for batch in one_line_errors(loader):
+            found = detect([pixels for _, pixels in batch])
+            for (image_id, _), detections in zip(batch, found, strict=True):
+                own.extend(detections.to_coco_results(image_id, labels))
+                bar.update()
     results = gather_object(own)
     known = set(dataset.coco.getCatIds())
     kept = [entry for entry in results if entry["category_id"] in known]
@@ -138,13 +124,12 @@ def evaluate_detector(
             "they are left out",
             stacklevel=2,
         )
-    results = kept
-    results.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
+    kept.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
     image_ids = [dataset.image_ids[index] for index in chosen]
     metrics: list[Any] = [None]
     if state.is_main_process:
-        metrics = [evaluate_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], results), image_ids)]
-    return DetectorEvaluation(broadcast_object_list(metrics)[0], results)
+        metrics = [evaluate_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], kept), image_ids)]
+    return DetectorEvaluation(broadcast_object_list(metrics)[0], kept)
 
 
 def evaluate_file(
@@ -165,8 +150,7 @@ def evaluate_file(
     Args:
         model: see `load_predictor`.
         data: folder in COCO-2017's layout.
-        task: box, mask or keypoint, which the model must be for.
-        split: train or val.
+        task: that the model must be for.
         device: cpu, cuda or cuda:N; by default each process takes a GPU of its own if there are any.
         limit, batch_size, workers, progress: see `evaluate_detector`.
         skip_bad: leave out bad images and annotations with one counted warning instead of stopping.
@@ -186,12 +170,6 @@ def evaluate_file(
     return FileEvaluation(predictor, dataset, len(range(len(dataset))[:limit]), evaluation)
 
 
-def _detections(detect: Detector, loader: DataLoader[Any]) -> Iterator[tuple[int, Detections]]:
-    for batch in iterate(loader):
-        found = detect([pixels for _, pixels in batch])
-        yield from zip((image_id for image_id, _ in batch), found, strict=True)
-
-
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], dataset: CocoDetection) -> dict[IouType, Path]:
     """Write COCO results JSON in the format of COCO's evaluation server, one measure a file.
 
@@ -209,3 +187,42 @@ def write_results(path: Path, results: Sequence[Mapping[str, Any]], dataset: Coc
         with atomic_write(files[iou_type], "w") as stream:
             json.dump(results_of_type(results, iou_type), stream)
     return files
+
+
+@torch.no_grad()
+def evaluate_classifier(
+    model: nn.Module,
+    dataset: ClassificationFolder,
+    device: torch.device,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Accuracy over a dataset; every process calls this and sees every n-th image, none of them twice.
+
+    Args:
+        model: images [N, 3, H, W] -> logits [N, K], in evaluation mode, on `device`. What runs is a copy with
+            CPDBlocks and BatchNorm merged, which gives the same scores to rounding in less time.
+        dataset: items (image, label, name), not augmented.
+        device: where the model is.
+        batch_size: images per forward pass.
+        workers: processes that decode images.
+
+    Returns:
+        top1 and top5, 0..1. With fewer than five classes top5 is 1.
+    """
+    model = lower_model(model, forms=quickest_forms(model))
+    state = PartialState(cpu=device.type == "cpu")
+    own = Subset(dataset, range(state.process_index, len(dataset), state.num_processes))
+    hits = torch.zeros(2, dtype=torch.int64)
+    loader = DataLoader(own, batch_size, num_workers=workers)
+    hidden = not (progress and state.is_main_process)
+    bar = tqdm(one_line_errors(loader), "evaluating", len(loader), leave=False, dynamic_ncols=True, disable=hidden)
+    for images, labels, _ in bar:
+        logits = model(images.to(device))
+        ranking = logits.topk(min(5, logits.shape[1])).indices.cpu()
+        correct = ranking == labels[:, None]
+        hits += torch.stack([correct[:, 0].sum(), correct.sum()])
+    top1, top5 = torch.tensor(gather_object([hits.tolist()])).sum(0).tolist()
+    return {"top1": top1 / len(dataset), "top5": top5 / len(dataset)}

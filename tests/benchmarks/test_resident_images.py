@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.lib.resident_images import ResidentImages, normalised, read_resident_images
 from norton_deploy.data.classification import ClassificationFolder
-from norton_deploy.data.resident_images import ResidentImages, normalised, read_resident_images
 from norton_deploy.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.evaluation.coco_metrics import IOU_TYPES
-from norton_deploy.evaluation.detector_evaluation import evaluate_detector, write_results
+from norton_deploy.evaluation.evaluate import evaluate_detector, write_results
 from norton_deploy.structures import TASKS, Categories, Detections
 
 ORACLE_SCRIPT = Path(__file__).with_name("oracle.py")

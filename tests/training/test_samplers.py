@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from norton_deploy.data.loading import ASPECT_EDGES, GroupedBatchSampler
 from norton_deploy.errors import UserError
+from norton_deploy.training.batches import ASPECT_EDGES, GroupedBatchSampler
 
 SIZES = np.random.default_rng(0).integers(100, 300, (103, 2))
 

@@ -9,9 +9,8 @@ from torch import nn
 
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lowering import is_quicker_dense
-from norton_deploy.training import cpu_forms
-from norton_deploy.training.cpu_forms import CpuBlock, SmallMapConv2d, use_cpu_forms
-from norton_deploy.training.gpu_forms import RecomposedBlock, recompose_blocks
+from norton_deploy.training import forms
+from norton_deploy.training.forms import CpuBlock, RecomposedBlock, SmallMapConv2d, recompose_blocks, use_cpu_forms
 
 
 def gradients(convolution: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
@@ -41,7 +40,7 @@ def test_product_is_the_convolution_with_its_gradients(
     ours = gradients(product, images)
     for mine, reference in zip(ours, exact, strict=True):
         assert (mine.double() - reference.double()).norm() < 0.01 * reference.double().norm()
-    monkeypatch.setattr(cpu_forms, "_neighbourhoods", None)  # what is below must not be a product
+    monkeypatch.setattr(forms, "_neighbourhoods", None)  # what is below must not be a product
     with torch.no_grad():
         torch.testing.assert_close(product(images), plain.float()(images))  # no autocast
         with torch.autocast("cpu", torch.bfloat16):

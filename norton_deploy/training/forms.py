@@ -1,15 +1,16 @@
-"""The forms in which layers train quickest on a CPU: the same functions of the same Parameters, computed otherwise.
+"""The forms in which layers train quickest: the same functions of the same Parameters, computed otherwise.
 
-A pass over a model (`use_cpu_forms`) puts other layers in place of its CPDBlocks and plain 3 x 3 convolutions; names,
-state and gradients stay. When a block trains as one convolution is chosen by the constants below, from its shape and
-the precision; how well is in benchmarks/results/training_forms.md.
+A pass over a model puts other layers in place of its CPDBlocks (`recompose_blocks`, for GPUs, which are slow at
+depthwise convolutions), and of its plain 3 x 3 convolutions too (`use_cpu_forms`); names, state and gradients stay.
+When a block trains as one convolution on a CPU is chosen by the constants below, from its shape and the precision; how
+well is in benchmarks/results/training_forms.md.
 
 oneDNN's bfloat16 convolutions are slow where a map has 4 x 4 or 2 x 2 positions, as in the last six convolutions of
 VGG-16 at 32 x 32. The same sums written as one product over all positions of all images are not; see
 benchmarks/results/training_forms.md.
 """
 
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.nn import functional
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lowering import is_quicker_dense
 from norton_deploy.compression.surgery import replace_submodule
-from norton_deploy.training.gpu_forms import RecomposedBlock
 
 LARGEST_MAP = 16
 """Positions of the largest map that is a matrix product; from 8 x 8 on oneDNN's own convolutions are quicker."""
@@ -28,6 +28,33 @@ RECOMPOSED_WEIGHT_COST_BFLOAT16 = 540
 """What recomposing a weight and its gradient costs there: as much as a convolution with it at so many positions."""
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class RecomposedBlock(CPDBlock):
+    """A CPDBlock that runs as the one convolution that it equals (eq. 2)."""
+
+    @classmethod
+    def sharing(cls, block: CPDBlock) -> Self:
+        """One with the very layers and bias of `block`."""
+        twin = cls(
+            block.in_channels,
+            block.out_channels,
+            block.kernel_size,
+            block.rank,
+            block.stride,
+            block.padding,
+            block.dilation,
+            device="meta",
+        )
+        twin.pointwise, twin.horizontal, twin.vertical = block.pointwise, block.horizontal, block.vertical
+        twin.bias = block.bias
+        return twin.train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] -> [N, O, H', W']."""
+        with torch.autocast(x.device.type, enabled=False):  # sums over the factors in float32
+            weight = self.dense_weight()
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 class CpuBlock(RecomposedBlock):
@@ -66,6 +93,18 @@ class SmallMapConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, H, W]."""
         return convolve(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def recompose_blocks(model: M) -> M:
+    """Have every CPDBlock run as one convolution, in place.
+
+    Returns:
+        `model`, with the same Parameters under the same names; the blocks that hold them are new.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, CPDBlock):
+            replace_submodule(model, name, RecomposedBlock.sharing(layer))
+    return model
 
 
 def use_cpu_forms(model: M) -> M:
