@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from benchmarks.lib.cifar_experiment import (
     load_state,
     save_state,
 )
-from norton_deploy.compression.compress import prune
+from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
@@ -100,7 +100,7 @@ def measure_level(
     """A plan of Table I: decomposed, or pruned from what DECOMPOSED has become; then fine-tuned."""
     plan = CompressionPlan.load(PLANS / f"{name}.yaml")
     if plan.keep:
-        start = prune(copy.deepcopy(experiment.models[DECOMPOSED]).cpu(), plan.keep)
+        start = compress(copy.deepcopy(experiment.models[DECOMPOSED]).cpu(), replace(plan, ranks={}))
     else:
         start = experiment.decomposed(next(iter(plan.ranks.values())))
     compressed = experiment.top1(use_gpu_forms(copy.deepcopy(start).to(experiment.device)))

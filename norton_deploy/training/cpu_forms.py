@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lowering import is_quicker_dense
-from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.training.gpu_forms import RecomposedBlock
 
 LARGEST_MAP = 16
@@ -76,9 +75,9 @@ def use_cpu_forms(model: M) -> M:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CPDBlock):
-            replace_submodule(model, name, CpuBlock.sharing(layer))
+            model.set_submodule(name, CpuBlock.sharing(layer))
         elif type(layer) is nn.Conv2d and _is_plain(layer):
-            replace_submodule(model, name, SmallMapConv2d.sharing(layer))
+            model.set_submodule(name, SmallMapConv2d.sharing(layer))
     return model
 
 

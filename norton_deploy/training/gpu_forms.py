@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.surgery import replace_submodule
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,7 +48,7 @@ def recompose_blocks(model: M) -> M:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CPDBlock):
-            replace_submodule(model, name, RecomposedBlock.sharing(layer))
+            model.set_submodule(name, RecomposedBlock.sharing(layer))
     return model
 
 

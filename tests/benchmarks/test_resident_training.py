@@ -15,7 +15,7 @@ from benchmarks.lib.resident_training import (
     learning_rate,
     train_resident,
 )
-from norton_deploy.compression.compress import compress, prune
+from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.method.plan import CompressionPlan
@@ -86,10 +86,11 @@ def test_gpu_forms_compute_the_same_and_keep_the_parameters_names(vgg: nn.Module
 
 def test_pruning_a_decomposed_model_is_what_compress_does_in_one_go(vgg: nn.Module) -> None:
     decomposed = compress(vgg, CompressionPlan("vgg16_bn", PLAN.ranks))
-    expected, found = compress(vgg, PLAN), prune(decomposed, PLAN.keep)
+    prune_only = CompressionPlan("vgg16_bn", keep=PLAN.keep)
+    expected, found = compress(vgg, PLAN), compress(decomposed, prune_only)
     for (name, part), (_, other) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(part, other), name
-    fast = prune(use_gpu_forms(copy.deepcopy(decomposed)), PLAN.keep)
+    fast = compress(use_gpu_forms(copy.deepcopy(decomposed)), prune_only)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(fast(images), expected(images), rtol=1e-3, atol=1e-4)
     assert isinstance(decomposed.get_submodule("features.0"), CPDBlock)
