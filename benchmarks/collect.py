@@ -21,12 +21,13 @@ INTRODUCTION = """\
 
 Made by `benchmarks/collect.py` from the files in [benchmarks/results](../benchmarks/results); each section names the
 command that made it; its folders below runs/ are to be replaced by one's own data and models. The machine had two CPU
-cores and no GPU: no engine of TensorRT was run, and nothing here was trained or evaluated on COCO-2017 or ImageNet.
-Rows marked as the paper's are quoted, not measured.
+cores and no GPU, but for the two sections about a GPU, which name theirs. No engine of TensorRT was run, and nothing
+here was trained or evaluated on COCO-2017 or ImageNet. Rows marked as the paper's are quoted, not measured.
 """
 SECTIONS = {
     "demo": "The demo: dense and compressed detector on drawn images",
     "table3": "Table III: latency",
+    "gpu": "On a GPU",
     "table3_accuracy": "Table III: accuracy on the embedded data",
     "table3_accuracy_long": "Table III: accuracy after longer fine-tuning",
     "packaged": "Detectors in the package",
@@ -39,6 +40,7 @@ SECTIONS = {
     "table4_rank": "Table IV: rank",
     "table1_cifar": "Table I: VGG-16 on CIFAR-10",
     "table1_cifar_long": "Table I: longer fine-tuning",
+    "cifar_gpu": "CIFAR-10 on a GPU",
     "rivals": "Figure 1: other decompositions and filter choices",
     "keypoint_decoding": "Keypoint decoding in graphs",
     "export_parity": "Exported graphs against eager mode",
@@ -103,8 +105,9 @@ def origin(name: str, results: dict[str, Any]) -> str:
 
 
 def machine(record: dict[str, Any]) -> str:
-    """Processor, cores and threads."""
-    return f"{record['cpu']}, {record['cores']} cores, {record['torch_threads']} threads"
+    """GPU if there was one, processor, cores and threads."""
+    gpu = f"{record['gpu']}, " if record.get("gpu") else ""
+    return f"{gpu}{record['cpu']}, {record['cores']} cores, {record['torch_threads']} threads"
 
 
 def provenances(value: Any) -> Any:

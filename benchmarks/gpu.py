@@ -28,6 +28,7 @@ import torch  # noqa: E402
 
 from benchmarks.lib.cells import RESULTS, ResultCells, run  # noqa: E402
 from benchmarks.lib.gpu_bench import Bench, Skipped  # noqa: E402
+from benchmarks.lib.gpu_report import report  # noqa: E402
 from norton_deploy.errors import UserError  # noqa: E402
 from norton_deploy.structures import TASKS  # noqa: E402
 
@@ -52,7 +53,7 @@ class Settings:
     cells: tuple[str, ...] = ()
     """Only these cells; empty: all."""
     out: Path = RESULTS / "gpu.json"
-    """Results file; what to know at once is written beside it."""
+    """Results file; a Markdown report is written beside it."""
     keep_errors: bool = False
     """Don't try cells again that failed."""
 
@@ -143,23 +144,6 @@ def run_cell(bench: Bench, measure: Callable[[Bench], dict[str, Any]], seconds: 
     if bench.on_gpu:
         cell["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return cell | {"budget_s": seconds}
-
-
-def report(results: ResultCells) -> str:
-    """What to know at once: passed or not, medians and speed-ups of Table III."""
-    found = {name: cell.get("result", cell.get("partial", {})) for name, cell in results.cells.items()}
-    lines = []
-    for name, verdict in found.get("correctness", {}).items():
-        if isinstance(verdict, dict):
-            bad = [stage for stage in verdict.get("stages", []) if not stage["passed"]]
-            off = "; ".join(f"{stage['name']}: {stage['measure']} {stage['worst']:.3g}" for stage in bad)
-            lines.append(f"{name}: {verdict.get('error') or ('passed' if verdict['passed'] else off)}"[:200])
-    for task in TASKS:
-        rows = found.get(f"table3 {task}", {}).get("rows", {})
-        for name, row in rows.items():
-            ratio = row["speedup over eager dense fp32"]["ratio"]
-            lines.append(f"{task} {name}: {row['median_ms']:.2f} ms, {ratio:.2f} x")
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def device_works(bench: Bench) -> bool:
