@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from benchmarks.lib.cifar_experiment import (
     save_state,
 )
 from benchmarks.lib.resident_training import use_gpu_forms
-from norton_deploy.compression.compress import prune
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
+from norton_deploy.method.filter_selection import choose_living_by_angles
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 
@@ -101,7 +101,9 @@ def measure_level(
     """A plan of Table I: decomposed, or pruned from what DECOMPOSED has become; then fine-tuned."""
     plan = CompressionPlan.load(PLANS / f"{name}.yaml")
     if plan.keep:
-        start = prune(copy.deepcopy(experiment.models[DECOMPOSED]).cpu(), plan.keep)
+        start = compress(
+            copy.deepcopy(experiment.models[DECOMPOSED]).cpu(), replace(plan, ranks={}), choose=choose_living_by_angles
+        )
     else:
         start = experiment.decomposed(next(iter(plan.ranks.values())))
     compressed = experiment.top1(use_gpu_forms(copy.deepcopy(start).to(experiment.device)))
