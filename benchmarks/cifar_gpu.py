@@ -32,6 +32,7 @@ from benchmarks.lib.cifar_experiment import (
     save_state,
 )
 from benchmarks.lib.resident_training import use_gpu_forms
+from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
