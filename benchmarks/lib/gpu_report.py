@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from norton_deploy.reporting.report import MODEL_NAMES, Table
-
 from benchmarks.lib.cells import ResultCells, interval, page, tabulate
+from norton_deploy.reporting.report import MODEL_NAMES, Table
 from norton_deploy.structures import TASKS
 
 Found = dict[str, Any]
