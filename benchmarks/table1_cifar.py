@@ -22,8 +22,8 @@ from torch import nn
 
 from benchmarks.lib.cells import RESULTS, ResultCells, page, run, tabulate
 from benchmarks.lib.classifier_recovery import CONTROL, Recovery, RecoverySettings, Teacher, fine_tuning, percent
+from norton_deploy.compression.calibration import make_probes
 from norton_deploy.compression.compress import compress_with_kept
-from norton_deploy.compression.probe import make_probes
 from norton_deploy.compression.refit import refit
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.errors import UserError

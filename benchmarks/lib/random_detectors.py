@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
-from norton_deploy.reporting.provenance import provenance
+from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.latency_budget import Workload
 from norton_deploy.structures import Categories, Task
 
@@ -145,10 +145,7 @@ def calibrate(model: Any, images: Sequence[Path]) -> None:
 
 def timing_table(work: Path) -> TimingTable:
     """This machine's layer times, kept below `work` for the next cells."""
-    origin = provenance()
-    machine: Mapping[str, Any] = origin["machine"]
-    threads = {"cpu": machine["cpu"], "threads": machine["torch_threads"]}
-    return TimingTable(work / "layer_times.json", {**threads, **origin["versions"]})
+    return TimingTable(work / "layer_times.json", machine_values(provenance()))
 
 
 def sgemm_gmacs_per_s() -> list[float]:

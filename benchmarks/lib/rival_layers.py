@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.rivals import LayerCP, ReshapedCP, Rival, RivalFactors, Tucker2, singular_vectors
-from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.errors import UserError
 
 Axes = Literal["none", "horizontal", "vertical", "both"]
@@ -154,7 +153,7 @@ def replace_by_rivals(model: nn.Module, factors: Mapping[str, RivalFactors]) -> 
         conv = model.get_submodule(name)
         if not isinstance(conv, nn.Conv2d):
             raise UserError(f"layer '{name}': a {type(conv).__name__}, expected a convolution")
-        replace_submodule(small, name, rival_sequence(found, conv))
+        small.set_submodule(name, rival_sequence(found, conv))
     return small.train(model.training)
 
 

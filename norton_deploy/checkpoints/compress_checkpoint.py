@@ -7,10 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint
-from norton_deploy.compression.calibration import reestimate_batch_norm
+from norton_deploy.compression.calibration import make_probes, reestimate_batch_norm
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress_with_kept
-from norton_deploy.compression.probe import make_probes
 from norton_deploy.compression.refit import refit
 from norton_deploy.errors import UserError
 from norton_deploy.method.filter_selection import AngleMeasure, choose_by_angles

@@ -13,7 +13,7 @@ from norton_deploy.config import parse_settings
 from norton_deploy.cost.form_tuning import CPU, TimingTable
 from norton_deploy.files import check_output_file
 from norton_deploy.reporting.plan_report import verdict, write_plan_report
-from norton_deploy.reporting.provenance import provenance
+from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 
 
@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="plan", description=__doc__ or "")
     check_output_file(settings.json, "--json")
     out, origin = settings.out, provenance()
-    machine = {"cpu": origin["machine"]["cpu"], "threads": origin["machine"]["torch_threads"], **origin["versions"]}
-    table = TimingTable(out.with_suffix(".times.json"), machine, settings.provider)
+    table = TimingTable(out.with_suffix(".times.json"), machine_values(origin), settings.provider)
     with tqdm(desc="sensitivity", unit="choice", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -1,12 +1,16 @@
-"""Calibration by a few images: BatchNorm statistics, and random detectors that detect something.
+"""A few images through a model: its stages on fixed inputs, BatchNorm statistics, calibrated random detectors.
+
+Proposals and detections depend on the weights. In a `Probe` the boxes are given, so that a dense model and its
+compressed copy see the same regions and every difference between their tensors is a difference of their layers.
 
 A freshly initialised detector overflows fp16 (its residual stream doubles at every block) and finds nothing (every
 class scores 1 / classes). Both make an export look fine, or broken, for the wrong reason.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.compress import build_detector
-from norton_deploy.compression.surgery import replace_submodule
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
@@ -25,12 +28,90 @@ from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings, ModelSettings
 from norton_deploy.structures import Task
 
-BATCH = 16
+PROBE_BATCH = 8
+NORM_BATCH = 16
+BOXES_PER_IMAGE = 64
+HEAD_BOXES_PER_IMAGE = 16
 LOGIT_SPREAD = 2.0
 """Standard deviation that objectness, class and mask logits are scaled to."""
 BRANCH_GAIN = 0.25
 """Share of a residual branch beside its identity; with 1, rounding errors grow from block to block as in no
 trained network, and the comparison with eager mode would measure that."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One batch of inputs.
+
+    Attributes:
+        pixels: float32 [B, 3, H, W], normalised, padded.
+        image_sizes: (height, width) of each image inside the padding.
+        boxes: float32 [K, 4] xyxy in pixels per image; empty for a classifier.
+    """
+
+    pixels: Tensor
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    boxes: tuple[Tensor, ...] = ()
+
+
+@torch.no_grad()
+def make_probes(
+    dense: nn.Module,
+    images: Iterable[Tensor],
+    settings: ModelSettings,
+    *,
+    batch: int = PROBE_BATCH,
+    boxes: int = BOXES_PER_IMAGE,
+) -> Iterator[Probe]:
+    """Batches of images, prepared as the model itself prepares them.
+
+    Args:
+        dense: in evaluation mode; a detector supplies its own best proposals as the boxes.
+        images: float [3, H, W], 0..1 RGB, of any sizes.
+        settings: of the model; a classifier's images are resized to its input size.
+        batch: images per probe.
+        boxes: proposals per image.
+    """
+    stream = iter(images)
+    while part := list(islice(stream, batch)):
+        prepared = settings.prepare(part)
+        if not is_detector(dense):
+            yield Probe(prepared.tensors)
+            continue
+        detector: Any = dense
+        proposals, _ = detector.rpn(prepared, detector.backbone(prepared.tensors))
+        sizes = tuple((int(height), int(width)) for height, width in prepared.image_sizes)
+        yield Probe(prepared.tensors, sizes, tuple(found[:boxes].clone() for found in proposals))
+
+
+def run_stages(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
+    """The outputs by which a model is judged.
+
+    Returns:
+        A classifier's "logits" [B, classes]; a detector's "fpn.LEVEL" feature maps [B, C, H, W],
+        "rpn_logits.LEVEL", "rpn_deltas.LEVEL", "class_logits" and "box_deltas" of all boxes, and "masks" or
+        "heatmaps" of the first 16 boxes of each image.
+    """
+    if not is_detector(model):
+        return {"logits": model(probe.pixels)}
+    detector: Any = model
+    maps = detector.backbone(probe.pixels)
+    outputs = {f"fpn.{name}": value for name, value in maps.items()}
+    logits, deltas = detector.rpn.head(list(maps.values()))
+    for level, (score, delta) in enumerate(zip(logits, deltas, strict=True)):
+        outputs |= {f"rpn_logits.{level}": score, f"rpn_deltas.{level}": delta}
+    heads = detector.roi_heads
+    sizes, boxes = list(probe.image_sizes), list(probe.boxes)
+    few = [found[:HEAD_BOXES_PER_IMAGE] for found in boxes]
+    features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes))
+    outputs["class_logits"], outputs["box_deltas"] = heads.box_predictor(features)
+    if heads.has_mask():
+        outputs["masks"] = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, few, sizes)))
+    if heads.has_keypoint():
+        pooled = heads.keypoint_head(heads.keypoint_roi_pool(maps, few, sizes))
+        # Without the resizing after it, which adds numbers but no information.
+        outputs["heatmaps"] = heads.keypoint_predictor.kps_score_lowres(pooled)
+    return outputs
 
 
 @torch.no_grad()
@@ -55,7 +136,7 @@ def reestimate_batch_norm(model: nn.Module, images: Iterable[Tensor], settings: 
     model.eval()
     frozen = {name: layer for name, layer in model.named_modules() if isinstance(layer, FrozenBatchNorm2d)}
     for name, layer in frozen.items():
-        replace_submodule(model, name, _thawed(layer))
+        model.set_submodule(name, _thawed(layer))
     live = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in live]
     for layer in live:
@@ -65,7 +146,7 @@ def reestimate_batch_norm(model: nn.Module, images: Iterable[Tensor], settings: 
     network = model.get_submodule("backbone") if is_detector(model) else model
     count = 0
     stream = iter(images)
-    while batch := list(islice(stream, BATCH)):
+    while batch := list(islice(stream, NORM_BATCH)):
         prepared = settings.prepare(batch)
         # The part that all images fill: the padding of the smaller ones would count as image.
         height, width = (min(sides) for sides in zip(*prepared.image_sizes, strict=True))
@@ -77,7 +158,7 @@ def reestimate_batch_norm(model: nn.Module, images: Iterable[Tensor], settings: 
         estimated = model.get_submodule(name)
         layer.running_mean.copy_(_tensor(estimated.running_mean))
         layer.running_var.copy_(_tensor(estimated.running_var))
-        replace_submodule(model, name, layer)
+        model.set_submodule(name, layer)
     model.train(was_training)
     if count == 0:
         raise UserError("BatchNorm re-estimation: no images were given")

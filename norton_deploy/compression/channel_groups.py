@@ -1,22 +1,26 @@
-"""Which layers share a channel axis: who writes it, who normalises it, who reads it.
+"""Which layers share a channel axis, who writes it, normalises it and reads it; and cutting channels out of them.
 
 A filter can only be pruned everywhere at once. The convolutions whose outputs are added together (the
 last convolutions and the downsampling of a residual stage, the lateral convolutions of a feature pyramid)
 therefore form one group with one set of kept filters, and every layer that reads those channels loses the
-same input channels.
+same input channels. The small layer's numbers are the large layer's, nothing else.
 """
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.models.classifiers import GROUPS
 
+NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
 PYRAMID_GROUP = "backbone.fpn.layer_blocks"
 """The channels of a detector's feature pyramid, which the RPN and all RoI heads read."""
 
@@ -121,35 +125,31 @@ def resnet_groups(
     yield stream()
 
 
-def sequential_groups(
-    model: nn.Module, layers: list[tuple[str, str | None]], columns: dict[str, int]
-) -> Iterator[ChannelGroup]:
-    """Groups of a plain chain of layers, each given with its normalisation; the last one is not pruned.
+def chain_groups(layers: Sequence[str], norms: Mapping[str, str] | None = None) -> Iterator[ChannelGroup]:
+    """Groups of a plain chain of layers, in the order of the data; the last one is not pruned.
 
     Args:
-        model: only used to check that the layers exist.
-        layers: (layer name, name of its normalisation or None), in the order of the data.
-        columns: layer name -> input features per channel of the layer before, where it is not 1.
+        layers: their names.
+        norms: layer -> its normalisation, for those that have one.
     """
-    for (layer, norm), (following, _) in itertools.pairwise(layers):
-        model.get_submodule(layer)
-        yield ChannelGroup(
-            layer, (layer,), () if norm is None else (norm,), (Reader(following, columns.get(following, 1)),)
-        )
+    for layer, following in itertools.pairwise(layers):
+        norm = (norms or {}).get(layer)
+        yield ChannelGroup(layer, (layer,), () if norm is None else (norm,), (Reader(following),))
 
 
 def classifier_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     """Channel groups of a classifier: a ResNet, or a VGG with `features` and `classifier`."""
     if hasattr(model, "layer4"):
         return tuple(resnet_groups(model, stage_readers={"layer4": (Reader("fc"),)}))
-    layers: list[tuple[str, str | None]] = []
+    layers: list[str] = []
+    norms: dict[str, str] = {}
     for part in ("features", "classifier"):
         for index, layer in model.get_submodule(part).named_children():
             if isinstance(layer, nn.Conv2d | nn.Linear | CPDBlock):
-                layers.append((f"{part}.{index}", None))
+                layers.append(f"{part}.{index}")
             elif isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
-                layers[-1] = (layers[-1][0], f"{part}.{index}")
-    return tuple(sequential_groups(model, layers, columns={}))
+                norms[layers[-1]] = f"{part}.{index}"
+    return tuple(chain_groups(layers, norms))
 
 
 def detector_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
@@ -183,11 +183,7 @@ def detector_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(f"roi_heads.{name}")
-    except AttributeError:
-        return False
-    return True
+    return any(found == f"roi_heads.{name}" for found, _ in model.named_modules())
 
 
 def _head_groups(model: nn.Module) -> Iterator[ChannelGroup]:
@@ -196,29 +192,105 @@ def _head_groups(model: nn.Module) -> Iterator[ChannelGroup]:
     The rows of fc6 and fc7 are filters: pruning makes these layers small, so they are not factorised as well.
     """
     chain = [f"rpn.head.conv.{index}.0" for index, _ in model.get_submodule("rpn.head.conv").named_children()]
-    for layer, following in itertools.pairwise(chain):
-        yield ChannelGroup(layer, (layer,), (), (Reader(following),))
+    yield from chain_groups(chain)
     yield ChannelGroup(chain[-1], (chain[-1],), (), (Reader("rpn.head.cls_logits"), Reader("rpn.head.bbox_pred")))
     heads = "roi_heads."
-    yield ChannelGroup(f"{heads}box_head.fc6", (f"{heads}box_head.fc6",), (), (Reader(f"{heads}box_head.fc7"),))
-    yield ChannelGroup(
-        f"{heads}box_head.fc7",
-        (f"{heads}box_head.fc7",),
-        (),
-        (Reader(f"{heads}box_predictor.cls_score"), Reader(f"{heads}box_predictor.bbox_pred")),
-    )
+    fc6, fc7, predictor = f"{heads}box_head.fc6", f"{heads}box_head.fc7", f"{heads}box_predictor"
+    yield from chain_groups((fc6, fc7))
+    yield ChannelGroup(fc7, (fc7,), (), (Reader(f"{predictor}.cls_score"), Reader(f"{predictor}.bbox_pred")))
     if _has(model, "mask_head"):
-        head = model.get_submodule(f"{heads}mask_head")
-        convs = [f"{heads}mask_head.{index}.0" for index, _ in head.named_children()]
-        predictor = f"{heads}mask_predictor"
-        chain = [*convs, f"{predictor}.conv5_mask", f"{predictor}.mask_fcn_logits"]
-    elif _has(model, "keypoint_head"):
-        head = model.get_submodule(f"{heads}keypoint_head")
-        convs = [
-            f"{heads}keypoint_head.{index}" for index, layer in head.named_children() if not isinstance(layer, nn.ReLU)
-        ]
-        chain = [*convs, f"{heads}keypoint_predictor.kps_score_lowres"]
+        layers = model.get_submodule(f"{heads}mask_head").named_children()
+        convs = [f"{heads}mask_head.{index}.0" for index, _ in layers]
+        yield from chain_groups([*convs, f"{heads}mask_predictor.conv5_mask", f"{heads}mask_predictor.mask_fcn_logits"])
+    if _has(model, "keypoint_head"):
+        layers = model.get_submodule(f"{heads}keypoint_head").named_children()
+        convs = [f"{heads}keypoint_head.{index}" for index, layer in layers if not isinstance(layer, nn.ReLU)]
+        yield from chain_groups([*convs, f"{heads}keypoint_predictor.kps_score_lowres"])
+
+
+def output_width(layer: nn.Module) -> int:
+    """Number of filters of a convolution, linear layer or CPDBlock."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    return int(cast(nn.Conv2d | CPDBlock, layer).out_channels)
+
+
+def filter_rows(layer: nn.Module) -> Tensor:
+    """The filters of a plain layer as vectors [O, ...flattened]: what the angles of 1x1 filters compare."""
+    weight = cast(Tensor, layer.weight)
+    if isinstance(layer, nn.ConvTranspose2d):
+        weight = weight.transpose(0, 1)
+    return weight.detach().flatten(1)
+
+
+def cut_outputs(layer: nn.Module, kept: Tensor) -> nn.Module:
+    """A copy of `layer` with only the filters (or normalised channels) `kept` [O'] (int64).
+
+    Raises:
+        TypeError: a layer of another kind, or a grouped convolution.
+    """
+    if isinstance(layer, CPDBlock):
+        return layer.select_filters(kept)
+    small = copy.deepcopy(layer)
+    if isinstance(small, NORMS):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            _take(small, name, kept, dim=0)
+        if isinstance(small, nn.GroupNorm):
+            small.num_channels = len(kept)
+            small.num_groups = int(torch.gcd(torch.tensor(GROUPS), torch.tensor(len(kept))))
+        elif isinstance(small, nn.modules.batchnorm._BatchNorm):
+            small.num_features = len(kept)
+        return small
+    _require_plain(layer)
+    _take(small, "weight", kept, dim=1 if isinstance(small, nn.ConvTranspose2d) else 0)
+    _take(small, "bias", kept, dim=0)
+    if isinstance(small, nn.Linear):
+        small.out_features = len(kept)
     else:
+        cast(nn.Conv2d | nn.ConvTranspose2d, small).out_channels = len(kept)
+    return small
+
+
+def cut_inputs(layer: nn.Module, kept: Tensor, columns: int = 1) -> nn.Module:
+    """A copy of `layer` that reads only the input channels `kept` [I'] (int64).
+
+    Args:
+        layer: convolution, transposed convolution, linear layer or CPDBlock.
+        kept: kept channels, ascending.
+        columns: input features of a linear layer per channel (height x width of a flattened map,
+            channels first).
+
+    Raises:
+        TypeError: a layer of another kind, or a grouped convolution.
+    """
+    if isinstance(layer, CPDBlock):
+        return layer.select_inputs(kept)
+    _require_plain(layer)
+    small = copy.deepcopy(layer)
+    if isinstance(small, nn.Linear):
+        features = (kept[:, None] * columns + torch.arange(columns)[None, :]).flatten()
+        _take(small, "weight", features, dim=1)
+        small.in_features = len(features)
+    else:
+        _take(small, "weight", kept, dim=0 if isinstance(small, nn.ConvTranspose2d) else 1)
+        cast(nn.Conv2d | nn.ConvTranspose2d, small).in_channels = len(kept)
+    return small
+
+
+def _require_plain(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Linear):
         return
-    for layer, following in itertools.pairwise(chain):
-        yield ChannelGroup(layer, (layer,), (), (Reader(following),))
+    if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or layer.groups != 1:
+        raise TypeError(f"cannot cut channels out of {layer}; expected an ungrouped convolution or a linear layer")
+
+
+def _take(layer: nn.Module, name: str, index: Tensor, dim: int) -> None:
+    """Replace one tensor of `layer` by its entries `index` along `dim`; absent tensors stay absent."""
+    tensor = getattr(layer, name, None)
+    if tensor is None:
+        return
+    part = tensor.detach().index_select(dim, index.to(tensor.device)).clone()
+    if isinstance(tensor, nn.Parameter):
+        setattr(layer, name, nn.Parameter(part, requires_grad=tensor.requires_grad))
+    else:
+        layer.register_buffer(name, part)

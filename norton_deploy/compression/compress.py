@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from norton_deploy.compression.channel_groups import PYRAMID_GROUP, ChannelGroup, channel_groups, is_detector
+from norton_deploy.compression.channel_groups import (
+    PYRAMID_GROUP,
+    ChannelGroup,
+    channel_groups,
+    cut_inputs,
+    cut_outputs,
+    filter_rows,
+    is_detector,
+    output_width,
+)
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.surgery import cut_inputs, cut_outputs, filter_rows, output_width, replace_submodule
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters, max_rank
 from norton_deploy.method.filter_selection import FilterChoice, choose_by_angles
@@ -132,7 +140,7 @@ def compress_with_kept(
     for name, rank in plan.ranks.items():
         conv = _convolution(model, name)
         factors = decompose_filters(conv.weight.detach(), rank, seed=seed, starts=starts)
-        replace_submodule(small, name, CPDBlock.from_factors(factors, conv))
+        small.set_submodule(name, CPDBlock.from_factors(factors, conv))
         report(name, steps)
     groups = channel_groups(model)
     kept = _chosen_filters(small, groups, plan.keep, choose, lambda name: report(name, steps))
@@ -141,20 +149,6 @@ def compress_with_kept(
         if any(not parameter.requires_grad for parameter in layer.parameters(recurse=False)):
             small.get_submodule(name).requires_grad_(False)
     return Compressed(small.train(model.training), kept)
-
-
-def prune(model: nn.Module, keep: Mapping[str, int], *, choose: FilterChoice = choose_by_angles) -> nn.Module:
-    """Phase 2 of `compress` alone, on a copy of a model that may have been decomposed and fine-tuned before.
-
-    Args:
-        model: classifier or detector; it is not changed.
-        keep: kept filters of every group to prune, as in a plan.
-        choose: see `compress`.
-    """
-    small = copy.deepcopy(model)
-    groups = channel_groups(small)
-    _cut_groups(small, groups, _chosen_filters(small, groups, keep, choose, lambda name: None))
-    return small
 
 
 def apply_structure(model: nn.Module, plan: CompressionPlan) -> nn.Module:
@@ -167,17 +161,8 @@ def apply_structure(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     groups = channel_groups(model)
     for name, rank in plan.ranks.items():
         conv = _convolution(model, name)
-        block = CPDBlock(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            rank,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            bias=conv.bias is not None,
-        )
-        replace_submodule(model, name, block)
+        block = CPDBlock.shaped_like(conv, conv.in_channels, conv.out_channels, rank)
+        model.set_submodule(name, block)
     kept = {
         name: torch.arange(count)
         for name, count in plan.keep.items()
@@ -210,10 +195,10 @@ def _cut_groups(model: nn.Module, groups: dict[str, ChannelGroup], kept: dict[st
     for name, index in kept.items():
         group = groups[name]
         for layer in (*group.producers, *group.norms):
-            replace_submodule(model, layer, cut_outputs(model.get_submodule(layer), index))
+            model.set_submodule(layer, cut_outputs(model.get_submodule(layer), index))
         for reader in group.readers:
             small = cut_inputs(model.get_submodule(reader.layer), index, reader.columns)
-            replace_submodule(model, reader.layer, small)
+            model.set_submodule(reader.layer, small)
         if name == PYRAMID_GROUP:
             cast(BackboneWithFPN, model.get_submodule("backbone")).out_channels = len(index)
 

@@ -63,26 +63,23 @@ class CPDBlock(nn.Module):
         column: Padding = "same" if self.padding == "same" else (self.padding[0], 0)
         self.pointwise = nn.Conv2d(in_channels, width, 1, **factory)
         self.horizontal = nn.Conv2d(
-            width,
-            width,
-            (1, kernel_w),
-            stride=(1, self.stride[1]),
-            padding=row,
-            dilation=(1, self.dilation[1]),
-            groups=width,
-            **factory,
-        )
+            width, width, (1, kernel_w), stride=(1, self.stride[1]), padding=row, dilation=(1, self.dilation[1]),
+            groups=width, **factory,
+        )  # fmt: skip
         self.vertical = nn.Conv2d(
-            width,
-            width,
-            (kernel_h, 1),
-            stride=(self.stride[0], 1),
-            padding=column,
-            dilation=(self.dilation[0], 1),
-            groups=width,
-            **factory,
-        )
+            width, width, (kernel_h, 1), stride=(self.stride[0], 1), padding=column, dilation=(self.dilation[0], 1),
+            groups=width, **factory,
+        )  # fmt: skip
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def shaped_like(cls, like: "nn.Conv2d | CPDBlock", in_channels: int, out_channels: int, rank: int) -> "CPDBlock":
+        """A block with meaningless weights: geometry, dtype and device of `like`, and a bias if that has one."""
+        weight = like.weight if isinstance(like, nn.Conv2d) else like.pointwise.weight
+        return cls(
+            in_channels, out_channels, like.kernel_size, rank, like.stride, like.padding, like.dilation,
+            bias=like.bias is not None, device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
 
     @classmethod
     def from_factors(cls, factors: CPFactors, conv: nn.Conv2d) -> "CPDBlock":
@@ -163,19 +160,7 @@ class CPDBlock(nn.Module):
         kernel_h, kernel_w = factors.A.shape[1], factors.B.shape[1]
         if (kernel_h, kernel_w) != tuple(like.kernel_size):
             raise ValueError(f"factors for {kernel_h}x{kernel_w} kernels, a layer with {like.kernel_size}")
-        weight = like.weight if isinstance(like, nn.Conv2d) else like.pointwise.weight
-        block = cls(
-            in_channels,
-            out_channels,
-            (kernel_h, kernel_w),
-            rank,
-            stride=like.stride,
-            padding=like.padding,
-            dilation=like.dilation,
-            bias=bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        block = cls.shaped_like(like, in_channels, out_channels, rank)
         block.load_factors(factors)
         if block.bias is not None and bias is not None:
             with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.compression.cpd_block import CPDBlock, Padding, Pair
+from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 
 Form = Literal["separable", "grouped", "dense"]
@@ -50,43 +50,14 @@ def lower_block(block: CPDBlock, norm: FoldableNorm | None = None, form: Form = 
         A, B, C = factors.A.double(), factors.B.double(), factors.C.double()
         scale, shift = _affine(block.out_channels, block.bias, norm)
         if form == "dense":
-            weight = torch.einsum("ohr,owr,oir->oihw", A, B, C)
-            return _conv(block, _scaled(weight, scale), shift, block.stride, block.padding, block.dilation)
-
-        pointwise = _conv(block, C.mT.flatten(0, 1)[:, :, None, None], None)
+            return _conv(block, _scaled(torch.einsum("ohr,owr,oir->oihw", A, B, C), scale), shift)
+        pointwise = _conv(block.pointwise, C.mT.flatten(0, 1)[:, :, None, None])
         if form == "grouped":
-            weight = torch.einsum("ohr,owr->orhw", A, B)
-            grouped = _conv(
-                block,
-                _scaled(weight, scale),
-                shift,
-                block.stride,
-                block.padding,
-                block.dilation,
-                groups=block.out_channels,
-            )
-            return nn.Sequential(pointwise, grouped).eval()
-
-        row: Padding = "same" if block.padding == "same" else (0, block.padding[1])
-        column: Padding = "same" if block.padding == "same" else (block.padding[0], 0)
-        horizontal = _conv(
-            block,
-            B.mT.flatten(0, 1)[:, None, None, :],
-            None,
-            (1, block.stride[1]),
-            row,
-            (1, block.dilation[1]),
-            groups=block.rank * block.out_channels,
-        )
-        vertical = _conv(
-            block,
-            _scaled(A.mT[..., None], scale),
-            shift,
-            (block.stride[0], 1),
-            column,
-            (block.dilation[0], 1),
-            groups=block.out_channels,
-        )
+            kernels = _scaled(torch.einsum("ohr,owr->orhw", A, B), scale)
+            return nn.Sequential(pointwise, _conv(block, kernels, shift, block.out_channels)).eval()
+        rows = B.mT.flatten(0, 1)[:, None, None, :]
+        horizontal = _conv(block.horizontal, rows, groups=block.rank * block.out_channels)
+        vertical = _conv(block.vertical, _scaled(A.mT[..., None], scale), shift, block.out_channels)
         return nn.Sequential(pointwise, horizontal, vertical).eval()
 
 
@@ -98,22 +69,7 @@ def fold_norm(conv: nn.Conv2d, norm: FoldableNorm) -> nn.Conv2d:
     """
     with torch.no_grad():
         scale, shift = _affine(conv.out_channels, conv.bias, norm)
-        folded = nn.utils.skip_init(
-            nn.Conv2d,
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
-        folded.weight.copy_(_scaled(conv.weight.double(), scale))
-        folded.bias.copy_(shift)
-    return folded.requires_grad_(False).eval()
+        return _conv(conv, _scaled(conv.weight.double(), scale), shift, conv.groups)
 
 
 def _affine(channels: int, bias: Tensor | None, norm: FoldableNorm | None) -> tuple[Tensor | None, Tensor | None]:
@@ -139,30 +95,14 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
     return weight if scale is None else weight * scale.view(-1, *[1] * (weight.ndim - 1))
 
 
-def _conv(
-    block: CPDBlock,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Pair = (1, 1),
-    padding: Padding = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
-) -> nn.Conv2d:
-    """A Conv2d with these numbers, in the dtype and on the device of the block."""
-    like = block.pointwise.weight
+def _conv(like: nn.Conv2d | CPDBlock, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> nn.Conv2d:
+    """A Conv2d with these numbers, and the stride, padding, dilation, dtype and device of `like`."""
+    own = like.weight if isinstance(like, nn.Conv2d) else like.pointwise.weight
     conv = nn.utils.skip_init(
-        nn.Conv2d,
-        weight.shape[1] * groups,
-        weight.shape[0],
-        tuple(weight.shape[2:]),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        bias=bias is not None,
-        device=like.device,
-        dtype=like.dtype,
-    )
+        nn.Conv2d, weight.shape[1] * groups, len(weight), tuple(weight.shape[2:]),
+        stride=like.stride, padding=like.padding, dilation=like.dilation, groups=groups, bias=bias is not None,
+        padding_mode=like.padding_mode if isinstance(like, nn.Conv2d) else "zeros", device=own.device, dtype=own.dtype,
+    )  # fmt: skip
     conv.weight.copy_(weight)
     if bias is not None:
         conv.bias.copy_(bias)

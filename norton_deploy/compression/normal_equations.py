@@ -5,6 +5,7 @@ patches p and H = sum p y^T with the wanted outputs y. Errors and their minimise
 form, for a plain layer and for one CP factor at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,12 +81,7 @@ class NormalEquations:
     def merged(self, other: "NormalEquations") -> "NormalEquations":
         """The sums over the samples of both."""
         return NormalEquations(
-            self.samples + other.samples,
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.energy + other.energy,
-            self.input_sum + other.input_sum,
-            self.output_sum + other.output_sum,
+            *(own + more for own, more in zip(vars(self).values(), vars(other).values(), strict=True))
         )
 
     def bias(self, weight: Tensor) -> Tensor:
@@ -177,9 +173,10 @@ def _horizontal_factor(
     return A, fitted, C
 
 
-def _small_factor(equations: NormalEquations, factor: Tensor, ridge: float, embedding: object) -> Tensor:
+def _small_factor(
+    equations: NormalEquations, factor: Tensor, ridge: float, embedding: Callable[[slice], Tensor]
+) -> Tensor:
     """Best factor [O, K, R], whose effect on the weights is linear: weights [I, Kh, Kw] = embedding @ factor."""
-    assert callable(embedding)
     filters, size, rank = factor.shape
     features = len(equations.gram)
     fitted = torch.empty_like(factor)

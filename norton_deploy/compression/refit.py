@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression.calibration import Probe, run_stages
 from norton_deploy.compression.channel_groups import channel_groups
 from norton_deploy.compression.compress import Progress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.normal_equations import RIDGES, NormalEquations, fit_factors
-from norton_deploy.compression.probe import Probe, run_stages
 from norton_deploy.method.cp import CPFactors
 
 SAMPLES = 8192

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.compression.channel_groups import is_detector
+from norton_deploy.compression.channel_groups import NORMS, is_detector
 from norton_deploy.compression.cpd_block import CPDBlock, Pair
 from norton_deploy.compression.lowering import Form
 from norton_deploy.models.detectors import ModelSettings
@@ -60,17 +60,13 @@ class LayerShape:
         if not plain and not isinstance(layer, CPDBlock):
             raise TypeError(f"cannot time a layer of class {type(layer).__name__}")
         found: Any = layer
+        kind: LayerKind = "transposed" if isinstance(layer, nn.ConvTranspose2d) else "conv"
+        rank = layer.rank if isinstance(layer, CPDBlock) else 0
+        size = (input_shape[0], input_shape[2], input_shape[3])
         return cls(
-            "transposed" if isinstance(layer, nn.ConvTranspose2d) else "conv",
-            found.in_channels,
-            found.out_channels,
-            tuple(found.kernel_size),
-            tuple(found.stride),
-            tuple(found.padding),
-            tuple(found.dilation),
-            layer.rank if isinstance(layer, CPDBlock) else 0,
-            (input_shape[0], input_shape[2], input_shape[3]),
-        )
+            kind, found.in_channels, found.out_channels, found.kernel_size, found.stride, found.padding, found.dilation,
+            rank, size,
+        )  # fmt: skip
 
     def resized(self, in_channels: int, out_channels: int, rank: int) -> "LayerShape":
         """The same layer with other widths and another rank."""
@@ -158,9 +154,6 @@ def layer_calls(
     return calls
 
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
-
-
 @dataclass(frozen=True)
 class LayerComplexity:
     """One layer: its name, class name, MACs over all calls, parameters, and last output's shape."""
@@ -202,7 +195,7 @@ def layer_macs(layer: nn.Module, output: Tensor) -> int:
         return output.numel() * (layer.in_channels // layer.groups) * kernel // outputs_per_input
     if isinstance(layer, nn.Linear):
         return output.numel() * layer.in_features
-    if isinstance(layer, _NORMS):
+    if isinstance(layer, NORMS):
         return 0
     raise TypeError(f"no MAC count for a layer of class {type(layer).__name__}; add it to layer_macs")
 
@@ -247,14 +240,8 @@ def count_complexity(
         layer.register_forward_hook(record)
     run_on_meta(shadow, image_size, proposals, detections)
     layers = tuple(
-        LayerComplexity(
-            names[layer],
-            type(layer).__name__,
-            macs.get(names[layer], 0),
-            layer_params(layer),
-            shapes.get(names[layer], ()),
-        )
-        for layer in counted
+        LayerComplexity(name, type(layer).__name__, macs.get(name, 0), layer_params(layer), shapes.get(name, ()))
+        for name, layer in ((names[layer], layer) for layer in counted)
     )
     params = sum(layer_params(layer) for layer in shadow.modules())
     proposals, detections = (proposals, detections) if is_detector(shadow) else (0, 0)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from norton_deploy.export.heatmap_axis import BORDER, NOWHERE, PIECE_HULL, PIECES, Axis, Tables, lay_out, search_tables
+from norton_deploy.export.static_boxes import gather_rows
 
 
 def best_pixel(
@@ -59,10 +60,12 @@ def best_pixel(
     )
 
     # A piece without pixels has weights that sum to 1 as well: values far below all others keep it out.
-    values = take_rows(values, slot) + torch.where(bound < NOWHERE / 2, NOWHERE, 0.0).reshape(-1, 1)
+    values = gather_rows(values, slot.flatten(1)).flatten(0, 1) + torch.where(
+        bound < NOWHERE / 2, NOWHERE, 0.0
+    ).reshape(-1, 1)
     side = x_axis.weights.shape[2]
-    x_weights = take_rows(x_axis.weights.flatten(2), x_piece).reshape(-1, side, 4)
-    y_weights = take_rows(y_axis.weights.flatten(2), y_piece).reshape(-1, side, 4)
+    x_weights = gather_rows(x_axis.weights.flatten(2), x_piece.flatten(1)).reshape(-1, side, 4)
+    y_weights = gather_rows(y_axis.weights.flatten(2), y_piece.flatten(1)).reshape(-1, side, 4)
     pixels = torch.bmm(torch.bmm(y_weights, values.reshape(-1, 4, 4)), x_weights.transpose(1, 2))
 
     score, best = pixels.reshape(count, keypoints, -1).topk(1, dim=-1)
@@ -129,7 +132,8 @@ def best_pieces(
     controls = (values.reshape(-1, 16) @ hull).reshape(-1, 1, side, side)
     bound = F.max_pool2d(controls, kernel_size=PIECES + 1, stride=PIECES).reshape(-1, PIECES, PIECES)
     bound = bound.minimum(block_bound.reshape(-1, 1, 1))
-    y_outside, x_outside = take_rows(y_axis.emptiness(), y_block), take_rows(x_axis.emptiness(), x_block)
+    y_outside = gather_rows(y_axis.emptiness(), y_block.flatten(1)).flatten(0, 1)
+    x_outside = gather_rows(x_axis.emptiness(), x_block.flatten(1)).flatten(0, 1)
     bound = bound + (y_outside[:, :, None] + x_outside[:, None, :])
     bound = bound.reshape(count, keypoints, found * PIECES * PIECES)
     piece_bound, index = bound.topk(min(pieces, bound.shape[2]), dim=-1)

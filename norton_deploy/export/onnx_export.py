@@ -75,7 +75,23 @@ def export_onnx(
     model = translate(detector).model
     simplify(model)
     outputs = [value for value in model.graph.outputs if not str(value.name).startswith(STAGE_PREFIX)]
-    contract = describe(detector, outputs, categories, precision, weights_sha256, letterbox)
+    settings = detector.settings
+    contract = GraphContract(
+        task=detector.task,
+        image_size=settings.image_size,
+        input_size=settings.input_size or settings.image_size,
+        batch=settings.batch,
+        max_detections=detector.max_detections,
+        categories=categories,
+        input_dtype=settings.input_dtype,
+        outputs=tuple(map(_output_tensor, outputs)),
+        target=settings.target,
+        precision=precision,
+        resize="graph" if settings.input_size is not None else "letterbox" if letterbox else "none",
+        weights_sha256=weights_sha256,
+        score_threshold=detector.box_head.score_thresh,
+        mask_paste=detector.mask_paste,
+    )
     model.metadata_props[METADATA_KEY] = json.dumps(contract.to_json())
     try:
         proto = onnx_ir.to_proto(model)
@@ -214,36 +230,6 @@ def _constant(values: Any) -> Any:
     return op.Constant(value=numpy_helper.from_array(values))
 
 
-def describe(
-    detector: StaticRCNN,
-    outputs: list[Any],
-    categories: Categories,
-    precision: Precision,
-    weights_sha256: str,
-    letterbox: bool,
-) -> GraphContract:
-    """The graph's contract; `outputs` are the graph's output values."""
-    settings = detector.settings
-    return GraphContract(
-        task=detector.task,
-        image_size=settings.image_size,
-        input_size=settings.input_size or settings.image_size,
-        batch=settings.batch,
-        max_detections=detector.max_detections,
-        categories=categories,
-        input_dtype=settings.input_dtype,
-        outputs=tuple(
-            OutputTensor(
-                str(value.name),
-                str(value.dtype).rpartition(".")[2].lower(),
-                tuple(int(side) for side in value.shape),
-            )
-            for value in outputs
-        ),
-        target=settings.target,
-        precision=precision,
-        resize="graph" if settings.input_size is not None else "letterbox" if letterbox else "none",
-        weights_sha256=weights_sha256,
-        score_threshold=detector.box_head.score_thresh,
-        mask_paste=detector.mask_paste,
-    )
+def _output_tensor(value: Any) -> OutputTensor:
+    dtype = str(value.dtype).rpartition(".")[2].lower()
+    return OutputTensor(str(value.name), dtype, tuple(int(side) for side in value.shape))

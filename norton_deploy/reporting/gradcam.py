@@ -26,7 +26,6 @@ from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.compress import BODY
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
-from norton_deploy.models.classifiers import ClassifierSettings
 
 DENSE = "dense"
 STAGES = ("layer2", "layer3", "layer4")
@@ -93,14 +92,6 @@ def explained_layers(model: nn.Module) -> list[str]:
         if isinstance(model.get_submodule(f"features.{second}"), nn.MaxPool2d)
     ]
     return [f"features.{name}" for name in [*before, names[-1]][-3:]]
-
-
-def ask_classifier(dense: nn.Module, image: Tensor, settings: ClassifierSettings) -> Question:
-    """The class that the dense model predicts for an image, float32 [3, H, W] in 0..1 RGB."""
-    pixels = settings.prepare([image]).tensors
-    with torch.no_grad():
-        label = int(dense(pixels).argmax())
-    return Question(pixels, _picture(pixels[0], settings.image_mean, settings.image_std), label)
 
 
 def ask_detector(detectors: Sequence[nn.Module], image: Tensor, box: Box | None = None) -> Question | None:
@@ -270,11 +261,16 @@ def compare_gradcam(
 
 
 def _ask(models: Mapping[str, Checkpoint], image: Tensor, box: Box | None) -> Question | None:
-    """What the models are to explain in an image."""
-    if models[DENSE].header.task == "cls":
+    """What the models are to explain in an image: of classifiers the class that the dense one predicts."""
+    dense = models[DENSE]
+    if dense.header.task == "cls":
         if box is not None:
             raise UserError("--box: goes with detectors, not with a classifier")
-        return ask_classifier(models[DENSE].model, image, models[DENSE].header.classifier)
+        settings = dense.header.classifier
+        pixels = settings.prepare([image]).tensors
+        with torch.no_grad():
+            label = int(dense.model(pixels).argmax())
+        return Question(pixels, _picture(pixels[0], settings.image_mean, settings.image_std), label)
     if box is not None:
         (left, top, right, bottom), (height, width) = box, image.shape[-2:]
         if not (max(left, 0) < min(right, width) and max(top, 0) < min(bottom, height)):
@@ -284,12 +280,9 @@ def _ask(models: Mapping[str, Checkpoint], image: Tensor, box: Box | None) -> Qu
 
 def _summary(correlations: Sequence[float]) -> dict[str, Any]:
     """Mean, standard deviation and number."""
-    numbers = np.array(correlations)
-    return {
-        "mean": round(float(numbers.mean()), 4) if correlations else None,
-        "std": round(float(numbers.std()), 4) if correlations else None,
-        "maps": len(correlations),
-    }
+    mean = round(float(np.mean(correlations)), 4) if correlations else None
+    std = round(float(np.std(correlations)), 4) if correlations else None
+    return {"mean": mean, "std": std, "maps": len(correlations)}
 
 
 def draw_gradcam(path: Path, comparison: GradcamComparison) -> None:
@@ -313,7 +306,8 @@ def draw_gradcam(path: Path, comparison: GradcamComparison) -> None:
         for layer in layers:
             for model in models:
                 over = show_cam_on_image(question.picture, maps[model][layer], use_rgb=True)
-                panels.append((_caption(maps, models[0], model, layer), over))
+                correlation = None if model == DENSE else map_correlation(maps[DENSE][layer], maps[model][layer])
+                panels.append(("" if correlation is None else f"r = {correlation:.2f}", over))
         for axis, (caption, panel) in zip(line, panels, strict=True):
             axis.imshow(panel)
             axis.set_xlabel(caption, fontsize=7)
@@ -328,8 +322,3 @@ def draw_gradcam(path: Path, comparison: GradcamComparison) -> None:
         axis.set_title(heading, fontsize=8)
     with atomic_write(path) as stream:
         figure.savefig(stream, format=path.suffix.removeprefix("."), dpi=120)
-
-
-def _caption(maps: Mapping[str, Mapping[str, Map]], dense: str, model: str, layer: str) -> str:
-    correlation = None if model == dense else map_correlation(maps[dense][layer], maps[model][layer])
-    return "" if correlation is None else f"r = {correlation:.2f}"

@@ -35,6 +35,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def machine_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Of what `provenance()` recorded, all that times of layers depend on."""
+    machine = values["machine"]
+    return {"cpu": machine["cpu"], "threads": machine["torch_threads"], **values["versions"]}
+
+
 def provenance_table(values: dict[str, Any]) -> Table:
     """What `provenance()` recorded, one entry a row."""
     rows: list[tuple[str, str]] = []

@@ -17,24 +17,6 @@ from norton_deploy.search.planner import STEMS, Choice, Decision, Harm, Point, r
 
 
 @dataclass(frozen=True)
-class UniformComparison:
-    """A uniform plan, and what the planner makes of the same cost.
-
-    Attributes:
-        label: the uniform plan's name.
-        cost, harm: its predicted cost and measured harm.
-        planned: the planner's choice within that cost; None where no plan considered is that cheap.
-        planned_harm: its harm, measured.
-    """
-
-    label: str
-    cost: float
-    harm: float
-    planned: Point | None = None
-    planned_harm: float | None = None
-
-
-@dataclass(frozen=True)
 class LayerChoice:
     """One convolution with a kernel above 1 x 1 under a plan.
 
@@ -75,7 +57,7 @@ class FoundPlan:
         choices: number of single choices whose harm was measured.
         layers: the choice for every convolution that could be decomposed.
         front: undominated choices, by rising cost.
-        uniform: the uniform plans to compare with.
+        uniform: each uniform plan's label, cost ratio and measured harm, and the planner's plan at its cost or None.
         seconds: time that each part of the search took.
     """
 
@@ -93,7 +75,7 @@ class FoundPlan:
     choices: int
     layers: list[LayerChoice]
     front: list[Point]
-    uniform: list[UniformComparison]
+    uniform: list[dict[str, Any]]
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +108,7 @@ class FoundPlan:
                 layer.name: layer.dense_because for layer in self.layers if layer.dense_because is not None
             },
             "frontier": [{"ratio": self.dense_cost / point.cost, "predicted_harm": point.harm} for point in self.front],
-            "marks": [own, *(self._mark(other) for other in self.uniform)],
+            "marks": [own, *self.uniform],
             "seconds": {name: round(time, 1) for name, time in self.seconds.items()},
         }
 
@@ -138,26 +120,16 @@ class FoundPlan:
         p10, p90 = (float(value) for value in np.percentile(latency.speedups, [10, 90]))
         return {
             "dense_measured_ms": latency.dense_ms,
-            "predicted_ms": latency.predicted_ms,
+            "predicted_ms": latency.point.cost,
             "measured_ms": latency.measured_ms,
             "measured_ms_p10_p90": [latency.dense_ms / p90, latency.dense_ms / p10],
             "same_turns_median_ms": {name: latency.turns.summary(name).p50_ms for name in latency.turns.names},
             "rounds": len(latency.speedups),
-            "predicted_speedup": latency.dense_ms / latency.predicted_ms,
+            "predicted_speedup": latency.dense_ms / latency.point.cost,
             "measured_speedup": latency.dense_ms / latency.measured_ms,
             "measured_speedup_p10_p90": [p10, p90],
-            "prediction_error": latency.predicted_ms / latency.measured_ms - 1,
+            "prediction_error": latency.point.cost / latency.measured_ms - 1,
         }
-
-    def _mark(self, other: UniformComparison) -> dict[str, Any]:
-        """A uniform plan with its measured harm, and the planner's at its cost."""
-        planned = other.planned and {
-            "ratio": self.dense_cost / other.planned.cost,
-            "predicted_harm": other.planned.harm,
-            "measured_harm": other.planned_harm,
-        }
-        ratio = self.dense_cost / other.cost
-        return {"label": other.label, "ratio": ratio, "measured_harm": other.harm, "planned_at_equal_cost": planned}
 
 
 def layer_choices(

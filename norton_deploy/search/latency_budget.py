@@ -83,9 +83,8 @@ class LatencyResult:
     """A plan with its predicted and measured latency.
 
     Attributes:
-        point, plan: the plan.
+        point, plan: the plan; `point.cost` is its predicted latency.
         cost: latency of plans, calibrated.
-        predicted_ms: by the calibrated cost.
         dense_ms: the dense model's median when the cost was calibrated.
         turns: the calls in turn that the plan was measured by, "dense" and "plan".
     """
@@ -93,7 +92,6 @@ class LatencyResult:
     point: Point
     plan: CompressionPlan
     cost: JointCost
-    predicted_ms: float
     dense_ms: float
     turns: Turns
 
@@ -178,7 +176,7 @@ class LatencySearch:
             point = Planner(self.decisions, self.cost, self.harm).within(limit_ms)
             self.table.save()
             plan = to_plan(point.choice, self.decisions, "rcnn")
-            result = LatencyResult(point, plan, self.cost, point.cost, self.dense_ms, self._measure({"plan": plan}))
+            result = LatencyResult(point, plan, self.cost, self.dense_ms, self._measure({"plan": plan}))
             self.report(f"plan {attempt + 1}: predicted {point.cost:.1f} ms, measured {result.measured_ms:.1f} ms")
             if abs(result.measured_ms / point.cost - 1) <= TOLERANCE or attempt == MOST_PLANS - 1:
                 break

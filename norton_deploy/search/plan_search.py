@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
+from norton_deploy.compression.calibration import Probe, make_probes
 from norton_deploy.compression.compress import fit_plan
-from norton_deploy.compression.probe import Probe, make_probes
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.found_plan import FoundPlan, UniformComparison, layer_choices
+from norton_deploy.search.found_plan import FoundPlan, layer_choices
 from norton_deploy.search.joint_cost import UNITS, Budget, joint_cost
 from norton_deploy.search.latency_budget import LatencyResult, LatencySearch, Workload
 from norton_deploy.search.planner import RANKS, Planner, list_decisions, to_plan, untouched
@@ -169,14 +170,19 @@ class PlanSearch:
         search.start()
         return search.find(self.budget)
 
-    def _compare(self, label: str, plan: CompressionPlan, planner: Planner) -> UniformComparison:
+    def _compare(self, label: str, plan: CompressionPlan, planner: Planner) -> dict[str, Any]:
         """Measure the harm of a fitted uniform plan and of the planner's plan at the same predicted cost."""
-        cost, harm = planner.cost.of_plan(plan), self.sensitivity.of_plan(plan)
-        if planner.solve(math.inf, untouched(self.decisions)).cost > cost:
-            return UniformComparison(label, cost, harm)
-        point = planner.within(cost)
-        planned = to_plan(point.choice, self.decisions, self.architecture)
-        return UniformComparison(label, cost, harm, point, self.sensitivity.of_plan(planned))
+        cost, dense_cost, planned = planner.cost.of_plan(plan), planner.cost.of({}, {}), None
+        if planner.solve(math.inf, untouched(self.decisions)).cost <= cost:
+            point = planner.within(cost)
+            found = to_plan(point.choice, self.decisions, self.architecture)
+            planned = {
+                "ratio": dense_cost / point.cost,
+                "predicted_harm": point.harm,
+                "measured_harm": self.sensitivity.of_plan(found),
+            }
+        harm = self.sensitivity.of_plan(plan)
+        return {"label": label, "ratio": dense_cost / cost, "measured_harm": harm, "planned_at_equal_cost": planned}
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from norton_deploy.compression.channel_groups import PYRAMID_GROUP, channel_groups
-from norton_deploy.compression.surgery import output_width
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP, channel_groups, output_width
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import max_rank
 from norton_deploy.method.plan import CompressionPlan

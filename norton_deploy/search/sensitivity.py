@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import tensors_digest
+from norton_deploy.compression.calibration import Probe, run_stages
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress_with_kept
-from norton_deploy.compression.probe import Probe, run_stages
 from norton_deploy.files import ResultFile
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.planner import Choice, Decision
+from norton_deploy.search.planner import Decision
 
 
 class Sensitivity:
@@ -69,10 +69,6 @@ class Sensitivity:
                 self._file.add({key: self.of_plan(plan)})
             if progress is not None:
                 progress(done)
-
-    def of_choice(self, choice: Choice) -> float:
-        """Predicted harm of a joint choice: the sum over its groups."""
-        return sum(self.of_option(group, option.rank, option.keep) for group, option in choice.items())
 
     def of_option(self, group: str, rank: int, keep: int) -> float:
         """Predicted harm of one group's option; what was not measured is untouched."""

@@ -115,9 +115,9 @@ def use_cpu_forms(model: M) -> M:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CPDBlock):
-            replace_submodule(model, name, CpuBlock.sharing(layer))
+            model.set_submodule(name, CpuBlock.sharing(layer))
         elif type(layer) is nn.Conv2d and _is_plain(layer):
-            replace_submodule(model, name, SmallMapConv2d.sharing(layer))
+            model.set_submodule(name, SmallMapConv2d.sharing(layer))
     return model
 
 

@@ -26,6 +26,13 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+def test_a_cell_that_learnt_nothing_is_an_error_with_its_figures() -> None:
+    figures = {"top1": 0.1, "epochs": 3}
+    found = cifar_gpu.guarded(lambda seconds, epochs: figures, 1.0, None, 0.12)
+    assert found == {"error": "stayed at chance: top-1 10.00 % after training", "figures": figures}
+    assert cifar_gpu.guarded(lambda seconds, epochs: figures | {"top1": 0.3}, 1.0, None, 0.12)["top1"] == 0.3
+
+
 @pytest.mark.slow
 def test_it_runs_resumes_and_repeats_what_failed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, state = tmp_path / "cifar.json", tmp_path / "state"

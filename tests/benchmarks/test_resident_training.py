@@ -17,8 +17,9 @@ from benchmarks.lib.resident_training import (
     train_resident,
     use_gpu_forms,
 )
-from norton_deploy.compression.compress import compress, prune
+from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.method.filter_selection import choose_living_by_angles
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 
@@ -86,14 +87,30 @@ def test_gpu_forms_compute_the_same_and_keep_the_parameters_names(vgg: nn.Module
 
 def test_pruning_a_decomposed_model_is_what_compress_does_in_one_go(vgg: nn.Module) -> None:
     decomposed = compress(vgg, CompressionPlan("vgg16_bn", PLAN.ranks))
-    expected, found = compress(vgg, PLAN), prune(decomposed, PLAN.keep)
+    prune_only = CompressionPlan("vgg16_bn", keep=PLAN.keep)
+    expected, found = compress(vgg, PLAN), compress(decomposed, prune_only)
     for (name, part), (_, other) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(part, other), name
-    fast = prune(use_gpu_forms(copy.deepcopy(decomposed)), PLAN.keep)
+    fast = compress(use_gpu_forms(copy.deepcopy(decomposed)), prune_only)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(fast(images), expected(images), rtol=1e-3, atol=1e-4)
     assert isinstance(decomposed.get_submodule("features.0"), CPDBlock)
     assert decomposed.get_submodule("features.0").out_channels == 64  # untouched
+
+
+def test_pruning_after_fine_tuning_keeps_no_filter_that_was_switched_off(vgg: nn.Module) -> None:
+    tuned = use_gpu_forms(compress(vgg, CompressionPlan("vgg16_bn", {"features.0": 1}), starts=1))
+    block, norm = tuned.get_submodule("features.0"), tuned.get_submodule("features.1")
+    assert isinstance(block, CPDBlock) and isinstance(norm, nn.BatchNorm2d)
+    off = torch.arange(64) % 8 > 2
+    with torch.no_grad():
+        for part in (block.pointwise, block.horizontal, block.vertical):
+            part.weight[off] *= 0.01  # as weight decay does
+        norm.bias.copy_(torch.arange(64.0))
+    plan = CompressionPlan("vgg16_bn", keep={"features.0": 24})
+    small = compress(tuned, plan, choose=choose_living_by_angles).get_submodule("features.1")
+    assert isinstance(small, nn.BatchNorm2d)
+    assert torch.equal(small.bias, torch.arange(64.0)[~off])
 
 
 def coloured_images(count: int) -> ResidentImages:

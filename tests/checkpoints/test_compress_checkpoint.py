@@ -15,10 +15,9 @@ from norton_deploy.checkpoints.checkpoint import (
     tensors_digest,
 )
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
-from norton_deploy.compression.calibration import reestimate_batch_norm
+from norton_deploy.compression.calibration import make_probes, reestimate_batch_norm
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import compress, compress_with_kept
-from norton_deploy.compression.probe import make_probes
 from norton_deploy.compression.refit import refit
 from norton_deploy.cost.complexity import complexity_of, count_complexity
 from norton_deploy.errors import UserError

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.compression import refit as refit_module
+from norton_deploy.compression.calibration import make_probes, run_stages
 from norton_deploy.compression.compress import compress, compress_with_kept
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.normal_equations import NormalEquations, fit_factors
-from norton_deploy.compression.probe import make_probes, run_stages
 from norton_deploy.compression.refit import input_patches, refit
 from norton_deploy.method.cp import CPFactors
 from norton_deploy.method.plan import CompressionPlan

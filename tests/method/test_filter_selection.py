@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from norton_deploy.errors import UserError
-from norton_deploy.method.filter_selection import select_filters
+from norton_deploy.method.cp import decompose_filters
+from norton_deploy.method.filter_selection import choose_by_angles, choose_living_by_angles, select_filters
 
 
 def algorithm_1(distance: Tensor, keep: int) -> list[int]:
@@ -83,3 +84,32 @@ def test_what_is_not_a_distance_matrix_is_refused() -> None:
         select_filters(torch.rand(4, 4), 2)
     with pytest.raises(ValueError, match=r"\[O, O\]"):
         select_filters(torch.ones(4, 3), 2)
+
+
+def filters(count: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
+
+
+def test_filters_that_were_switched_off_go_first_though_their_angles_are_the_largest() -> None:
+    vectors = filters(12, 40)
+    vectors[::3] = torch.eye(40)[0] + 0.1 * vectors[::3]  # four that training has made alike
+    decayed = vectors.clone()
+    off = torch.arange(12) % 3 > 0
+    decayed[off] *= 1e-3
+    assert choose_by_angles([decayed], 4).tolist() != [0, 3, 6, 9]  # angles see no lengths
+    assert choose_living_by_angles([decayed], 4).tolist() == [0, 3, 6, 9]
+    living = [0, 3, 6, 9]
+    among = [living[index] for index in choose_by_angles([decayed[living]], 2).tolist()]
+    assert choose_living_by_angles([decayed], 2).tolist() == among
+    decayed[4] *= decayed[off].norm(dim=1).max() / decayed[4].norm() * 1.5
+    assert choose_living_by_angles([decayed], 5).tolist() == [0, 3, 4, 6, 9]
+    assert choose_living_by_angles([vectors], 5).tolist() == choose_by_angles([vectors], 5).tolist()
+    # a channel of coupled layers lives if one of them uses it
+    assert choose_living_by_angles([decayed, vectors], 5).tolist() == choose_by_angles([decayed, vectors], 5).tolist()
+
+
+def test_decomposed_filters_are_switched_off_by_the_length_of_their_product() -> None:
+    factors = decompose_filters(filters(6, 4 * 9).view(6, 4, 3, 3), 2)
+    for factor in (factors.A, factors.B, factors.C):
+        factor[[1, 4]] *= 0.1  # 0.001 together
+    assert choose_living_by_angles([factors], 4).tolist() == [0, 2, 3, 5]
