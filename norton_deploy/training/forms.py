@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lowering import is_quicker_dense
-from norton_deploy.compression.surgery import replace_submodule
 
 LARGEST_MAP = 16
 """Positions of the largest map that is a matrix product; from 8 x 8 on oneDNN's own convolutions are quicker."""
@@ -103,7 +102,7 @@ def recompose_blocks(model: M) -> M:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, CPDBlock):
-            replace_submodule(model, name, RecomposedBlock.sharing(layer))
+            model.set_submodule(name, RecomposedBlock.sharing(layer))
     return model
 
 
