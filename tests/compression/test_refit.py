@@ -121,6 +121,7 @@ def test_linearly_dependent_channels_are_repaired_exactly() -> None:
     assert (repaired - wanted).norm() < 1e-4 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_no_layer_gets_worse_and_the_detector_gets_better() -> None:
     torch.manual_seed(0)
     dense = DETECTOR.build("mask")

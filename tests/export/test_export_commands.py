@@ -93,6 +93,7 @@ def test_outputs_and_images_are_checked_before_the_export(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_export_trt_without_tensorrt_then_the_tool_command(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from norton_deploy.export.onnx_export import export_onnx, read_contract
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN, Target
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.parity.gate import check_parity
-from norton_deploy.structures import TASKS, Task
+from norton_deploy.structures import Task
 
 FRAME_SIZE = (135, 240)
 
@@ -67,7 +67,9 @@ def test_the_bytes_of_the_hosts_letterbox(input_size: tuple[int, int], image_siz
     assert difference.max() <= (0 if platform.machine() in ("x86_64", "AMD64") else 1)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", ["mask", *(pytest.param(task, marks=pytest.mark.slow) for task in ("box", "keypoint"))]
+)
 def test_same_detections_as_behind_the_letterbox(task: Task, export: Export) -> None:
     on_host, in_graph = (load_predictor(export(task, size), device="cpu") for size in (None, FRAME_SIZE))
     assert (on_host.input_size, in_graph.input_size) == (IMAGE_SIZE, FRAME_SIZE)
@@ -125,6 +127,7 @@ def test_boxes_in_the_wrong_pixels_are_noticed(export: Export, tmp_path: Path) -
         ).require()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not tensorrt_build.is_installed("tensorrt-rtx"), reason="tensorrt_rtx is not installed")
 def test_rtx_engine_that_takes_frames(export: Export, tmp_path: Path) -> None:
     path = export("mask", FRAME_SIZE, "tensorrt")

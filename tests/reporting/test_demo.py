@@ -12,6 +12,7 @@ SMALL = ("--train-images", "8", "--val-images", "4", "--pretrain-steps", "2", "-
          "--detector-steps", "2")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     out = tmp_path / "demo"

@@ -77,6 +77,7 @@ def test_sigkill_in_the_middle_of_an_epoch_leaves_no_trace(tiny_coco, tmp_path):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, monkeypatch):
     """All images have one size and yield their full sample of anchors and proposals (see `Trainer`)."""
     data = tmp_path / "data"
