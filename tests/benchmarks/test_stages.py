@@ -63,6 +63,7 @@ def test_events_are_added_up_by_stage_without_warm_up_and_inner_nodes():
     assert total_ms == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_eager_and_exported_detector_are_split_alike(tmp_path):
     """A real export: every stage gets time, both engines find the same, and the proposals are counted."""
     import cv2

@@ -66,6 +66,7 @@ def test_export_onnx_with_evaluation(checkpoint: Path, tmp_path: Path, tiny_coco
     assert sorted(path.name for path in tmp_path.iterdir()) == ["box.onnx", "report.json"]
 
 
+@pytest.mark.slow
 def test_the_graph_has_the_models_own_size_and_a_far_one_is_remarked_upon(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

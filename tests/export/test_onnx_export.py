@@ -23,7 +23,9 @@ DYNAMIC = {"NonZero", "NonMaxSuppression", "RoiAlign", "Loop", "If", "Scan", "Un
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", ["mask", *(pytest.param(task, marks=pytest.mark.slow) for task in ("box", "keypoint"))]
+)
 def test_graph_equals_eager_mode_in_every_stage(task: Task, target: Target, exported: Callable) -> None:
     model, path = exported(task, target)
     report = check_parity(model, path, list(blobs(3, seed=5).numpy()))
