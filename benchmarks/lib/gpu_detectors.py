@@ -6,6 +6,7 @@ import copy
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def environment(bench: Bench) -> dict[str, Any]:
     for name, (dtype, precision) in kinds.items():
         left, right = torch.randn(2, side, side, device=bench.device).to(dtype)
         with arithmetic(precision):
-            ms = float(np.median(event_ms(bench, lambda a=left, b=right: a @ b, repeats=7)))  # type: ignore
+            ms = float(np.median(event_ms(bench, partial(torch.matmul, left, right), repeats=7)))
         bench.rates[f"{name}_tflop_per_s"] = 2 * side**3 / ms / 1e9
     if bench.on_gpu:  # after the products, while the clocks are up
         command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,16 +128,13 @@ def operators(bench: Bench) -> dict[str, Any]:
         groups = None if groups_count == 1 else label
         scores = torch.arange(sets * count, 0, -1.0, device=bench.device)
         owner = torch.arange(sets, device=bench.device)[:, None] * groups_count + label
+        given = (boxes, valid, groups, threshold)
         forms: dict[str, Callable[[], Any]] = {
-            "unrolled": lambda b=boxes, v=valid, g=groups, t=threshold: nms_unrolled(b, v, g, t, DEFAULT_ITERATIONS),  # type: ignore[misc]
-            "unrolled, fp16": lambda b=boxes, v=valid, g=groups, t=threshold: nms_unrolled_half(  # type: ignore[misc]
-                b, v, g, t, DEFAULT_ITERATIONS
-            ),
-            "blocks of 128, 8 steps": lambda b=boxes, v=valid, g=groups, t=threshold: nms_blocked(b, v, g, t, 8),  # type: ignore[misc]
-            "blocks of 256, 8 steps": lambda b=boxes, v=valid, g=groups, t=threshold: nms_blocked(  # type: ignore[misc]
-                b, v, g, t, 8, block=256
-            ),
-            "overlaps alone": lambda b=boxes, g=groups, t=threshold: suppresses(b, g, t),  # type: ignore[misc]
+            "unrolled": partial(nms_unrolled, *given, DEFAULT_ITERATIONS),
+            "unrolled, fp16": partial(nms_unrolled_half, *given, DEFAULT_ITERATIONS),
+            "blocks of 128, 8 steps": partial(nms_blocked, *given, 8),
+            "blocks of 256, 8 steps": partial(nms_blocked, *given, 8, block=256),
+            "overlaps alone": partial(suppresses, boxes, groups, threshold),
         }
         expected, _ = forms["unrolled"]()
         for form, call in forms.items():
