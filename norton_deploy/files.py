@@ -46,16 +46,18 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
-def check_output_file(path: Path | None, option: str, suffix: str = "") -> None:
-    """Say before the work, not after it, that a file cannot be written; None and "-" (stdout) can.
+def check_output_file(path: Path | None, option: str, suffix: str = "", *, overwrite: bool) -> None:
+    """Say before the work, not after it, that a file cannot be written, or is there already; None and "-" (stdout) can.
 
     Args:
         path: of the file to come.
         option: its option on the command line, for the message.
         suffix: the ending that its name must have.
+        overwrite: whether it may replace the file that is there.
 
     Raises:
-        UserError: the name ends otherwise, it is a folder, or its folder cannot be made or written to.
+        UserError: the name ends otherwise, it is a folder, it is there and may not be replaced, or its folder cannot be
+            made or written to.
     """
     if path is None or str(path) == "-":
         return
@@ -63,6 +65,8 @@ def check_output_file(path: Path | None, option: str, suffix: str = "") -> None:
         raise UserError(f"{option} {path}: expected a name that ends in {suffix}")
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; expected the name of a file")
+    if path.exists() and not overwrite:
+        raise UserError(f"{option} {path}: is there already; choose another name, or replace it with --overwrite")
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent

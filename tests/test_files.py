@@ -53,9 +53,9 @@ def test_a_file_cannot_replace_a_folder_and_says_so(tmp_path: Path) -> None:
 
 
 def test_an_output_is_checked_before_the_work(tmp_path: Path) -> None:
-    check_output_file(None, "--json")
-    check_output_file(Path("-"), "--json")
-    check_output_file(tmp_path / "new" / "folder" / "model.onnx", "--out", ".onnx")
+    check_output_file(None, "--json", overwrite=False)
+    check_output_file(Path("-"), "--json", overwrite=False)
+    check_output_file(tmp_path / "new" / "folder" / "model.onnx", "--out", ".onnx", overwrite=False)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     for path, message in [
@@ -64,7 +64,10 @@ def test_an_output_is_checked_before_the_work(tmp_path: Path) -> None:
         (tmp_path / "file" / "model.onnx", "cannot write in .*file"),
     ]:
         with pytest.raises(UserError, match=f"--out .*{message}"):
-            check_output_file(path, "--out", "" if path == tmp_path else ".onnx")
+            check_output_file(path, "--out", "" if path == tmp_path else ".onnx", overwrite=True)
+    with pytest.raises(UserError, match=r"--out .*file: is there already; .* --overwrite"):
+        check_output_file(tmp_path / "file", "--out", overwrite=False)
+    check_output_file(tmp_path / "file", "--out", overwrite=True)
 
 
 def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Settings:
     """Proposals through the box head."""
     detections: int = 0
     """Detections through the mask or keypoint head."""
+    overwrite: bool = False
+    """Replace the --json file if they are there already."""
     json: Path | None = None
     """Write the figures and the list of layers as JSON to a file, or to stdout with '-'."""
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if value is not None and value < least:
             raise UserError(f"{name}: expected at least {least}, got {value}")
-    check_output_file(settings.json, "--json")
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     plan = None if settings.plan is None else CompressionPlan.load(settings.plan)
     shape: ModelSettings
     if settings.task == "cls":

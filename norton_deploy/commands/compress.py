@@ -48,6 +48,8 @@ class Settings:
     """Folder of images with which the BatchNorm statistics are estimated anew; without it they stay."""
     reestimate_images: int = 256
     """How many of those images to use, at most."""
+    overwrite: bool = False
+    """Replace --out and --json if they are there already."""
     json: Path | None = None
     """Write the figures as JSON to a file, or to stdout with '-'."""
 
@@ -55,9 +57,9 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="compress", description=__doc__ or "")
-    check_output_file(settings.out, "--out", ".safetensors")
-    check_output_file(settings.json, "--json")
     refuse_same_file(settings.out, Path(settings.model), Path(settings.weights), settings.plan)
+    check_output_file(settings.out, "--out", ".safetensors", overwrite=settings.overwrite)
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     plan = CompressionPlan.load(settings.plan)
     dense = open_model(settings.model, settings.weights)
     source = next((name for name in (settings.weights, settings.model) if Path(name).is_file()), None)

@@ -88,6 +88,8 @@ class Step:
                 )
             print(f"\n{self.title}: done already", flush=True)
             return
+        if self.command == "compress" and product.exists():  # interrupted before it was recorded
+            once = ("--overwrite",)
         print(f"\n{self.title}\n$ {command}", flush=True)
         started = time.perf_counter()
         status = run(self.command, [*argv, *once])

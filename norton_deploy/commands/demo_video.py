@@ -38,6 +38,8 @@ class Settings:
     """Second model, shown on the left for comparison."""
     show: bool = False
     """Also show the frames in a window; q closes it."""
+    overwrite: bool = False
+    """Replace --out and --json if they are there already."""
     json: Path | None = None
     """Write the measured figures as JSON here ("-": stdout)."""
     max_frames: int | None = None
@@ -57,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--max-frames: expected at least 1, got {settings.max_frames}")
     if min(settings.image_size) < SMALLEST_SIDE:
         raise UserError(f"--image-size: expected at least {SMALLEST_SIDE} pixels a side, got {settings.image_size}")
-    check_output_file(settings.json, "--json")
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     refuse_same_file(settings.out, Path(settings.source), settings.model, settings.baseline)
+    check_output_file(settings.out, "--out", overwrite=settings.overwrite)
     limit = settings.max_frames
     if limit is None and settings.source == "synthetic":
         limit = SYNTHETIC_FRAMES

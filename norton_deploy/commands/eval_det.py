@@ -15,7 +15,7 @@ from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import metrics_table
-from norton_deploy.evaluation.evaluate import evaluate_file, write_results
+from norton_deploy.evaluation.evaluate import evaluate_file, result_files, write_results
 from norton_deploy.files import check_output_file
 from norton_deploy.structures import Task
 
@@ -46,6 +46,8 @@ class Settings:
     """Leave out bad images and annotations with one counted warning instead of stopping."""
     progress: bool = True
     """Show a progress bar."""
+    overwrite: bool = False
+    """Replace --results and --json if they are there already."""
     json: Path | None = None
     """Write the metrics as JSON to a file, or to stdout with '-'."""
 
@@ -60,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if value is not None and value < least:
             raise UserError(f"{name}: expected at least {least}, got {value}")
-    check_output_file(settings.results, "--results")
-    check_output_file(settings.json, "--json")
+    if settings.results is not None:
+        for file in result_files(settings.results, settings.task).values():
+            check_output_file(file, "--results", overwrite=settings.overwrite)
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     found = evaluate_file(
         settings.model,
         settings.data,

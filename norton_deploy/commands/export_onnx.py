@@ -38,6 +38,8 @@ class Settings(ExportOptions):
     """Also evaluate AP before and after on the val split of this folder in COCO-2017's layout."""
     eval_limit: int | None = None
     """Evaluate on the first so many images only."""
+    overwrite: bool = False
+    """Replace --out and --json if they are there already."""
     json: Path | None = None
     """Write the report as JSON to a file, or to stdout with '-'."""
 
@@ -53,9 +55,9 @@ def run_export(settings: Settings, out: Path) -> Export:
     """Write the checked graph `out`; whatever is wrong with the settings is said before the work."""
     if settings.parity_images < 1:
         raise UserError("parity_images: every export is compared on at least 1 image")
-    check_output_file(out, "--out", ".onnx")
-    check_output_file(settings.json, "--json")
     refuse_same_file(out, None if settings.model is None else Path(settings.model))
+    check_output_file(out, "--out", ".onnx", overwrite=settings.overwrite)
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     model, task, categories = open_detector(
         settings.model,
         settings.task,

@@ -16,7 +16,7 @@ from norton_deploy.commands import export_onnx, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Target
-from norton_deploy.export.tensorrt_build import Engine, build_or_explain
+from norton_deploy.export.tensorrt_build import Engine, build_or_explain, manifest_path
 from norton_deploy.files import check_output_file
 
 ENGINE_NOT_BUILT = 3
@@ -38,8 +38,9 @@ class Settings(export_onnx.Settings):
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, compare, build, report."""
     settings = parse_settings(Settings, argv, prog="export_trt", description=__doc__ or "")
-    check_output_file(settings.out, "--out", ".engine")
-    check_output_file(settings.json, "--json")
+    check_output_file(settings.out, "--out", ".engine", overwrite=settings.overwrite)
+    check_output_file(manifest_path(settings.out), "--out", overwrite=settings.overwrite)
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     if settings.onnx is not None and (settings.model is not None or settings.plan is not None):
         raise UserError("--onnx: give either a graph or a model, not both")
     graph, report = settings.onnx, dict[str, Any]()

@@ -38,6 +38,8 @@ class Settings:
     """Layers whose output is mapped; by default three levels, the last stages of the backbone."""
     box: Box | None = None
     """Detectors: the box to explain, xyxy in pixels, of one image; by default the best detection that all share."""
+    overwrite: bool = False
+    """Replace --out and --json if they are there already."""
     json: Path | None = None
     """Write the correlations as JSON to a file, or to stdout with '-'."""
 
@@ -47,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="gradcam", description=__doc__ or "")
     if settings.out.suffix not in (".png", ".jpg"):
         raise UserError(f"--out {settings.out}: expected a .png or .jpg file")
+    check_output_file(settings.out, "--out", overwrite=settings.overwrite)
     if settings.count < 1 or settings.rows < 1:
         raise UserError("--count, --rows: expected at least 1")
     if not settings.compressed:
         raise UserError("--compressed: expected one or several models after it")
-    check_output_file(settings.json, "--json")
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     if settings.box is not None and len(find_images(settings.images)) != 1:
         raise UserError(f"--box: goes with one image, {settings.images} holds more")
     models = open_compared(settings.model, settings.compressed)

@@ -10,6 +10,7 @@ import tyro
 from norton_deploy.checkpoints.checkpoint import save_checkpoint
 from norton_deploy.commands import command_line
 from norton_deploy.detectron2.checkpoint import import_detectron2
+from norton_deploy.files import check_output_file
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Settings:
     """Checkpoint to write (.safetensors)."""
     annotations: Path | None = None
     """COCO annotation file of the training data, for the names and ids of its categories; COCO's own need none."""
+    overwrite: bool = False
+    """Replace --out if it is there already."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     # Not parse_settings: --config is Detectron2's file here.
     settings = tyro.cli(Settings, args=argv, prog="import_detectron2", description=__doc__)
+    check_output_file(settings.out, "--out", ".safetensors", overwrite=settings.overwrite)
     imported = import_detectron2(settings.config, settings.weights, settings.annotations)
     header = imported.header.made_by(command_line("import_detectron2", argv), settings.weights)
     save_checkpoint(settings.out, imported.model, header)

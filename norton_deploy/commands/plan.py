@@ -31,6 +31,8 @@ class Settings(PlanRequest):
     """Pareto picture (PNG); by default beside the plan."""
     report: Path | None = None
     """Report (Markdown); by default beside the plan."""
+    overwrite: bool = False
+    """Replace the files of an earlier run if they are there already."""
     json: Path | None = None
     """Write the figures as JSON to a file, or to stdout with '-'."""
 
@@ -38,8 +40,11 @@ class Settings(PlanRequest):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="plan", description=__doc__ or "")
-    check_output_file(settings.json, "--json")
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     out, origin = settings.out, provenance()
+    report, picture = settings.report or out.with_suffix(".md"), settings.picture or out.with_suffix(".png")
+    for option, file in (("--out", out), ("--report", report), ("--picture", picture)):
+        check_output_file(file, option, overwrite=settings.overwrite)
     table = TimingTable(out.with_suffix(".times.json"), machine_values(origin), settings.provider)
     with tqdm(desc="sensitivity", unit="choice", disable=None) as bar:
 
@@ -54,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.plan.save(out)
     names = {"plan": out.name, "model": Path(settings.model).name}
     record = {**names, **found.to_dict(), "command": command_line("plan", argv), "provenance": origin}
-    report = settings.report or out.with_suffix(".md")
-    write_plan_report(report, record, settings.picture or out.with_suffix(".png"))
+    write_plan_report(report, record, picture)
     print(f"{out}: {verdict(record)} Report: {report}", file=sys.stderr)
     write_json(record, settings.json)
     return 0

@@ -32,6 +32,8 @@ class Settings:
     """Detections below this score are left out of the JSON."""
     draw_threshold: float = 0.5
     """Detections below this score are not drawn."""
+    overwrite: bool = False
+    """Replace --out's detections.json and pictures, and --json, if they are there already."""
     json: Path | None = None
     """Also write counts and mean stage times as JSON here ("-": stdout)."""
 
@@ -43,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not files:
         raise UserError("--images: expected image files or folders after it")
     result_file = settings.out / "detections.json"
-    if result_file.exists():
-        raise UserError(f"{result_file}: is there already; choose another --out, or remove that folder")
-    check_output_file(result_file, "--out")
-    check_output_file(settings.json, "--json")
+    check_output_file(result_file, "--out", overwrite=settings.overwrite)
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     predictor = load_predictor(settings.model, score_threshold=settings.score_threshold, device=settings.device)
     found = annotate_images(predictor, files, settings.out, draw_threshold=settings.draw_threshold)
     print(f"{settings.out}: {found.images} images, {found.detections} detections", file=sys.stderr)

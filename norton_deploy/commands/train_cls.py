@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
+from norton_deploy.files import check_output_file
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
 from norton_deploy.training.run_folder import RunFolder
 
@@ -27,6 +28,7 @@ class Settings(ClassifierTrainingSettings):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="train_cls", description=__doc__ or "")
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite or settings.resume)
     result = train_classifier(
         settings, command=command_line("train_cls", argv), announce=lambda message: print(message, file=sys.stderr)
     )

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.evaluation.coco_metrics import metrics_table
+from norton_deploy.files import check_output_file
 from norton_deploy.training.detector_training import DetectorTrainingSettings, train_detector
 from norton_deploy.training.run_folder import RunFolder
 
@@ -28,6 +29,7 @@ class Settings(DetectorTrainingSettings):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="train_det", description=__doc__ or "")
+    check_output_file(settings.json, "--json", overwrite=settings.overwrite or settings.resume)
     result = train_detector(
         settings,
         command=command_line("train_det", argv),

@@ -171,22 +171,30 @@ def evaluate_file(
 
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], dataset: CocoDetection) -> dict[IouType, Path]:
-    """Write COCO results JSON in the format of COCO's evaluation server, one measure a file.
-
-    `path` gets the task's own measure (boxes, masks or keypoints); the boxes of a mask or keypoint detector
-    go beside it as NAME.bbox.json. Masks and boxes do not share a file, because pycocotools would then sort
-    the masks by the area of their boxes.
+    """Write COCO results JSON in the format of COCO's evaluation server into `result_files`.
 
     Returns:
         measure -> file.
     """
-    files: dict[IouType, Path] = {}
-    for iou_type in IOU_TYPES[dataset.task]:
-        own = primary_iou_type(dataset.task) == iou_type
-        files[iou_type] = path if own else path.with_name(f"{path.stem}.{iou_type}.json")
-        with atomic_write(files[iou_type], "w") as stream:
+    files = result_files(path, dataset.task)
+    for iou_type, file in files.items():
+        with atomic_write(file, "w") as stream:
             json.dump(results_of_type(results, iou_type), stream)
     return files
+
+
+def result_files(path: Path, task: Task) -> dict[IouType, Path]:
+    """measure -> file of its results, one measure a file.
+
+    `path` gets the task's own measure (boxes, masks or keypoints); the boxes of a mask or keypoint detector
+    go beside it as NAME.bbox.json. Masks and boxes do not share a file, because pycocotools would then sort
+    the masks by the area of their boxes.
+    """
+    own = primary_iou_type(task)
+    return {
+        iou_type: path if iou_type == own else path.with_name(f"{path.stem}.{iou_type}.json")
+        for iou_type in IOU_TYPES[task]
+    }
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
     kept = out.with_suffix(".sensitivity.json").read_text()
-    assert run("plan", [*arguments, "--budget", "params=0.5", "--resume"]) == 0
+    assert run("plan", [*arguments, "--budget", "params=0.5", "--resume", "--overwrite"]) == 0
     assert out.with_suffix(".sensitivity.json").read_text() == kept
-    assert run("plan", [*arguments, "--budget", "latency_ms=1"]) == 1
+    assert run("plan", [*arguments, "--budget", "latency_ms=1", "--overwrite"]) == 1
     assert "measured for detectors" in capsys.readouterr().err
