@@ -6,13 +6,14 @@ trained for --detector-steps. Every plan then compresses that trained detector, 
 with the same recipe and learning rate: it has seen as many images as each compressed one, and it is the teacher.
 
 Runs are in folders under --work; whatever is done already is not done again, so the benchmark may be stopped at any
-time, and --tasks, --plans, --seeds, --finetune-steps, --finetune-lr and --distillation-weights may be worked through
+time, and --tasks, --plans, --seeds, --finetune-steps, --finetune-lr, --distillation-weights and --distill may be worked through
 in any order into one results file.
 """
 
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from norton_deploy.parity.export_checked import ExportOptions, export_checked, o
 from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.structures import TASKS, Task
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings
-from norton_deploy.training.detector_training import DetectorTrainingSettings
+from norton_deploy.training.detector_training import DetectorTrainingSettings, Distill
 
 FINETUNE_SEED = 1000
 """Added to the seed after the first phase, so that the second sees the images in another order."""
@@ -66,7 +67,9 @@ class Settings:
     recovery: Literal["none", "re-estimation", "refit", "both"] = "both"
     """Recovery without labels right after compression."""
     distillation_weights: tuple[float, ...] = (0.5,)
-    """Weights of the imitation, one run with distillation for each."""
+    """Weights of the pyramid's imitation, one run with distillation for each."""
+    distill: tuple[Distill, ...] = ("pyramid",)
+    """What is imitated, one run with distillation for each."""
     precision: Literal["no", "bf16"] = "no"
     """Precision of the training: no (float32), or bf16 on a CPU with AMX; a seed of a task has one. Evaluation is in
     float32."""
@@ -87,6 +90,7 @@ class Cell:
         finetune_steps: 0 before any fine-tuning.
         finetune_lr: None before any fine-tuning.
         distillation_weight: None without distillation.
+        distill: what is imitated; None without distillation.
     """
 
     task: Task
@@ -95,6 +99,7 @@ class Cell:
     finetune_steps: int = 0
     finetune_lr: float | None = None
     distillation_weight: float | None = None
+    distill: Distill | None = None
 
 
 def main(settings: Settings) -> int:
@@ -146,9 +151,10 @@ class Experiment:
             small, out = trained.with_name(f"{task}-{plan}-start"), self.finetuned(task, seed, plan)
             self.compress(trained / LAST, plan, small / LAST)
             self.detector(Cell(task, seed, plan, *recipe), out, small)
-            for weight in s.distillation_weights:
-                taught = out.with_name(f"{out.name}-distilled-{weight:g}")
-                self.detector(Cell(task, seed, plan, *recipe, weight), taught, small, teacher=dense / LAST)
+            for weight, distill in product(s.distillation_weights, s.distill):
+                part = "" if distill == "pyramid" else f"-{distill}"
+                taught = out.with_name(f"{out.name}-distilled-{weight:g}{part}")
+                self.detector(Cell(task, seed, plan, *recipe, weight, distill), taught, small, teacher=dense / LAST)
 
     def finetuned(self, task: Task, seed: int, model: str) -> Path:
         """Folder of a detector's fine-tuning without distillation."""
@@ -160,7 +166,7 @@ class Experiment:
         s = self.settings
         given: dict[str, Any] = {} if cell.finetune_lr is None else {"lr": cell.finetune_lr}
         if teacher is not None:
-            given |= {"teacher": teacher, "distillation_weight": cell.distillation_weight}
+            given |= {"teacher": teacher, "distillation_weight": cell.distillation_weight, "distill": cell.distill}
         recipe = read_recipe(
             DetectorTrainingSettings,
             f"demo_{cell.task}",

@@ -19,7 +19,7 @@ from norton_deploy.reporting.report import (
 from norton_deploy.structures import Task
 
 Cell = Mapping[str, Any]
-Way = tuple[str, int, float | None, float | None]
+Way = tuple[str, int, float | None, str]
 DENSE, TRAINED = "dense", "dense before"
 LATENCY = "latency, "
 """Cells of this name and a task hold times, all others a trained detector."""
@@ -29,8 +29,8 @@ class. One ResNet-50 per seed is pretrained on object crops and starts every det
 of a task is trained ("dense before"); compressed detectors are compressed from it, recovered without labels (refit: \
 least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither) and fine-tuned, and the \
 dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
-many images as the others with its number of steps. With distillation (the column is its weight), "dense" is the \
-teacher. Retention is a row's AP over that of the best "dense" with as many steps, seed by seed. \
+many images as the others with its number of steps. With distillation (the column is the weight of the pyramid's, "heads" the \
+imitation of the heads' answers), "dense" is the teacher. Retention is a row's AP over that of the best "dense" with as many steps, seed by seed. \
 With more than one seed a figure is the mean, the seeds' own in brackets. \
 Plans are brought to the detectors' widths: equal shares of filters. FPS: ONNX Runtime, one image at a time, all \
 models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median of \
@@ -85,19 +85,27 @@ def accuracy_table(cells: Sequence[Cell], latency: Mapping[str, Any], task: Task
 
 
 def _way(cell: Cell) -> Way:
-    """How a detector came about, whatever its seed: model, fine-tuning steps and rate, weight of the distillation."""
-    return cell["model"], cell["finetune_steps"], cell["finetune_lr"], cell["distillation_weight"]
+    """How a detector came about, whatever its seed: model, fine-tuning steps and rate, distillation."""
+    return cell["model"], cell["finetune_steps"], cell["finetune_lr"], _taught(cell)
 
 
-def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, float]:
+def _taught(cell: Cell) -> str:
+    """What was imitated: the pyramid by its weight, the heads by name; "-" for nothing."""
+    if cell["distillation_weight"] is None:
+        return "-"
+    weight = f"{cell['distillation_weight']:g}"
+    return {"pyramid": weight, "heads": "heads", "both": f"{weight} and heads"}[cell.get("distill") or "pyramid"]
+
+
+def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, bool, str]:
     """Order of the rows: by steps of fine-tuning, larger models first, by learning rate, without distillation first."""
-    model, steps, lr, weight = way
+    model, steps, lr, taught = way
     first = next(cell for cell in cells if cell["model"] == model)
-    return steps, -first["macs"], -first["params"], lr or 0.0, weight or 0.0
+    return steps, -first["macs"], -first["params"], lr or 0.0, taught != "-", taught
 
 
 def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> tuple[str, ...]:
-    model, steps, lr, weight = _way(own[0])
+    model, steps, lr, taught = _way(own[0])
     scores = {cell["seed"]: table3_scores(task, cell["metrics"]) for cell in own}
     best: dict[int, float] = {}
     for cell in cells:
@@ -112,7 +120,7 @@ def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any],
         model,
         f"{steps} steps" if steps else f"- (trained for {own[0]['steps']})",
         "-" if lr is None else f"{lr:g}",
-        "-" if weight is None else f"{weight:g}",
+        taught,
         _mean([ap for ap, _ in scores.values()]),
         _mean([cell["metrics"][primary_iou_type(task)]["AP50"] for cell in own]),
         _mean([ar for _, ar in scores.values()]),

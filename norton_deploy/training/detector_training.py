@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 from norton_deploy.training.batches import Batch, SampledBatches, collate_detections
-from norton_deploy.training.distillation import FeatureImitation, open_detector_teacher
+from norton_deploy.training.distillation import DetectorImitation, open_detector_teacher
 from norton_deploy.training.initial_weights import initial_detector, training_categories
 from norton_deploy.training.run_folder import seed_step
 from norton_deploy.training.settings import TrainingSettings, build_accelerator
 from norton_deploy.training.trainer import Evaluation, LossTerms, Trainer, TrainingResult
 
+Distill = Literal["pyramid", "heads", "both"]
 HEADS = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor")
 
 
@@ -42,9 +43,13 @@ class DetectorTrainingSettings(TrainingSettings):
     plan: Path | None = None
     """Compression plan that gives random weights their structure (without --init)."""
     teacher: Path | None = None
-    """Dense detector whose feature pyramid the trained one imitates; usually the one that it was compressed from."""
+    """Dense detector that the trained one imitates; usually the one that it was compressed from."""
+    distill: Distill = "pyramid"
+    """What is imitated (with --teacher): the feature pyramid, the heads' answers about the same proposals, or both."""
     distillation_weight: float = 0.5
-    """Weight of the imitation, for each of the pyramid's four levels (with --teacher)."""
+    """Weight of the pyramid's imitation, for each of its four levels."""
+    head_weight: float = 1.0
+    """Weight of the heads' imitation, for each of their losses."""
     flip: float = 0.5
     """Probability of mirroring a training image."""
     photometric: bool = False
@@ -60,16 +65,21 @@ class DetectorTrainingSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distillation_weight <= 0:
-            raise UserError(f"distillation_weight: expected a positive number, got {self.distillation_weight}")
+        for name in ("distillation_weight", "head_weight"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.evaluation_images is not None and self.evaluation_images < 1:
             raise UserError(f"evaluation_images: expected at least 1, got {self.evaluation_images}")
 
     def identity(self) -> dict[str, Any]:
-        """As of every run; the teacher counts by its contents too, and without one there is nothing to weigh."""
+        """As of every run; the teacher counts by its contents too, and what is not imitated has no weight."""
         values = super().identity()
+        unused = {"pyramid": {"head_weight"}, "heads": {"distillation_weight"}, "both": set()}[self.distill]
         if self.teacher is None:
-            return {name: value for name, value in values.items() if name not in ("teacher", "distillation_weight")}
+            unused = {"teacher", "distill", "distillation_weight", "head_weight"}
+        values = {name: value for name, value in values.items() if name not in unused}
+        if self.teacher is None:
+            return values
         return {**values, "teacher_sha256": sha256_of(self.teacher)}
 
 
@@ -131,8 +141,11 @@ def train_detector(
         )
         teacher = teacher.to(accelerator.device)
         teacher.get_submodule("backbone").to(memory_format=torch.channels_last)
-        loss_terms = FeatureImitation(start.model, teacher, channels, settings.distillation_weight)
-        notes.append(f"imitate the pyramid of {settings.teacher}, weight {settings.distillation_weight:g}")
+        pyramid = settings.distillation_weight if settings.distill != "heads" else 0.0
+        heads = settings.head_weight if settings.distill != "pyramid" else 0.0
+        loss_terms = DetectorImitation(start.model, teacher, channels, pyramid_weight=pyramid, head_weight=heads)
+        weights = ", ".join(f"{part} {weight:g}" for part, weight in (("pyramid", pyramid), ("heads", heads)) if weight)
+        notes.append(f"imitate {settings.teacher}, weights: {weights}")
     header = CheckpointHeader(
         settings.task, start.settings, start.plan, train.categories, pyramid_channels=start.pyramid_channels
     ).made_by(command, settings.init)

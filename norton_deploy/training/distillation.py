@@ -3,7 +3,8 @@
 Detectors imitate features after PKD (Cao et al., NeurIPS 2022). The student's pyramid is to correlate with that of its
 teacher, channel by channel: both are standardised over the batch and all positions, and the squared difference of the
 standardised maps is minimised, which is one minus Pearson's correlation. Magnitudes do not matter, only patterns. The
-teacher's channels are the student's, so no layer has to translate between them.
+teacher's channels are the student's, so no layer has to translate between them. Their heads imitate the teacher's
+answers about the same proposals (head_imitation.py).
 
 Classifiers learn the teacher's softened class scores (G. Hinton, O. Vinyals, J. Dean: Distilling the knowledge in a
 neural network, 2015).
@@ -24,6 +25,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batches import Batch
+from norton_deploy.training.head_imitation import HeadImitation
 
 VARIANCE_FLOOR = 1e-12
 SUBSAMPLED_LEVEL = "pool"
@@ -50,7 +52,7 @@ def standardised(features: Tensor) -> Tensor:
     return rows * torch.rsqrt(rows.square().mean(dim=1, keepdim=True) + VARIANCE_FLOOR)
 
 
-class FeatureImitation:
+class DetectorImitation:
     """A detector's own losses and the imitation of its teacher, as `loss_terms` of a `Trainer`.
 
     The teacher sees the very tensor that the student's backbone sees, so images are transformed (and scale jitter is
@@ -58,36 +60,52 @@ class FeatureImitation:
     each process's own images.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, channels: Tensor | None, weight: float) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        channels: Tensor | None,
+        *,
+        pyramid_weight: float = 0.0,
+        head_weight: float = 0.0,
+    ) -> None:
         """
         Args:
             student: the detector in training, without a wrapper around it.
             teacher: the dense detector, on the student's device; it is frozen.
             channels: the teacher's pyramid channels that the student's are, int64 [C]; None when it has all.
-            weight: factor of the imitation, which is the sum of `correlation_loss` over the pyramid's levels.
+            pyramid_weight: factor of the sum of `correlation_loss` over the pyramid's levels; 0 leaves it out.
+            head_weight: factor of every loss of `HeadImitation`; 0 leaves them out.
         """
-        self.backbone = student.get_submodule("backbone")
-        self.teacher = teacher.get_submodule("backbone").requires_grad_(False).eval()
-        self.channels, self.weight = channels, weight
+        self.student_backbone = student.get_submodule("backbone")
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.channels, self.pyramid_weight, self.head_weight = channels, pyramid_weight, head_weight
+        self.heads = HeadImitation(student, teacher)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """torchvision's losses and "imitation", each a scalar; `model` is the student, wrapped or not."""
+        """torchvision's losses, "imitation" of the pyramid and those of the heads, each a scalar; `model` is the
+        student, wrapped or not."""
         seen: list[tuple[Tensor, dict[str, Tensor]]] = []
 
         def remember(_module: nn.Module, inputs: tuple[Tensor, ...], maps: dict[str, Tensor]) -> None:
             seen.append((inputs[0], maps))
 
-        handle = self.backbone.register_forward_hook(remember)
+        handle = self.student_backbone.register_forward_hook(remember)
         try:
-            losses: Mapping[str, Tensor] = model(batch.images, batch.targets)
+            with self.heads.watching():
+                losses = dict(model(batch.images, batch.targets))
         finally:
             handle.remove()
         [(pixels, maps)] = seen
-        return {**losses, "imitation": self.weight * self._imitation(pixels, maps)}
-
-    def _imitation(self, pixels: Tensor, maps: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            wanted = self.teacher(pixels)
+            wanted = self.teacher.get_submodule("backbone")(pixels)
+        if self.pyramid_weight:
+            losses["imitation"] = self.pyramid_weight * self._pyramid(maps, wanted)
+        if self.head_weight:
+            losses |= {name: self.head_weight * loss for name, loss in self.heads.losses(wanted).items()}
+        return losses
+
+    def _pyramid(self, maps: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
         terms = []
         for level, features in maps.items():
             if level == SUBSAMPLED_LEVEL:

@@ -56,6 +56,13 @@ def test_retention_is_taken_seed_by_seed_at_equal_steps() -> None:
     assert [row[7] for row in paper] == ["1.00", "0.86"]  # 0.32 / 0.37
 
 
+def test_what_was_imitated_is_said() -> None:
+    heads = {**cell(0, "fast", 6, 0.39, 0.5), "distill": "heads"}
+    both = {**cell(0, "fast", 6, 0.395, 0.5), "distill": "both"}
+    rows = accuracy_table([*CELLS, heads, both], LATENCY, "box").rows
+    assert [row[3] for row in rows if row[:3] == ("fast", "6 steps", "0.001")] == ["-", "0.5", "0.5 and heads", "heads"]
+
+
 def test_other_tasks_have_a_column_for_their_boxes() -> None:
     cell = {**CELLS[0], "task": "mask"}
     cell["metrics"] = {"bbox": cell["metrics"]["bbox"], "segm": {**cell["metrics"]["bbox"], "AP": 0.125}}

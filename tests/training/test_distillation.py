@@ -17,7 +17,7 @@ from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings,
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.training import detector_training
 from norton_deploy.training.batches import Batch
-from norton_deploy.training.distillation import FeatureImitation, correlation_loss
+from norton_deploy.training.distillation import DetectorImitation, correlation_loss
 from norton_deploy.training.trainer import Trainer
 
 SETTINGS = DetectorSettings(
@@ -82,7 +82,7 @@ def test_identical_twins_have_nothing_to_imitate_and_images_are_transformed_once
         student.transform, "batch_images", lambda images, size_divisible: calls.append(0) or pad(images)
     )
     monkeypatch.setattr(teacher.transform, "batch_images", lambda *_: pytest.fail("the teacher transforms too"))
-    losses = FeatureImitation(student, teacher, None, 6.0)(student, batch())
+    losses = DetectorImitation(student, teacher, None, pyramid_weight=6.0)(student, batch())
     assert float(losses["imitation"].detach()) == 0.0
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "imitation"}
     assert len(calls) == 1
@@ -97,7 +97,7 @@ def test_gradients_reach_the_student_only():
     teacher = dense_detector()
     student = compress(dense_detector(), CompressionPlan("rcnn", {"backbone.body.layer2.0.conv2": 1}), starts=1)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    imitation = FeatureImitation(student, teacher, None, 2.0)(student, batch())["imitation"]
+    imitation = DetectorImitation(student, teacher, None, pyramid_weight=2.0)(student, batch())["imitation"]
     assert float(imitation.detach()) > 0
     imitation.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -112,9 +112,19 @@ def test_a_narrowed_pyramid_imitates_the_channels_that_were_kept():
     compressed = compress_with_kept(teacher, NARROW)
     student, channels = compressed.model, compressed.kept["backbone.fpn.layer_blocks"]
     weight = 6.0
-    assert float(FeatureImitation(student, teacher, channels, weight)(student, batch())["imitation"].detach()) < 1e-5
+    assert (
+        float(
+            DetectorImitation(student, teacher, channels, pyramid_weight=weight)(student, batch())["imitation"].detach()
+        )
+        < 1e-5
+    )
     others = torch.tensor([c for c in range(16) if c not in channels])[:6]
-    assert float(FeatureImitation(student, teacher, others, weight)(student, batch())["imitation"].detach()) > 1
+    assert (
+        float(
+            DetectorImitation(student, teacher, others, pyramid_weight=weight)(student, batch())["imitation"].detach()
+        )
+        > 1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +196,28 @@ def test_resume_leaves_no_trace(trained, tmp_path, monkeypatch):
 
 def test_without_a_teacher_a_run_is_what_it_was(trained):
     settings = detector_training.DetectorTrainingSettings(out=trained, steps=1, task="box", data=trained)
-    assert not {"teacher", "distillation_weight"} & settings.identity().keys()
+    assert not {"teacher", "distill", "distillation_weight", "head_weight"} & settings.identity().keys()
+
+
+@pytest.mark.parametrize(
+    ("distill", "weighed"),
+    [
+        ("pyramid", {"distillation_weight"}),
+        ("heads", {"head_weight"}),
+        ("both", {"distillation_weight", "head_weight"}),
+    ],
+)
+def test_what_is_imitated_decides_which_weights_count(trained, distill, weighed):
+    settings = detector_training.DetectorTrainingSettings(
+        out=trained, steps=1, task="mask", data=trained, teacher=trained / "dense/last.safetensors", distill=distill
+    )
+    assert {"distillation_weight", "head_weight"} & settings.identity().keys() == weighed
+
+
+def test_heads_are_imitated_by_a_setting(trained, tmp_path):
+    main(arguments(trained, tmp_path / "run", "--steps", "1", "--distill", "both"))
+    [first] = losses(tmp_path / "run")
+    assert {"imitation", "class_imitation", "box_imitation", "mask_imitation"} <= first.keys()
 
 
 @pytest.mark.parametrize(
