@@ -6,8 +6,8 @@ trained for --detector-steps. Every plan then compresses that trained detector, 
 with the same recipe and learning rate: it has seen as many images as each compressed one, and it is the teacher.
 
 Runs are in folders under --work; whatever is done already is not done again, so the benchmark may be stopped at any
-time, and --tasks, --plans, --seeds, --finetune-steps, --finetune-lr, --distillation-weights and --distill may be worked through
-in any order into one results file.
+time, and --tasks, --plans, --seeds, --finetune-steps, --finetune-lr, --distillation-weights and --distill may be worked
+through in any order into one results file.
 """
 
 import sys

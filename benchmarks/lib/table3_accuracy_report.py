@@ -29,8 +29,9 @@ class. One ResNet-50 per seed is pretrained on object crops and starts every det
 of a task is trained ("dense before"); compressed detectors are compressed from it, recovered without labels (refit: \
 least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither) and fine-tuned, and the \
 dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
-many images as the others with its number of steps. With distillation (the column is the weight of the pyramid's, "heads" the \
-imitation of the heads' answers), "dense" is the teacher. Retention is a row's AP over that of the best "dense" with as many steps, seed by seed. \
+many images as the others with its number of steps. With distillation "dense" is the teacher (the column is the weight \
+of the pyramid's imitation, "heads" that of the heads' answers). Retention is a row's AP over that of the best "dense" \
+with as many steps, seed by seed. \
 With more than one seed a figure is the mean, the seeds' own in brackets. \
 Plans are brought to the detectors' widths: equal shares of filters. FPS: ONNX Runtime, one image at a time, all \
 models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median of \
