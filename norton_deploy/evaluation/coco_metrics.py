@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,42 @@ OVERLAP_METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR
 KEYPOINT_METRICS = ["AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"]
 
 COCO_KEYPOINT_COUNT = 17
+CURVE_IOUS = (0.5, 0.75)
+"""Overlaps (of keypoints: OKS) whose precision-recall curves are kept."""
+
+
+@dataclass(frozen=True)
+class CategoryScore:
+    """How one category is detected, over objects of all sizes.
+
+    Attributes:
+        id, name: COCO's.
+        objects: annotated ones, without crowds.
+        ap, ap50: AP@[.50:.95] and AP@.50, 0..1; None without an object.
+        precision50: precision at IoU 0.50 and recall 0, 0.01, ..., 1, of four digits; empty without an object.
+    """
+
+    id: int
+    name: str
+    objects: int
+    ap: float | None
+    ap50: float | None
+    precision50: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeasureScore:
+    """One measure in full.
+
+    Attributes:
+        metrics: see `evaluate_coco`.
+        categories: each category's, in the order of their ids.
+        precision: IoU ("0.50", "0.75") -> precision at recall 0, 0.01, ..., 1, the mean of the categories with objects.
+    """
+
+    metrics: Metrics
+    categories: tuple[CategoryScore, ...]
+    precision: dict[str, tuple[float, ...]]
 
 
 def primary_iou_type(task: Task) -> IouType:
@@ -89,10 +126,22 @@ def evaluate_coco(
         UserError: a result names an image or category that is not in the ground truth, or the number of
             keypoints and of their OKS constants differ.
     """
+    scores = score_coco(coco_gt, results, image_ids, keypoint_sigmas=keypoint_sigmas)
+    return {iou_type: score.metrics for iou_type, score in scores.items()}
+
+
+def score_coco(
+    coco_gt: COCO,
+    results: Mapping[IouType, Sequence[Mapping[str, Any]]],
+    image_ids: Sequence[int] | None = None,
+    *,
+    keypoint_sigmas: Sequence[float] | None = None,
+) -> dict[IouType, MeasureScore]:
+    """`evaluate_coco` with every category and the precision-recall curves."""
     scored_images = sorted(set(coco_gt.getImgIds() if image_ids is None else image_ids))
     if unknown := sorted(set(scored_images) - set(coco_gt.getImgIds())):
         raise UserError(f"evaluation: image id {unknown[0]} is not in the ground truth")
-    metrics: dict[str, Metrics] = {}
+    scores: dict[IouType, MeasureScore] = {}
     for iou_type, entries in results.items():
         own = results_of_type(entries, iou_type)
         _check_ids(coco_gt, own)
@@ -106,8 +155,34 @@ def evaluate_coco(
             evaluation.accumulate()
             evaluation.summarize()
         names = KEYPOINT_METRICS if iou_type == "keypoints" else OVERLAP_METRICS
-        metrics[iou_type] = dict(zip(names, (float(value) for value in evaluation.stats), strict=True))
-    return metrics
+        metrics = dict(zip(names, (float(value) for value in evaluation.stats), strict=True))
+        scores[iou_type] = MeasureScore(metrics, *_curves(coco_gt, evaluation))
+    return scores
+
+
+def _curves(coco_gt: COCO, evaluation: COCOeval) -> tuple[tuple[CategoryScore, ...], dict[str, tuple[float, ...]]]:
+    """Categories and mean curves of an accumulated evaluation: all sizes, the most detections an image."""
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category], -1: the category has no object
+    at = {iou: int(np.argmin(np.abs(evaluation.params.iouThrs - iou))) for iou in CURVE_IOUS}
+    shown = set(evaluation.params.imgIds)
+    categories = []
+    for index, category_id in enumerate(evaluation.params.catIds):
+        own = precision[:, :, index]
+        objects = [coco_gt.anns[number] for number in coco_gt.getAnnIds(catIds=[category_id], iscrowd=False)]
+        known = bool((own > -1).all())
+        categories.append(
+            CategoryScore(
+                int(category_id),
+                str(coco_gt.cats[category_id]["name"]),
+                sum(entry["image_id"] in shown for entry in objects),
+                float(own.mean()) if known else None,
+                float(own[at[0.5]].mean()) if known else None,
+                tuple(own[at[0.5]].round(4).tolist()) if known else (),
+            )
+        )
+    present = precision[:, :, (precision > -1).all(axis=(0, 1))]
+    means = {f"{iou:.2f}": present[row].mean(axis=1) if present.size else [] for iou, row in at.items()}
+    return tuple(categories), {iou: tuple(np.round(curve, 4).tolist()) for iou, curve in means.items()}
 
 
 def _check_ids(coco_gt: COCO, entries: Sequence[Mapping[str, Any]]) -> None:

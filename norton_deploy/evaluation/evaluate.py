@@ -21,10 +21,11 @@ from norton_deploy.errors import UserError, one_line_errors
 from norton_deploy.evaluation.coco_metrics import (
     IOU_TYPES,
     IouType,
+    MeasureScore,
     Metrics,
-    evaluate_coco,
     primary_iou_type,
     results_of_type,
+    score_coco,
     table3_scores,
 )
 from norton_deploy.files import atomic_write
@@ -38,10 +39,20 @@ Detector = Callable[[Sequence[Image]], Sequence[Detections]]
 
 @dataclass(frozen=True)
 class DetectorEvaluation:
-    """Attributes: metrics per measure (`evaluate_coco`); COCO results entries of all images."""
+    """What a detector found and how well.
 
-    metrics: dict[str, Metrics]
+    Attributes:
+        scores: per measure (`score_coco`).
+        results: COCO results entries of all images.
+    """
+
+    scores: dict[IouType, MeasureScore]
     results: list[dict[str, Any]]
+
+    @property
+    def metrics(self) -> dict[str, Metrics]:
+        """Of each measure; see `evaluate_coco`."""
+        return {iou_type: score.metrics for iou_type, score in self.scores.items()}
 
 
 @dataclass(frozen=True)
@@ -126,10 +137,10 @@ def evaluate_detector(
         )
     kept.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
     image_ids = [dataset.image_ids[index] for index in chosen]
-    metrics: list[Any] = [None]
+    scores: list[Any] = [None]
     if state.is_main_process:
-        metrics = [evaluate_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], kept), image_ids)]
-    return DetectorEvaluation(broadcast_object_list(metrics)[0], kept)
+        scores = [score_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], kept), image_ids)]
+    return DetectorEvaluation(broadcast_object_list(scores)[0], kept)
 
 
 def evaluate_file(

@@ -54,17 +54,19 @@ class DetectorRow:
         dense_macs, dense_params: of the dense model that it is compared with (CR is relative to them).
         fps: images per second of one-image calls.
         latency_ms: median end-to-end time, the paper's delta.
-        ap, ar: Table III's AP and AR (0..1), None when the weights were not evaluated.
+        ap, ar: Table III's AP and AR (0..1).
+
+    What is None was not measured.
     """
 
     model: str
     runs_on: str
-    macs: float
-    params: float
-    dense_macs: float
-    dense_params: float
-    fps: float
-    latency_ms: float
+    macs: float | None
+    params: float | None
+    dense_macs: float | None
+    dense_params: float | None
+    fps: float | None
+    latency_ms: float | None
     ap: float | None = None
     ar: float | None = None
 
@@ -106,11 +108,17 @@ def _cells(row: DetectorRow) -> tuple[str, ...]:
         row.runs_on,
         "-" if row.ap is None else f"{row.ap:.2f}",
         "-" if row.ar is None else f"{row.ar:.2f}",
-        f"{row.macs / 1e9:.2f}G ({reduction_percent(row.macs, row.dense_macs)})",
-        f"{row.params / 1e6:.2f}M ({reduction_percent(row.params, row.dense_params)})",
-        f"{row.fps:.1f}" if row.fps < 10 else f"{row.fps:.0f}",
-        f"{row.latency_ms:.0f}",
+        _count(row.macs, row.dense_macs, 1e9, "G"),
+        _count(row.params, row.dense_params, 1e6, "M"),
+        "-" if row.fps is None else f"{row.fps:.1f}" if row.fps < 10 else f"{row.fps:.0f}",
+        "-" if row.latency_ms is None else f"{row.latency_ms:.0f}",
     )
+
+
+def _count(value: float | None, dense: float | None, unit: float, letter: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value / unit:.2f}{letter}" + ("" if dense is None else f" ({reduction_percent(value, dense)})")
 
 
 def reduction_percent(compressed: float, dense: float) -> str:

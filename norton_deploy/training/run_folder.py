@@ -222,15 +222,20 @@ class RunLog:
         self._board.flush()
 
 
-def _keep_until(log: Path, last_step: int) -> None:
-    """Rewrite the log without the lines of later steps, and without a last line cut off by a kill."""
-    kept = []
+def read_log(log: Path) -> tuple[dict[str, Any], ...]:
+    """The records of a log.jsonl: "section" ("train" or "evaluation"), "step" and what `RunLog.write` was given; a
+    last line cut off by a kill is left out."""
+    records = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        if record["step"] <= last_step:
-            kept.append(line + "\n")
+    return tuple(records)
+
+
+def _keep_until(log: Path, last_step: int) -> None:
+    """Rewrite the log without the lines of later steps, and without a last line cut off by a kill."""
+    kept = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= last_step]
     with atomic_write(log, "w") as stream:
         stream.writelines(kept)

@@ -16,6 +16,7 @@ from norton_deploy.evaluation.coco_metrics import (
     evaluate_coco,
     metrics_table,
     results_of_type,
+    score_coco,
     table3_scores,
 )
 from norton_deploy.structures import TASKS
@@ -149,3 +150,22 @@ def test_table_marks_what_table_3_lists(coco_gt, task):
 def test_nothing_is_printed(coco_gt, capsys):
     evaluate_coco(coco_gt, {"bbox": perfect_results(coco_gt)})
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("iou_type", ALL_TYPES)
+def test_the_categories_average_to_the_whole(coco_gt, iou_type):
+    score = score_coco(coco_gt, {iou_type: disturbed_results(coco_gt)})[iou_type]
+    assert [(entry.id, entry.name, entry.objects) for entry in score.categories] == [(3, "cat", 3), (7, "dog", 1)]
+    assert np.mean([entry.ap for entry in score.categories]) == pytest.approx(score.metrics["AP"])
+    assert np.mean([entry.ap50 for entry in score.categories]) == pytest.approx(score.metrics["AP50"])
+    assert np.mean(score.precision["0.50"]) == pytest.approx(score.metrics["AP50"], abs=1e-4)
+    assert np.mean(score.precision["0.75"]) == pytest.approx(score.metrics["AP75"], abs=1e-4)
+    assert np.mean(score.categories[0].precision50) == pytest.approx(score.categories[0].ap50, abs=1e-4)
+
+
+def test_a_category_without_objects_has_no_score_and_other_images_do_not_count(coco_gt):
+    score = score_coco(coco_gt, {"bbox": perfect_results(coco_gt)}, image_ids=[11])["bbox"]
+    cat, dog = score.categories
+    assert (cat.objects, cat.ap) == (2, pytest.approx(1.0))
+    assert (dog.objects, dog.ap, dog.precision50) == (0, None, ())
+    assert score_coco(coco_gt, {"bbox": []}, image_ids=[12])["bbox"].precision == {"0.50": (), "0.75": ()}
