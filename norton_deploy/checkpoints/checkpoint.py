@@ -1,7 +1,9 @@
 """One file per model: safetensors with a JSON header that says how to rebuild it and where it comes from."""
 
+import argparse
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -255,7 +257,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth file (loaded without running any code) or of a .safetensors file.
 
-    A .pth file may hold the state_dict itself or a mapping with it under "model" or "state_dict".
+    A .pth file may hold the state_dict itself or a mapping with it under "model", "state_dict" or "model_state_dict".
 
     Raises:
         UserError: the file is missing, broken, or would need code to load.
@@ -265,11 +267,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if Path(path).suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's training scripts store theirs
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a file of plain tensors ({reason})") from error
-    for key in ("model", "state_dict"):
+        foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        reason = f"({str(error).splitlines()[0]})"
+        if foreign is not None:
+            reason = (
+                f"but a pickle of {foreign[1]}, which would run as code; open it where it was made and save its "
+                "weights alone: torch.save(model.state_dict(), 'weights.pth')"
+            )
+        raise UserError(f"{path}: not a file of plain tensors {reason}") from error
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -6,68 +6,100 @@ from typing import cast, get_args
 
 from torch import Tensor
 from torchvision.models import ResNet50_Weights, VGG16_BN_Weights, get_model_weights
-from torchvision.models.detection import (
-    FasterRCNN_ResNet50_FPN_Weights,
-    KeypointRCNN_ResNet50_FPN_Weights,
-    MaskRCNN_ResNet50_FPN_Weights,
-)
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights
 
 from norton_deploy.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointHeader,
+    build_structure,
     class_categories,
     load_checkpoint,
     load_weights,
     read_tensors,
 )
+from norton_deploy.checkpoints.torchvision_weights import classifier_settings, current_names, identify
+from norton_deploy.data.category_list import categories_of_model
 from norton_deploy.errors import UserError
-from norton_deploy.models.classifiers import Architecture, ClassifierSettings
-from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings, ModelSettings
+from norton_deploy.models.classifiers import Architecture
+from norton_deploy.models.detectors import ModelSettings
 from norton_deploy.structures import Categories, ModelTask
 
-_RESNET_DEPTHS: dict[tuple[int, bool], Architecture] = {
-    (2, False): "resnet18",
-    (6, False): "resnet34",
-    (6, True): "resnet50",
-    (23, True): "resnet101",
-}
-# The statistics of torchvision's published detectors are used without an epsilon.
-_PUBLISHED_DETECTORS = (
-    FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
-    MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
-    KeypointRCNN_ResNet50_FPN_Weights.COCO_V1,
-    KeypointRCNN_ResNet50_FPN_Weights.COCO_LEGACY,
-)
-_PUBLISHED_FILES = tuple(weights.url.rpartition("/")[2] for weights in _PUBLISHED_DETECTORS)
+MODEL_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
-def open_model(model: str, weights: str = "none") -> Checkpoint:
+def open_model(
+    model: str,
+    weights: str = "none",
+    *,
+    categories: Path | Categories | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Checkpoint:
     """Open what a user names.
 
     Args:
         model: an architecture (resnet18/34/50/101, vgg16_bn), a checkpoint of this project (.safetensors),
             or a .pth file of torchvision's ResNet, Faster, Mask or Keypoint R-CNN.
         weights: for an architecture: "none" (random), "imagenet" (torchvision's download) or a file.
+        categories: of a .pth file, which names none: a COCO annotation file or a list of names (`read_categories`),
+            or themselves; a checkpoint has its own.
+        image_size: (height, width) in pixels for which a detector shall be: its image settings are replaced.
 
     Raises:
-        UserError: unknown name, unreadable file, or weights of another model.
+        UserError: unknown name, unreadable file, weights of another model, or another number of categories.
     """
     if model in get_args(Architecture):
+        if categories is not None or image_size is not None:
+            raise UserError(f"{model}: --categories and --image-size are for a detector's file")
         return _open_architecture(cast(Architecture, model), weights)
     if weights != "none":
         raise UserError(f"--weights {weights}: only goes with an architecture's name, not with the file {model}")
-    if Path(model).suffix in (".safetensors", ".pth", ".pt"):
-        return _open_file(model)
-    known = ", ".join(get_args(Architecture))
-    raise UserError(f"model '{model}': expected {known}, a .safetensors checkpoint or a .pth file")
+    if Path(model).suffix not in MODEL_SUFFIXES:
+        known = ", ".join(get_args(Architecture))
+        raise UserError(f"model '{model}': expected {known}, a .safetensors checkpoint or a .pth file")
+    if categories is not None and not names_no_categories(model):
+        raise UserError(f"{model}: has its own categories; leave --categories out")
+    opened = _open_file(model, categories)
+    return opened if image_size is None else with_image_size(opened, image_size)
 
 
-def classifier_settings(architecture: Architecture, num_classes: int | None = None) -> ClassifierSettings:
-    """Settings of an architecture as it is usual: of 1000 classes at 224 x 224, VGG of 10 at 32 x 32."""
-    if architecture == "vgg16_bn":
-        return ClassifierSettings(architecture, num_classes or 10, image_size=(32, 32))
-    return ClassifierSettings(architecture, num_classes or 1000)
+def names_no_categories(model: str | Path) -> bool:
+    """Whether a model file is a bare state_dict (.pth, .pt), which knows no names."""
+    return Path(model).suffix in (".pth", ".pt")
+
+
+def open_for_data(path: Path, task: ModelTask, data: Categories, named: Path | None = None) -> tuple[Checkpoint, str]:
+    """Open a file for data with these categories: a .pth that names none, but is a detector for this task with as many
+    classes, is taken to detect them.
+
+    Args:
+        path: see `open_model`.
+        task, data: of the data.
+        named: the categories of a .pth file, which are then its own.
+
+    Returns:
+        the checkpoint, and what was taken for granted, in words ("" where nothing was).
+    """
+    opened = open_model(str(path), categories=named)
+    header = opened.header
+    same = header.task == task != "cls" and header.detector.num_classes == data.num_classes
+    if named is not None or not names_no_categories(path) or not same or header.categories == data:
+        return opened, ""
+    note = f" (its {data.num_classes - 1} classes are taken as the data's, in their order: {', '.join(data.names)})"
+    return replace(opened, header=replace(header, categories=data)), note
+
+
+def with_image_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Checkpoint:
+    """The detector for images of (height, width) pixels: resized so that they fit the shorter and the longer side.
+
+    Raises:
+        UserError: a size below 1, or a classifier.
+    """
+    header, (short, long) = checkpoint.header, sorted(image_size)
+    image = replace(header.detector.image, min_size=short, max_size=long, train_short_sides=())
+    changed = replace(header, settings=replace(header.detector, image=image))
+    model = build_structure(changed)
+    load_weights(model, checkpoint.model.state_dict(), "the model")
+    return Checkpoint(model.train(checkpoint.model.training), changed)
 
 
 def _open_architecture(architecture: Architecture, weights: str) -> Checkpoint:
@@ -85,16 +117,25 @@ def _open_architecture(architecture: Architecture, weights: str) -> Checkpoint:
     return loaded
 
 
-def _open_file(path: str) -> Checkpoint:
+def _open_file(path: str, given: Path | Categories | None = None) -> Checkpoint:
     """A checkpoint, or a state_dict of torchvision's."""
     if path.endswith(".safetensors"):
         return load_checkpoint(path)
     tensors = current_names(read_tensors(path))
     task, settings = identify(tensors, path)
     if task == "cls":
+        if given is not None:
+            raise UserError(f"{path}: a classifier's weights; --categories is for a detector's")
         categories = _class_names(settings, imagenet=settings.num_classes == 1000)
+    elif isinstance(given, Path):
+        categories = categories_of_model(given, settings.num_classes, path)
     else:
-        categories = published_categories(task, settings.num_classes)
+        categories = given or published_categories(task, settings.num_classes)
+    if task != "cls" and categories.num_classes != settings.num_classes:
+        raise UserError(
+            f"{path}: has {settings.num_classes} classes with the background, the categories "
+            f"{', '.join(categories.names[:5])} ... are {categories.num_classes}"
+        )
     model = settings.build(task)
     load_weights(model, tensors, path)
     return Checkpoint(model.eval(), CheckpointHeader(task, settings, None, categories))
@@ -105,62 +146,6 @@ def _class_names(settings: ModelSettings, imagenet: bool) -> Categories:
     if imagenet:
         return class_categories(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     return class_categories([f"class {index}" for index in range(settings.num_classes)])
-
-
-def identify(tensors: dict[str, Tensor], source: str) -> tuple[ModelTask, ModelSettings]:
-    """What torchvision model a state_dict is of, from its names and shapes.
-
-    Returns:
-        (task, settings). Numbers that a state_dict cannot show (thresholds, anchors, image size) are torchvision's
-        defaults; the epsilon of frozen BatchNorm is 0 for the files that torchvision publishes, which are known by
-        their names, and 1e-5 otherwise.
-
-    Raises:
-        UserError: it is of none of the supported models.
-    """
-    if "fc.weight" in tensors and "layer4.0.conv1.weight" in tensors:
-        depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layer3."))
-        key = (depth, "layer1.0.conv3.weight" in tensors)
-        if key in _RESNET_DEPTHS:
-            return "cls", classifier_settings(_RESNET_DEPTHS[key], len(tensors["fc.weight"]))
-    if "features.0.weight" in tensors and "classifier.3.weight" in tensors and "features.1.weight" in tensors:
-        return "cls", classifier_settings("vgg16_bn", len(tensors["classifier.3.weight"]))
-    if "roi_heads.box_predictor.cls_score.weight" not in tensors:
-        first = next(iter(tensors), "none")
-        raise UserError(
-            f"{source}: weights of an unknown model (first tensor: {first}); expected torchvision's ResNet, "
-            "Faster, Mask or Keypoint R-CNN R50-FPN, or this project's VGG-16-BN"
-        )
-    settings = DetectorSettings(
-        num_classes=len(tensors["roi_heads.box_predictor.cls_score.weight"]),
-        backbone=BackboneSettings(
-            fpn_channels=len(tensors["backbone.fpn.inner_blocks.0.0.weight"]),
-            norm_eps=0.0 if Path(source).name in _PUBLISHED_FILES else 1e-5,
-        ),
-        roi=RoiSettings(box_features=len(tensors["roi_heads.box_head.fc6.weight"])),
-    )
-    if "roi_heads.mask_predictor.conv5_mask.weight" in tensors:
-        return "mask", settings
-    if "roi_heads.keypoint_predictor.kps_score_lowres.weight" in tensors:
-        points = tensors["roi_heads.keypoint_predictor.kps_score_lowres.weight"].shape[1]
-        return "keypoint", replace(settings, num_keypoints=points)
-    return "box", settings
-
-
-def current_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's older layer names in today's form (its first COCO weights have them)."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        stem, _, kind = name.rpartition(".")
-        parent, _, last = stem.rpartition(".")
-        if stem == "rpn.head.conv":
-            stem = "rpn.head.conv.0.0"
-        elif parent == "roi_heads.mask_head" and last.startswith("mask_fcn"):
-            stem = f"{parent}.{int(last.removeprefix('mask_fcn')) - 1}.0"
-        elif parent in ("backbone.fpn.inner_blocks", "backbone.fpn.layer_blocks"):
-            stem = f"{stem}.0"
-        renamed[f"{stem}.{kind}"] = tensor
-    return renamed
 
 
 def published_categories(task: ModelTask, num_classes: int) -> Categories:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from norton_deploy.checkpoints.open_model import classifier_settings
+from norton_deploy.checkpoints.torchvision_weights import classifier_settings
 from norton_deploy.commands import write_json
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import parse_settings

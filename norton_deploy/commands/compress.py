@@ -34,6 +34,10 @@ class Settings:
     """resnet18, resnet34, resnet50, resnet101, vgg16_bn, a .safetensors checkpoint or torchvision's .pth."""
     weights: str = "none"
     """For an architecture's name: none (random weights), imagenet (torchvision's) or a weights file."""
+    categories: Path | None = None
+    """Categories of a .pth file: a COCO annotation file or a list of names, one a line."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels of the images that the detector is for; by default its own (of a .pth 800, 1333)."""
     measure: AngleMeasure = "largest"
     """How the principal angles of two factors become one distance."""
     starts: int = 4
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output_file(settings.out, "--out", ".safetensors", overwrite=settings.overwrite)
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     plan = CompressionPlan.load(settings.plan)
-    dense = open_model(settings.model, settings.weights)
+    dense = open_model(settings.model, settings.weights, categories=settings.categories, image_size=settings.image_size)
     source = next((name for name in (settings.weights, settings.model) if Path(name).is_file()), None)
     if settings.weights == "none" and source is None:
         print(f"note: the weights of {settings.model} are random (--weights none)", file=sys.stderr)

@@ -29,7 +29,9 @@ class Settings:
     data: Path
     """Folder in COCO-2017's layout."""
     model: Path
-    """Detector: a checkpoint (.safetensors), a graph (.onnx) or an engine (.engine)."""
+    """Detector: a checkpoint (.safetensors), torchvision's .pth, a graph (.onnx) or an engine (.engine)."""
+    categories: Path | None = None
+    """Categories of a .pth file: a COCO annotation file or a list of names; by default the data's."""
     split: Literal["train", "val"] = "val"
     """Which images to evaluate on."""
     limit: int | None = None
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers=settings.workers,
         skip_bad=settings.skip_bad,
         progress=settings.progress,
+        categories=settings.categories,
     )
     if not PartialState().is_main_process:
         return 0

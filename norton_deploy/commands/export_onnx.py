@@ -24,6 +24,8 @@ class Settings(ExportOptions):
     """The file to write."""
     model: str | None = None
     """Detector: a checkpoint (.safetensors) or torchvision's .pth; without it weights are random."""
+    categories: Path | None = None
+    """Categories of a .pth file: a COCO annotation file or a list of names, one a line."""
     task: Task | None = None
     """box, mask or keypoint; needed without --model, checked with it."""
     plan: Path | None = None
@@ -64,6 +66,7 @@ def run_export(settings: Settings, out: Path) -> Export:
         plan=settings.plan,
         image_size=settings.image_size,
         score_threshold=settings.score_threshold,
+        categories=settings.categories,
     )
     files = [file for path in settings.images for file in find_images(path)]
     dataset = None

@@ -3,7 +3,6 @@
 Detectron2 itself is not needed.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, l
 from norton_deploy.checkpoints.open_model import published_categories
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import BODY, apply_structure
+from norton_deploy.data.category_list import read_categories
 from norton_deploy.detectron2.config import Detectron2Config, read_config
 from norton_deploy.detectron2.pickle import read_pickle
 from norton_deploy.detectron2.weights import convert_weights
@@ -78,7 +78,8 @@ def _categories(task: Task, num_classes: int, annotations: str | Path | None) ->
     foreground = num_classes - 1
     labels = tuple(range(1, num_classes))
     if annotations is not None:
-        ids, names = _annotated(Path(annotations))
+        entries = read_categories(annotations)
+        ids, names = (tuple(entry[field] for entry in entries) for field in ("id", "name"))
     else:
         is_person = task == "keypoint" and foreground == 1
         coco = published_categories("keypoint", 2) if is_person else published_categories("box", 91)
@@ -88,18 +89,6 @@ def _categories(task: Task, num_classes: int, annotations: str | Path | None) ->
     if len(ids) != foreground:
         raise UserError(f"{annotations}: has {len(ids)} categories, but the model has {foreground} classes")
     return Categories(labels, ids, names)
-
-
-def _annotated(path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Ids, ascending, and names of the categories in a COCO annotation file."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            entries = sorted((int(entry["id"]), str(entry["name"])) for entry in json.load(stream)["categories"])
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a COCO annotation file with 'categories' ({error})") from error
-    return tuple(number for number, _ in entries), tuple(name for _, name in entries)
 
 
 def backbone_structure(config: Detectron2Config) -> tuple[DetectorSettings, CompressionPlan | None]:

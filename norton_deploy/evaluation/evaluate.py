@@ -14,9 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from norton_deploy.checkpoints.open_model import names_no_categories
 from norton_deploy.compression.lowering import lower_model, quickest_forms
+from norton_deploy.data.category_list import read_categories
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.errors import UserError, one_line_errors
 from norton_deploy.evaluation.coco_metrics import (
     IOU_TYPES,
@@ -155,6 +158,7 @@ def evaluate_file(
     workers: int = 0,
     skip_bad: bool = False,
     progress: bool = True,
+    categories: Path | None = None,
 ) -> FileEvaluation:
     """Score a checkpoint, a graph or an engine on a dataset; on one process or many.
 
@@ -165,15 +169,26 @@ def evaluate_file(
         device: cpu, cuda or cuda:N; by default each process takes a GPU of its own if there are any.
         limit, batch_size, workers, progress: see `evaluate_detector`.
         skip_bad: leave out bad images and annotations with one counted warning instead of stopping.
+        categories: of a .pth file, which names none (`read_categories`); by default the dataset's, where their number
+            is the model's.
 
     Raises:
         UserError: a bad file or dataset, or a model of another task.
     """
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
-    predictor = load_predictor(model, device=device or ("cpu" if use_cpu else str(state.device)))
+    predictor = load_predictor(model, device=device or ("cpu" if use_cpu else str(state.device)), categories=categories)
     if predictor.task != task:
         raise UserError(f"{predictor.name}: a detector for task '{predictor.task}', --task is '{task}'")
+    if categories is None and isinstance(model, Path) and names_no_categories(model):
+        own = Categories.from_coco(read_categories(annotation_file(data, split, task)))
+        if own.num_classes == predictor.categories.num_classes and own != predictor.categories:
+            predictor.categories = own
+            warnings.warn(
+                f"{model}: names no categories; its {own.num_classes - 1} classes are taken as the data's, in their "
+                f"order: {', '.join(own.names)}",
+                stacklevel=2,
+            )
     dataset = CocoDetection(data, split, task, categories=predictor.categories, skip_bad=skip_bad)
     evaluation = evaluate_detector(
         predictor, dataset, limit=limit, batch_size=batch_size, workers=workers, progress=progress

@@ -9,13 +9,15 @@ from typing import Literal, get_args
 
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Backend, Image, Predictor, StageTiming
-from norton_deploy.structures import Detections
+from norton_deploy.structures import Categories, Detections
 
 PackagedTask = Literal["mask", "keypoint"]
 PACKAGED_FOLDER = Path(__file__).parents[1] / "checkpoints"
 PACKAGED_TASKS: tuple[PackagedTask, ...] = get_args(PackagedTask)
 BACKEND_OF_SUFFIX: dict[str, Backend] = {
     ".safetensors": "torch",
+    ".pth": "torch",
+    ".pt": "torch",
     ".onnx": "onnxruntime",
     ".engine": "tensorrt",
 }
@@ -27,8 +29,10 @@ def load_predictor(
     score_threshold: float | None = None,
     device: str | None = None,
     providers: Sequence[str] | None = None,
+    categories: Path | Categories | None = None,
 ) -> Predictor:
-    """Load a model file: a checkpoint (`.safetensors`), a graph (`.onnx`) or a TensorRT engine (`.engine`).
+    """Load a model file: a checkpoint (`.safetensors`), torchvision's weights (`.pth`), a graph (`.onnx`) or a TensorRT
+    engine (`.engine`).
 
     Args:
         path: one file; or several `.onnx`/`.engine` files, or a folder of them, that differ in image size:
@@ -37,6 +41,7 @@ def load_predictor(
         device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one. An engine needs a GPU.
         providers: ONNX Runtime's execution providers, in order of preference, e.g.
             ["TensorrtExecutionProvider", "CUDAExecutionProvider"]; by default that of `device`.
+        categories: of a .pth file, which names none: see `open_model`.
 
     Raises:
         UserError: a missing or foreign file, a package, device or provider that is not there, or a
@@ -45,7 +50,7 @@ def load_predictor(
     if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
         raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
     files = _model_files(path)
-    predictors = [_load_one(file, score_threshold, device, providers) for file in files]
+    predictors = [_load_one(file, score_threshold, device, providers, categories) for file in files]
     if len(predictors) == 1:
         return predictors[0]
     return SizeBucketPredictor(predictors)
@@ -71,6 +76,7 @@ def _load_one(
     score_threshold: float | None,
     device: str | None,
     providers: Sequence[str] | None,
+    categories: Path | Categories | None,
 ) -> Predictor:
     """Load one file; a backend is imported only when it is asked for."""
     if not file.is_file():
@@ -83,7 +89,9 @@ def _load_one(
     if backend == "torch":
         from norton_deploy.inference.torch_backend import TorchPredictor
 
-        return TorchPredictor.load(file, score_threshold, device)
+        return TorchPredictor.load(file, score_threshold, device, categories)
+    if categories is not None:
+        raise UserError(f"{file}: has its own categories; leave --categories out")
     if backend == "onnxruntime":
         from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 

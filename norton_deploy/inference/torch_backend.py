@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from norton_deploy.checkpoints.checkpoint import load_checkpoint
+from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Image, Predictor
@@ -69,13 +69,20 @@ class TorchPredictor(Predictor):
         self.device = f"torch {torch.__version__}, {_device_name(self.torch_device)}"
 
     @classmethod
-    def load(cls, path: Path, score_threshold: float | None, device: str | None) -> TorchPredictor:
-        """From a checkpoint file, with CPDBlocks grouped and BatchNorm folded: equal to rounding, and faster.
+    def load(
+        cls,
+        path: Path,
+        score_threshold: float | None,
+        device: str | None,
+        categories: Path | Categories | None = None,
+    ) -> TorchPredictor:
+        """From a checkpoint or torchvision's .pth, with CPDBlocks grouped and BatchNorm folded: equal to rounding, and
+        faster.
 
         Raises:
             UserError: not a detector's checkpoint, or the device is not there.
         """
-        checkpoint = load_checkpoint(path)
+        checkpoint = open_model(str(path), categories=categories)
         header = checkpoint.header
         if header.task == "cls":
             raise UserError(f"{path}: a checkpoint of task '{header.task}', expected {', '.join(TASKS)}")

@@ -187,6 +187,7 @@ def open_detector(
     plan: Path | None = None,
     image_size: tuple[int, int] | None = None,
     score_threshold: float | None = None,
+    categories: Path | None = None,
 ) -> tuple[GeneralizedRCNN, Task, Categories]:
     """The detector that the user named, or a random calibrated one, in eval mode.
 
@@ -196,6 +197,7 @@ def open_detector(
         plan: compresses the random detector.
         image_size: (height, width) that the random detector is made for, 800 x 800 by default.
         score_threshold: replaces the model's own.
+        categories: of a .pth file, which names none: see `open_model`.
 
     Raises:
         UserError: no detector, another task, or options that contradict one another.
@@ -207,20 +209,20 @@ def open_detector(
             raise UserError("--task: needed without --model")
         fitted = None if plan is None else CompressionPlan.load(plan)
         detector: GeneralizedRCNN = random_detector(task, image_size or RANDOM_SIZE, fitted)
-        categories = published_categories(task, 2 if task == "keypoint" else 91)
+        labels = published_categories(task, 2 if task == "keypoint" else 91)
     else:
         if plan is not None:
             raise UserError("--plan: only without --model; compress a model with the command compress")
-        checkpoint = open_model(model)
+        checkpoint = open_model(model, categories=categories)
         found = checkpoint.header.task
         if found == "cls":
             raise UserError(f"{model}: a classifier; export takes detectors")
         if task not in (None, found):
             raise UserError(f"{model}: a detector for task '{found}', --task is '{task}'")
-        detector, task, categories = cast(GeneralizedRCNN, checkpoint.model), found, checkpoint.header.categories
+        detector, task, labels = cast(GeneralizedRCNN, checkpoint.model), found, checkpoint.header.categories
     if score_threshold is not None:
         detector.roi_heads.score_thresh = score_threshold
-    return detector.eval(), task, categories
+    return detector.eval(), task, labels
 
 
 def graph_size(

@@ -40,6 +40,9 @@ class DetectorTrainingSettings(TrainingSettings):
     init: Path | None = None
     """Checkpoint to start from: a detector, or a classifier whose body becomes the backbone (.safetensors,
     or torchvision's .pth). Without it the weights are random."""
+    categories: Path | None = None
+    """Categories of a .pth in --init (and --teacher): a COCO annotation file or a list of names; by default the data's,
+    where they are as many."""
     plan: Path | None = None
     """Compression plan that gives random weights their structure (without --init)."""
     teacher: Path | None = None
@@ -120,10 +123,17 @@ def train_detector(
         keep_empty=settings.keep_empty,
         skip_bad=settings.skip_bad,
     )
-    train.categories = training_categories(settings.task, train.categories, settings.init)
+    train.categories = training_categories(settings.task, train.categories, settings.init, settings.categories)
     val = CocoDetection(settings.data, "val", settings.task, categories=train.categories, skip_bad=settings.skip_bad)
     seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
-    start = initial_detector(settings.task, train.categories, settings.detector, init=settings.init, plan=settings.plan)
+    start = initial_detector(
+        settings.task,
+        train.categories,
+        settings.detector,
+        init=settings.init,
+        plan=settings.plan,
+        named=settings.categories,
+    )
     # Quicker steps on a CPU in informal trials (no result file). Not the heads: torchvision's keypoint loss views maps
     # as contiguous.
     start.model.get_submodule("backbone").to(memory_format=torch.channels_last)
@@ -138,6 +148,7 @@ def train_detector(
             start.pyramid_channels,
             task=settings.task,
             categories=train.categories,
+            named=settings.categories,
         )
         teacher = teacher.to(accelerator.device)
         teacher.get_submodule("backbone").to(memory_format=torch.channels_last)

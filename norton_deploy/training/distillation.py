@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.checkpoints.open_model import names_no_categories, open_for_data
 from norton_deploy.errors import UserError
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
@@ -123,6 +123,7 @@ def open_detector_teacher(
     *,
     task: Task,
     categories: Categories,
+    named: Path | None = None,
 ) -> tuple[nn.Module, Tensor | None]:
     """Open the dense detector that a student is to imitate.
 
@@ -132,6 +133,7 @@ def open_detector_teacher(
         settings: of the student.
         pyramid_channels: which of the dense pyramid's channels the student has (`CheckpointHeader`).
         task, categories: of the training.
+        named: the categories of a .pth file, where they are not the training's (`open_for_data`).
 
     Returns:
         The teacher, and the channels [C] (int64) of its pyramid that are the student's, None when all are.
@@ -140,7 +142,7 @@ def open_detector_teacher(
         UserError: it is not a dense detector, or task, categories, image settings or the pyramid's width differ;
             the message names the field.
     """
-    teacher = open_model(str(path))
+    teacher, _ = open_for_data(path, task, categories, named if names_no_categories(path) else None)
     header = teacher.header
     if header.task != task:
         raise UserError(f"--teacher {path}: task is {header.task}, the student's is {task}")

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_weights, read_header
-from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.checkpoints.open_model import open_for_data, open_model
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
@@ -35,7 +35,7 @@ class InitialModel(Generic[S]):
     pyramid_channels: tuple[int, ...] | None = None
 
 
-def training_categories(task: Task, data: Categories, init: Path | None) -> Categories:
+def training_categories(task: Task, data: Categories, init: Path | None, named: Path | None = None) -> Categories:
     """The labels to train with: the checkpoint's own when it detects the data's categories, so that its heads fit.
 
     Models of torchvision label COCO's categories by their ids, those of other frameworks 1 to 80.
@@ -43,10 +43,16 @@ def training_categories(task: Task, data: Categories, init: Path | None) -> Cate
     Args:
         task, data: task and categories of the training data.
         init: a checkpoint or a .pth file, or None.
+        named: the categories of a .pth file (`read_categories`).
+
+    Raises:
+        UserError: `named` without a .pth file, or of another number of classes.
     """
-    if init is None or init.suffix != ".safetensors":
+    if named is not None and (init is None or init.suffix == ".safetensors"):
+        raise UserError("--categories: goes with a .pth file in --init; a checkpoint has its own")
+    if init is None or (init.suffix != ".safetensors" and named is None):
         return data
-    header = read_header(init)
+    header = read_header(init) if named is None else open_model(str(init), categories=named).header
     # an id alone says little: every data set of one's own begins at 1
     own, theirs = (set(zip(found.ids, found.names, strict=True)) for found in (header.categories, data))
     return header.categories if header.task == task and own == theirs else data
@@ -59,18 +65,21 @@ def initial_detector(
     *,
     init: Path | None = None,
     plan: Path | None = None,
+    named: Path | None = None,
 ) -> InitialModel[DetectorSettings]:
     """Build the detector that a run starts from; random weights come from torch's global generator.
 
     From a detector's checkpoint all weights are taken when task and categories are the same, otherwise its
     backbone (body and pyramid) only. The file's own settings hold, except for those fields of `settings` that
-    differ from their defaults. From a classifier's checkpoint the body is taken. The plan is the file's.
+    differ from their defaults. From a classifier's checkpoint the body is taken. The plan is the file's. A .pth file
+    without `named` categories, of the same task and with as many classes, is taken to detect the data's.
 
     Args:
         task, categories: of the training data; the categories decide the number of classes.
         settings: of the detector.
         init: a checkpoint (.safetensors), or torchvision's .pth.
         plan: structure of a detector that starts from random weights; not with `init`.
+        named: the categories of a .pth file (`read_categories`).
 
     Raises:
         UserError: the file does not fit, `plan` is given with `init`, or a frozen backbone would be random.
@@ -83,7 +92,7 @@ def initial_detector(
     if init is None:
         return _random_detector(task, replace(settings, num_classes=categories.num_classes), plan)
     _refuse_plan(plan, init)
-    source = open_model(str(init))
+    source, assumed = open_for_data(init, task, categories, named)
     if source.header.task == "cls":
         final = replace(
             settings,
@@ -95,7 +104,7 @@ def initial_detector(
     model = final.build(task)
     if source.header.plan is not None:
         model = apply_structure(model, source.header.plan)
-    origin = _take_weights(model, task, categories, source, init) + _kept_settings(final, settings)
+    origin = _take_weights(model, task, categories, source, init) + assumed + _kept_settings(final, settings)
     freeze_stages(model.get_submodule("backbone.body"), final.backbone.trainable_layers)
     return InitialModel(model, final, source.header.plan, origin, source.header.pyramid_channels)
 

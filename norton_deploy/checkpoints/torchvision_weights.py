@@ -1,0 +1,126 @@
+"""Which torchvision model a state_dict is of, told from its names and shapes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_Weights,
+    KeypointRCNN_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+)
+
+from norton_deploy.errors import UserError
+from norton_deploy.models.classifiers import Architecture, ClassifierSettings
+from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
+from norton_deploy.models.detectors import DetectorSettings, ModelSettings
+from norton_deploy.structures import ModelTask
+
+_RESNET_DEPTHS: dict[tuple[int, bool], Architecture] = {
+    (2, False): "resnet18",
+    (6, False): "resnet34",
+    (6, True): "resnet50",
+    (23, True): "resnet101",
+}
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, torch.compile and Lightning put before every name."""
+# The statistics of torchvision's published detectors are used without an epsilon.
+_PUBLISHED_DETECTORS = (
+    FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
+    MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
+    KeypointRCNN_ResNet50_FPN_Weights.COCO_V1,
+    KeypointRCNN_ResNet50_FPN_Weights.COCO_LEGACY,
+)
+_PUBLISHED_FILES = tuple(weights.url.rpartition("/")[2] for weights in _PUBLISHED_DETECTORS)
+_V2_MARK = "backbone.fpn.inner_blocks.0.1.weight"  # BatchNorm in the pyramid
+
+
+def classifier_settings(architecture: Architecture, num_classes: int | None = None) -> ClassifierSettings:
+    """Settings of an architecture as it is usual: of 1000 classes at 224 x 224, VGG of 10 at 32 x 32."""
+    if architecture == "vgg16_bn":
+        return ClassifierSettings(architecture, num_classes or 10, image_size=(32, 32))
+    return ClassifierSettings(architecture, num_classes or 1000)
+
+
+def identify(tensors: Mapping[str, Tensor], source: str) -> tuple[ModelTask, ModelSettings]:
+    """What torchvision model a state_dict is of, from its names (`current_names`) and shapes.
+
+    Returns:
+        (task, settings). Numbers that a state_dict cannot show (thresholds, anchors, image size) are torchvision's
+        defaults; the epsilon of frozen BatchNorm is 0 for the files that torchvision publishes, which are known by
+        their names, and 1e-5 otherwise.
+
+    Raises:
+        UserError: it is of none of the supported models; the message says which it is, where it can be told.
+    """
+    if "fc.weight" in tensors and (architecture := _resnet(tensors, "")):
+        return "cls", classifier_settings(architecture, len(tensors["fc.weight"]))
+    if {"features.0.weight", "features.1.weight", "classifier.3.weight"} <= tensors.keys():
+        return "cls", classifier_settings("vgg16_bn", len(tensors["classifier.3.weight"]))
+    body = _resnet(tensors, "backbone.body.")
+    if "roi_heads.box_predictor.cls_score.weight" not in tensors or _V2_MARK in tensors or body is None:
+        raise UserError(f"{source}: {_what_it_is(tensors)}; {SUPPORTED}")
+    settings = DetectorSettings(
+        num_classes=len(tensors["roi_heads.box_predictor.cls_score.weight"]),
+        backbone=BackboneSettings(
+            architecture=body,
+            fpn_channels=len(tensors["backbone.fpn.inner_blocks.0.0.weight"]),
+            norm_eps=0.0 if Path(source).name in _PUBLISHED_FILES else 1e-5,
+        ),
+        roi=RoiSettings(box_features=len(tensors["roi_heads.box_head.fc6.weight"])),
+    )
+    if "roi_heads.mask_predictor.conv5_mask.weight" in tensors:
+        return "mask", settings
+    if "roi_heads.keypoint_predictor.kps_score_lowres.weight" in tensors:
+        points = tensors["roi_heads.keypoint_predictor.kps_score_lowres.weight"].shape[1]
+        return "keypoint", replace(settings, num_keypoints=points)
+    return "box", settings
+
+
+SUPPORTED = (
+    "expected torchvision's ResNet, its Faster, Mask or Keypoint R-CNN with ResNet and FPN (fasterrcnn_resnet50_fpn "
+    "and so on), or this project's VGG-16-BN"
+)
+
+
+def _what_it_is(tensors: Mapping[str, Tensor]) -> str:
+    """In words, of weights that are not supported."""
+    if _V2_MARK in tensors:
+        return "weights of a torchvision _v2 detector, whose pyramid and heads this version cannot compress"
+    if "head.classification_head.cls_logits.weight" in tensors or "head.classification_head.conv.0.weight" in tensors:
+        return "weights of a one-stage detector (RetinaNet or FCOS), and only two-stage ones are compressed"
+    if any(name.startswith("backbone.bottom_up.") for name in tensors):
+        return "weights of Detectron2; bring them in with tools/import_detectron2.py"
+    if "roi_heads.box_predictor.cls_score.weight" in tensors:
+        return "weights of a two-stage detector on another backbone"
+    return f"weights of an unknown model (first tensor: {next(iter(tensors), 'none')})"
+
+
+def _resnet(tensors: Mapping[str, Tensor], prefix: str) -> Architecture | None:
+    """The ResNet whose layers have this prefix, if it is one of the four."""
+    blocks = {name.removeprefix(prefix).split(".")[1] for name in tensors if name.startswith(f"{prefix}layer3.")}
+    is_stem = tensors.get(f"{prefix}conv1.weight")
+    if is_stem is None or not blocks:
+        return None
+    return _RESNET_DEPTHS.get((len(blocks), f"{prefix}layer1.0.conv3.weight" in tensors))
+
+
+def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes of wrappers (`WRAPPERS`), and torchvision's older layer names in today's form (its first
+    COCO weights have them)."""
+    for prefix in WRAPPERS:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return current_names({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    renamed = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        parent, _, last = stem.rpartition(".")
+        if stem == "rpn.head.conv":
+            stem = "rpn.head.conv.0.0"
+        elif parent == "roi_heads.mask_head" and last.startswith("mask_fcn"):
+            stem = f"{parent}.{int(last.removeprefix('mask_fcn')) - 1}.0"
+        elif parent in ("backbone.fpn.inner_blocks", "backbone.fpn.layer_blocks"):
+            stem = f"{stem}.0"
+        renamed[f"{stem}.{kind}"] = tensor
+    return renamed
