@@ -23,6 +23,8 @@ from norton_deploy.video.sources import FrameSource
 QUEUE_CAPACITY = 2
 OVERLAY_WINDOW = 60
 WARM_UP_SIZE = (480, 640)
+STALL_S = 1.0
+"""How long the end of a run waits for a source that is still reading."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, a service manager's stop and a closed terminal."""
 
@@ -73,7 +75,7 @@ class VideoPipeline:
         """Connect the parts; nothing runs yet.
 
         Args:
-            source: where frames come from; closed by `run`.
+            source: where frames come from; closed by the thread that reads it.
             models: (label, predictor) of the panels, left to right.
             output: an entered `VideoFile`.
             window: shows the same frames on the desktop.
@@ -122,16 +124,15 @@ class VideoPipeline:
         for _, predictor in self._models:  # the first call of an engine or of cuDNN is not typical
             predictor([np.zeros((*(predictor.input_size or WARM_UP_SIZE), 3), np.uint8)])
         stages = (self._capture, self._infer)
-        threads = [threading.Thread(target=self._guard, args=(stage,), daemon=True) for stage in stages]
-        for thread in threads:
-            thread.start()
+        capture, infer = (threading.Thread(target=self._guard, args=(stage,), daemon=True) for stage in stages)
+        capture.start()
+        infer.start()
         try:
             self._draw()
         finally:
             self._stop.set()
-            for thread in threads:
-                thread.join()
-            self._source.close()
+            infer.join()
+            capture.join(STALL_S)  # a camera or stream that hangs holds it much longer; it ends with its read
             if self._window is not None:
                 self._window.close()
         if self._measured.errors:
@@ -147,13 +148,16 @@ class VideoPipeline:
             self._stop.set()
 
     def _capture(self) -> None:
-        while not self._stop.is_set():
-            image = self._source.read()
-            if image is None:
-                break
-            self._measured.captured += 1
-            self._captured.put(_Frame(image, time.perf_counter()))
-        self._captured.close()
+        try:
+            while not self._stop.is_set():
+                image = self._source.read()
+                if image is None:
+                    break
+                self._measured.captured += 1
+                self._captured.put(_Frame(image, time.perf_counter()))
+            self._captured.close()
+        finally:
+            self._source.close()  # here, where nothing reads it any more
 
     def _infer(self) -> None:
         order = list(range(len(self._models)))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +18,21 @@ import numpy.typing as npt
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Image
 
-CODEC = "mp4v"
+CODECS = {"libx264": {"preset": "ultrafast"}, "mpeg4": {"qscale": "4"}}
+"""H.264, which browsers play, where the build of FFmpeg has it; else MPEG-4 part 2."""
+MOVFLAGS = "hybrid_fragmented"
+"""Fragments while it is written, so that whatever ends the process leaves a video; one index at a proper end."""
+KEYFRAME_S = 1.0
+"""Seconds of a fragment, so of what a kill can cost beside the encoder's delay."""
 WINDOW = "norton_deploy (q closes)"
 
 
 class VideoFile:
-    """An MP4 file that appears under its name only when it was closed properly.
+    """An MP4 file that appears under its name when it is closed, after an exception or on a full disk too.
 
-    Use as a context manager; frames go to a hidden neighbour, which is renamed on exit, after an exception
-    too: what was recorded so far is a readable video. What cannot be read back (a full disk: OpenCV does not tell)
-    is left beside, and an older video of that name stays.
+    Use as a context manager. Frames go to a hidden neighbour of an unpredictable name, opened exclusively; it is
+    renamed on exit. After SIGKILL or a power cut the neighbour (`.NAME.XXXXXXXX.partial.mp4`) stays and plays to the
+    last second but one; nothing removes it but its owner.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -40,13 +48,12 @@ class VideoFile:
         self.path = path
         self.frames = 0
         self._fps = fps
-        self._partial = path.with_name(f".{path.stem}.partial.mp4")
-        self._writer: cv2.VideoWriter | None = None
+        self._partial: Path | None = None
         self._frame_size = (0, 0)
         self._last: npt.NDArray[Any] = np.empty(0, np.uint8)
 
     def write(self, frame: Image, time_s: float | None = None) -> None:
-        """Append a frame; one of another size is scaled to the first one's.
+        """Append a frame; one of another size is scaled to the first one's; odd sides are made even.
 
         Args:
             frame: uint8 RGB [H, W, 3].
@@ -55,28 +62,48 @@ class VideoFile:
                 the video plays as fast as things happened.
 
         Raises:
-            UserError: OpenCV cannot open the file for writing.
+            UserError: the file cannot be opened or written to (a full disk); what came before stays.
         """
-        if self._writer is None:
-            self._frame_size = (frame.shape[1], frame.shape[0])
-            fourcc = cv2.VideoWriter.fourcc(*CODEC)
-            self._writer = cv2.VideoWriter(str(self._partial), fourcc, self._fps, self._frame_size)
-            if not self._writer.isOpened():
-                raise UserError(f"{self.path}: OpenCV cannot write {CODEC} video here ({self._frame_size})")
-        if (frame.shape[1], frame.shape[0]) != self._frame_size:
-            frame = cv2.resize(frame, self._frame_size, interpolation=cv2.INTER_AREA).astype(frame.dtype)
+        if self._partial is None:
+            self._open((frame.shape[1] // 2 * 2, frame.shape[0] // 2 * 2))
+        if frame.shape[:2] != self._frame_size[::-1]:
+            scaled = cv2.resize(frame, self._frame_size, interpolation=cv2.INTER_AREA)
+            frame = np.asarray(scaled, np.uint8)
         turn = self.frames if time_s is None else round(time_s * self._fps)
         while self.frames < turn:
             self._append(self._last)
         if self.frames == turn:
-            self._append(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+            self._append(cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420))
+
+    def _open(self, frame_size: tuple[int, int]) -> None:
+        """Make the neighbour and its encoder for frames of (width, height) pixels."""
+        try:
+            descriptor, name = tempfile.mkstemp(f".partial{self.path.suffix}", f".{self.path.stem}.", self.path.parent)
+            self._partial, self._stream = Path(name), os.fdopen(descriptor, "wb+", buffering=0)
+            codec = next(name for name in CODECS if name in av.codecs_available)
+            self._container = av.open(self._stream, "w", format="mp4", options={"movflags": MOVFLAGS})
+            self._video: Any = self._container.add_stream(codec, Fraction(self._fps).limit_denominator(1001))
+            self._video.width, self._video.height = self._frame_size = frame_size
+            self._video.pix_fmt, self._video.gop_size = "yuv420p", max(1, round(KEYFRAME_S * self._fps))
+            self._video.options = CODECS[codec]
+            self._video.codec_context.open()
+        except OSError as error:
+            size = "x".join(map(str, frame_size))
+            raise UserError(f"{self.path}: cannot write a {size} video here ({error.strerror})") from error
 
     def _append(self, frame: npt.NDArray[Any]) -> None:
-        """Write a BGR frame of the video's size."""
-        assert self._writer is not None
-        self._writer.write(frame)
+        """Write a frame of the video's size in planes of Y, U and V."""
+        picture = av.VideoFrame.from_ndarray(frame, format="yuv420p")
+        picture.pts = self.frames
+        try:
+            self._container.mux(self._video.encode(picture))
+        except OSError as error:
+            raise UserError(self._broken_off(error)) from error
         self.frames += 1
         self._last = frame
+
+    def _broken_off(self, error: OSError) -> str:
+        return f"{self.path}: cannot be written any further ({error.strerror}); what was recorded until then is in it"
 
     def __enter__(self) -> VideoFile:
         return self
@@ -84,23 +111,25 @@ class VideoFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer is not None:
-            self._writer.release()
-        if not self.frames:
-            self._partial.unlink(missing_ok=True)
-        elif self._readable_frames() == self.frames:
+        if self._partial is None:
+            return
+        problem = None
+        try:
+            with self._stream:
+                self._container.mux(self._video.encode(None))
+                self._container.close()
+                os.fsync(self._stream.fileno())
+        except OSError as failure:
+            problem = failure
+        if self.frames:
+            umask = os.umask(0)
+            os.umask(umask)
+            self._partial.chmod(0o666 & ~umask)
             self._partial.replace(self.path)
         else:
-            raise UserError(
-                f"{self.path}: the video cannot be read back (is the disk full?); what was written is {self._partial}"
-            )
-
-    def _readable_frames(self) -> int:
-        """Frames that the closed file announces, 0 if it cannot be opened."""
-        capture = cv2.VideoCapture(str(self._partial))
-        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-        capture.release()
-        return frames
+            self._partial.unlink(missing_ok=True)
+        if problem is not None and error is None:
+            raise UserError(self._broken_off(problem))
 
 
 class Window:

@@ -5,34 +5,18 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import cv2
-import numpy as np
 
 from norton_deploy.data.synthetic.scene import SyntheticVideo
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Image
+from norton_deploy.video.captures import CameraCapture, Capture, CorruptFrameError, StreamCapture
 
 NETWORK_SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "udp://", "tcp://")
 DEFAULT_FPS = 25.0
 MAX_BAD_FRAMES_IN_A_ROW = 100
-
-
-class VideoCapture(Protocol):
-    """The part of cv2.VideoCapture that the sources use."""
-
-    def isOpened(self) -> bool: ...  # noqa: N802 - OpenCV's name
-
-    def grab(self) -> bool: ...
-
-    def retrieve(self) -> tuple[bool, np.ndarray | None]: ...
-
-    def get(self, property_id: int) -> float: ...
-
-    def release(self) -> None: ...
 
 
 class FrameSource(ABC):
@@ -62,61 +46,52 @@ class FrameSource(ABC):
         """Release the device or file."""
 
 
-def _decode(capture: VideoCapture) -> Image | None:
-    """The grabbed frame as RGB, or None if it cannot be decoded."""
-    decoded, frame = capture.retrieve()
-    if not decoded or frame is None or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
-        return None
-    return np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), np.uint8)
-
-
 class FileSource(FrameSource):
     """A video file. A frame that cannot be decoded is counted and skipped.
 
-    OpenCV does not tell damage from the end of a file, so frames that the file's header announces but that
-    never come count as corrupt; damage that the decoder conceals cannot be seen.
+    Frames that the file's header announces but that never come count as corrupt too; damage that the decoder conceals
+    cannot be seen.
     """
 
-    def __init__(self, name: str, capture: VideoCapture) -> None:
+    def __init__(self, name: str, capture: Capture) -> None:
         self.name = name
         self._capture = capture
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
-        self._announced = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        self._position = 0
+        self.fps = plausible_fps(capture.fps)
+        self._frames = 0
 
     @classmethod
     def open(cls, path: Path) -> FileSource:
         """Open a file.
 
         Raises:
-            UserError: it is missing, or is no video that OpenCV can read (a recording that was cut off
+            UserError: it is missing, or is no video that FFmpeg can read (a recording that was cut off
                 before its index was written is such a case).
         """
         if not path.is_file():
             raise UserError(f"{path}: no such video file")
-        capture = cv2.VideoCapture(str(path))
-        if not capture.isOpened():
-            raise UserError(f"{path}: OpenCV cannot read this video (damaged, cut off, or an unknown format)")
-        return cls(str(path), capture)
+        return cls(str(path), StreamCapture(str(path)))
 
     def read(self) -> Image | None:
-        bad_in_a_row = 0
-        while bad_in_a_row < MAX_BAD_FRAMES_IN_A_ROW:
-            grabbed = self._capture.grab()
-            if not grabbed and self._position >= self._announced:
-                return None
-            self._position += 1
-            frame = _decode(self._capture) if grabbed else None
-            if frame is not None:
-                return frame
-            self.corrupt_frames += 1
-            bad_in_a_row += 1
+        for _ in range(MAX_BAD_FRAMES_IN_A_ROW):
+            try:
+                frame = self._capture.read()
+            except CorruptFrameError:
+                self.corrupt_frames += 1
+                continue
+            if frame is None:
+                self.corrupt_frames = max(self.corrupt_frames, self._capture.announced - self._frames)
+            self._frames += frame is not None
+            return frame
         self.problem = f"{MAX_BAD_FRAMES_IN_A_ROW} frames in a row could not be decoded"
         return None
 
     def close(self) -> None:
-        self._capture.release()
+        self._capture.close()
+
+
+def plausible_fps(fps: float) -> float:
+    """A frame rate as a source states it, or the default where it cannot be true."""
+    return fps if 0 < fps < 1000 else DEFAULT_FPS
 
 
 @dataclass
@@ -145,7 +120,7 @@ class LiveSource(FrameSource):
 
     is_live = True
 
-    def __init__(self, name: str, connect: Callable[[], VideoCapture], retry: RetryPolicy | None = None) -> None:
+    def __init__(self, name: str, connect: Callable[[], Capture], retry: RetryPolicy | None = None) -> None:
         """Connect once.
 
         Args:
@@ -159,34 +134,36 @@ class LiveSource(FrameSource):
         self.name = name
         self._connect = connect
         self._retry = retry or RetryPolicy()
-        self._capture = connect()
-        if not self._capture.isOpened():
-            raise UserError(f"{name}: cannot open this camera or stream; is it there and free?")
-        fps = self._capture.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+        self._capture: Capture | None = connect()
+        self.fps = plausible_fps(self._capture.fps)
 
     def read(self) -> Image | None:
         bad_in_a_row = attempts = 0
         while True:
-            if self._capture.grab() and bad_in_a_row < MAX_BAD_FRAMES_IN_A_ROW:
-                frame = _decode(self._capture)
+            try:
+                frame = None if self._capture is None else self._capture.read()
                 if frame is not None:
                     return frame
+            except CorruptFrameError:
                 self.corrupt_frames += 1
                 bad_in_a_row += 1
-                continue
-            self._capture.release()
+                if bad_in_a_row < MAX_BAD_FRAMES_IN_A_ROW:
+                    continue
+            self.close()
             if attempts == self._retry.limit:
                 self.problem = f"the stream broke and {attempts} attempts to reconnect failed"
                 return None
             self._retry.wait(attempts)
             attempts += 1
             bad_in_a_row = 0
-            self._capture = self._connect()
-            self.reconnects += self._capture.isOpened()
+            with suppress(UserError):
+                self._capture = self._connect()
+                self.reconnects += 1
 
     def close(self) -> None:
-        self._capture.release()
+        if self._capture is not None:
+            self._capture.close()
+        self._capture = None
 
 
 class SyntheticSource(FrameSource):
@@ -223,9 +200,9 @@ def open_source(source: str, image_size: tuple[int, int] = (480, 640)) -> FrameS
     if source == "synthetic":
         return SyntheticSource(image_size)
     if source.isdecimal():
-        return LiveSource(f"camera {source}", lambda: cv2.VideoCapture(int(source)))
+        return LiveSource(f"camera {source}", lambda: CameraCapture(int(source)))
     if Path(source).is_char_device():
-        return LiveSource(source, lambda: cv2.VideoCapture(source, cv2.CAP_V4L2))
+        return LiveSource(source, lambda: CameraCapture(source))
     if source.lower().startswith(NETWORK_SCHEMES):
-        return LiveSource(source, lambda: cv2.VideoCapture(source))
+        return LiveSource(source, lambda: StreamCapture(source, network=True))
     return FileSource.open(Path(source))

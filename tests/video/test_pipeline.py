@@ -122,7 +122,7 @@ def test_baseline_stands_beside_the_model(graph, tmp_path):
 def test_damaged_files(graph, tmp_path):
     whole = write_video(tmp_path / "whole.mp4", 40).read_bytes()
     cut = tmp_path / "cut.mp4"
-    cut.write_bytes(whole[: len(whole) // 2])  # its index was at the end
+    cut.write_bytes(whole[:1000])  # no frame is whole
     text = tmp_path / "text.mp4"
     text.write_text("no video")
     for path, message in [(cut, "cannot read"), (text, "cannot read"), (tmp_path / "absent.mp4", "no such")]:
@@ -133,7 +133,7 @@ def test_damaged_files(graph, tmp_path):
     noise = np.random.default_rng(0)
     start = whole.index(b"mdat")
     length = int.from_bytes(whole[start - 4 : start])
-    for position in noise.integers(start + 64, start + length - 8, length // 4):
+    for position in noise.integers(start + 64, start + length - 8, length // 50):
         rotten[position] = noise.integers(256)
     (tmp_path / "rotten.mp4").write_bytes(bytes(rotten))
     out, figures = tmp_path / "out.mp4", tmp_path / "f.json"
@@ -180,15 +180,6 @@ def test_a_recording_by_the_clock_plays_in_real_time(tmp_path):
     lit = [np.flatnonzero(picture[45].mean(axis=1) > 128) for picture in read_video(tmp_path / "out.mp4")]
     squares = [round((float(columns.mean()) - 15) / 16) for columns in lit]
     assert squares == [0, 0, 0, 0, 0, 2, 3]
-
-
-def test_a_video_that_cannot_be_read_back_replaces_nothing(tmp_path, monkeypatch):
-    out = write_video(tmp_path / "out.mp4")
-    before = out.read_bytes()
-    with pytest.raises(UserError, match=r"disk full.*\.out\.partial\.mp4"), VideoFile(out, 10.0) as output:
-        output.write(frame(0))
-        output._partial.unlink()  # as when nothing more could be written
-    assert out.read_bytes() == before
 
 
 def test_a_recording_is_not_replaced_by_its_own_drawing(graph, tmp_path, capsys):
@@ -247,10 +238,6 @@ def test_output_mistakes(tmp_path, monkeypatch):
     for name, message in [("out.avi", "called .mp4"), ("absent/out.mp4", "cannot write")]:
         with pytest.raises(UserError, match=message):
             VideoFile(tmp_path / name, 25.0)
-    # A folder in the way of the partial file: OpenCV cannot open it.
-    (tmp_path / ".out.partial.mp4").mkdir()
-    with pytest.raises(UserError, match="OpenCV cannot write"):
-        VideoFile(tmp_path / "out.mp4", 25.0).write(frame(0))
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     if sys.platform.startswith("linux"):
@@ -277,11 +264,10 @@ def test_a_stopped_demo_leaves_a_whole_video(graph, tmp_path, stop):
     command += ["--model", str(graph(image_size=SIZE)), "--source", "synthetic", "--max-frames", "1000000"]
     command += ["--image-size", "96", "128", "--out", str(out), "--json", str(figures)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    partial = tmp_path / ".out.partial.mp4"
     try:
         waited = threading.Event()
         for _ in range(600):  # until some frames are on the disk
-            if partial.exists() and partial.stat().st_size > 20_000:
+            if any(partial.stat().st_size > 20_000 for partial in tmp_path.glob(".out.*.partial.mp4")):
                 break
             waited.wait(0.1)
         process.send_signal(stop)
@@ -293,7 +279,7 @@ def test_a_stopped_demo_leaves_a_whole_video(graph, tmp_path, stop):
     summary = json.loads(figures.read_text())
     assert summary["ended"] == "interrupted"
     assert len(read_video(out)) == summary["frames"]["written"] > 0
-    assert not partial.exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_predictor_runs_on_synthetic_frames(graph):
