@@ -111,7 +111,7 @@ class StreamCapture:
         while True:
             frame = next(self._decoded, None)
             if frame is not None:
-                return upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                return upright(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8), frame.rotation)
             try:
                 packet = next(self._packets, None)
             except (av.FFmpegError, OSError, ValueError):  # the rest cannot be reached

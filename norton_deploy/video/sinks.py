@@ -8,7 +8,7 @@ import tempfile
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import av
 import cv2
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Image
 
-CODECS = {"libx264": {"preset": "ultrafast"}, "mpeg4": {"qscale": "4"}}
+CODECS: dict[str, dict[str, object]] = {"libx264": {"preset": "ultrafast"}, "mpeg4": {"qscale": "4"}}
 """H.264, which browsers play, where the build of FFmpeg has it; else MPEG-4 part 2."""
 MOVFLAGS = "hybrid_fragmented"
 """Fragments while it is written, so that whatever ends the process leaves a video; one index at a proper end."""
@@ -82,11 +82,12 @@ class VideoFile:
             self._partial, self._stream = Path(name), os.fdopen(descriptor, "wb+", buffering=0)
             codec = next(name for name in CODECS if name in av.codecs_available)
             self._container = av.open(self._stream, "w", format="mp4", options={"movflags": MOVFLAGS})
-            self._video: Any = self._container.add_stream(codec, Fraction(self._fps).limit_denominator(1001))
-            self._video.width, self._video.height = self._frame_size = frame_size
-            self._video.pix_fmt, self._video.gop_size = "yuv420p", max(1, round(KEYFRAME_S * self._fps))
-            self._video.options = CODECS[codec]
-            self._video.codec_context.open()
+            stream = self._container.add_stream(codec, Fraction(self._fps).limit_denominator(1001))
+            self._video = video = cast(av.VideoStream, stream)
+            video.width, video.height = self._frame_size = frame_size
+            video.pix_fmt, video.gop_size = "yuv420p", max(1, round(KEYFRAME_S * self._fps))
+            video.options = dict(CODECS[codec])
+            video.codec_context.open()
         except OSError as error:
             size = "x".join(map(str, frame_size))
             raise UserError(f"{self.path}: cannot write a {size} video here ({error.strerror})") from error
