@@ -85,18 +85,39 @@ def refuse_same_file(out: Path, *inputs: Path | None) -> None:
             raise UserError(f"{out}: is read by this very command and would be lost; choose another name to write to")
 
 
+def check_output_folder(path: Path, *, replaces: str | None = None) -> None:
+    """Say before the work that a folder is there already.
+
+    Args:
+        path: of the folder to come.
+        replaces: a folder that holds a file of this name may be replaced.
+
+    Raises:
+        UserError: `path` holds something else.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if replaces is None:
+        raise UserError(f"{path}: holds something already; remove it or choose another folder")
+    if not (path / replaces).is_file():
+        raise UserError(f"{path}: holds something else (no {replaces}), and stays; choose another folder")
+
+
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A hidden neighbour of `path` to fill; on success it is renamed to `path`, after an exception it is gone.
 
     What an interrupted run left behind is removed first.
+
+    Args:
+        path: of the folder.
+        replaces: see `check_output_folder`.
 
     Raises:
         UserError: `path` holds something already, or its parent cannot be written to.
     """
     target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: holds something already; remove it or choose another folder")
+    check_output_folder(target, replaces=replaces)
     neighbour = target.with_name(f".{target.name}.partial")
     shutil.rmtree(neighbour, ignore_errors=True)
     try:
@@ -106,7 +127,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield neighbour
         if target.exists():
-            target.rmdir()
+            shutil.rmtree(target)
         neighbour.rename(target)
     except BaseException:
         shutil.rmtree(neighbour, ignore_errors=True)

@@ -10,6 +10,7 @@ from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
+from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.parity.export_checked import SCENES, Export, ExportOptions, export_checked, open_detector
@@ -41,7 +42,9 @@ class Settings(ExportOptions):
     eval_limit: int | None = None
     """Evaluate on the first so many images only."""
     overwrite: bool = False
-    """Replace --out and --json if they are there already."""
+    """Replace --out, --artefact and --json if they are there already."""
+    artefact: Path | None = None
+    """Also make this folder: the graph or engine with its labels, clients in Python and C++, a Triton repository."""
     json: Path | None = None
     """Write the report as JSON to a file, or to stdout with '-'."""
 
@@ -49,7 +52,10 @@ class Settings(ExportOptions):
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, compare, report."""
     settings = parse_settings(Settings, argv, prog="export_onnx", description=__doc__ or "")
-    write_json(run_export(settings, settings.out).to_dict(), settings.json)
+    report = run_export(settings, settings.out).to_dict()
+    if settings.artefact is not None:
+        write_artefact(settings.artefact, settings.out, overwrite=settings.overwrite)
+    write_json(report, settings.json)
     return 0
 
 
@@ -60,6 +66,8 @@ def run_export(settings: Settings, out: Path) -> Export:
     refuse_same_file(out, None if settings.model is None else Path(settings.model))
     check_output_file(out, "--out", ".onnx", overwrite=settings.overwrite)
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
+    if settings.artefact is not None:
+        check_artefact_folder(settings.artefact, overwrite=settings.overwrite)
     model, task, categories = open_detector(
         settings.model,
         settings.task,

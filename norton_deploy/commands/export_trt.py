@@ -15,6 +15,7 @@ from tyro.conf import Suppress
 from norton_deploy.commands import export_onnx, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
+from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.export.contract import Target
 from norton_deploy.export.tensorrt_build import Engine, build_or_explain, manifest_path
 from norton_deploy.files import check_output_file
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     if settings.onnx is not None and (settings.model is not None or settings.plan is not None):
         raise UserError("--onnx: give either a graph or a model, not both")
+    if settings.artefact is not None:
+        check_artefact_folder(settings.artefact, overwrite=settings.overwrite)
     graph, report = settings.onnx, dict[str, Any]()
     if graph is None:
         graph = settings.out.with_suffix(".onnx")
@@ -51,5 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         graph, settings.out, engine=settings.engine, compute_capability=settings.compute_capability
     )
     print(build.text(), file=sys.stderr)
+    if settings.artefact is not None:
+        built = graph if build.manifest is None else settings.out
+        write_artefact(settings.artefact, built, overwrite=settings.overwrite)
     write_json(report | build.to_dict(), settings.json)
     return 0 if build.manifest is not None else ENGINE_NOT_BUILT

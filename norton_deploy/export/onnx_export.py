@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from norton_deploy.structures import METADATA_KEY, Categories
 
 OPSET = 20
 STAGE_PREFIX = "stage/"
+OUTPUT_MEANING = {
+    "num_detections": "how many rows of the others are detections",
+    "boxes": "xyxy in pixels of the input",
+    "scores": "0 to 1, falling",
+    "labels": "category, see labels",
+    "masks": "0 to 1 over the box; the object is above 0.5",
+    "keypoints": "x, y in pixels of the input, and a score",
+    "nms_converged": "false: the unrolled suppression was too short for this image",
+    "candidates_complete": "false: more candidates than the graph has rows for",
+}
 
 
 class _WithStages(nn.Module):
@@ -92,7 +103,7 @@ def export_onnx(
         score_threshold=detector.box_head.score_thresh,
         mask_paste=detector.mask_paste,
     )
-    model.metadata_props[METADATA_KEY] = json.dumps(contract.to_json())
+    describe(model, contract)
     try:
         proto = onnx_ir.to_proto(model)
         proto.graph.value_info.extend(proto.graph.output[len(outputs) :])
@@ -103,6 +114,22 @@ def export_onnx(
     with atomic_write(path) as stream:
         stream.write(content)
     return contract
+
+
+def describe(model: Any, contract: GraphContract) -> None:
+    """Write into an onnx_ir model who made it, what it is, what its tensors mean, and its contract, in place."""
+    names = contract.categories.name_of_label
+    model.producer_name, model.producer_version = "norton_deploy", version("norton-deploy")
+    model.graph.name = f"{contract.task}_detector"
+    model.doc_string = (
+        f"Detector ({contract.task}) of {len(names)} categories, exported for {contract.target} in "
+        f"{contract.precision}; images {contract.input_dtype} {list(contract.input_shape)}, RGB."
+    )
+    for value in model.graph.outputs:
+        value.doc_string = OUTPUT_MEANING.get(str(value.name))
+    model.metadata_props["names"] = json.dumps(names)
+    model.metadata_props["description"] = model.doc_string
+    model.metadata_props[METADATA_KEY] = json.dumps(contract.to_json())
 
 
 def read_contract(path: str | Path) -> GraphContract:
