@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
 from benchmarks.lib.random_detectors import PLANS, WorkSettings, timing_table
 from norton_deploy.compression.channel_groups import channel_groups, output_width
-from norton_deploy.compression.compress import fit_plan
+from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.cost.complexity import layer_calls
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks

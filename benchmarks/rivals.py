@@ -30,11 +30,11 @@ from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, fine_tuning, network_nmse, percent
 from benchmarks.lib.rival_choices import choose_at_random, choose_by_geometric_median, choose_by_l1_norm
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within, replace_by_rivals
-from benchmarks.lib.rivals import RIVALS, Rival, RivalFactors, decompose_layer, rival_nmse
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.filter_selection import FilterChoice, choose_by_angles
+from norton_deploy.method.layer_factors import LAYER_FORMS, LayerFactors, LayerForm, decompose_layer
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 
@@ -117,14 +117,14 @@ def measure_method(recovery: Recovery, method: str, rank: int, name: str, other_
         errors = {n: layer_nmse(convolutions[n].weight, block.factors()) for n, block in blocks.items()}
         figures = recovery.measure(small, plan, name, other_lr=other_lr)
         return {"decompose_s": round(seconds, 2), **network_nmse(dense, errors), **figures}
-    kind: Rival = next(rival for rival in RIVALS if rival == method)
+    kind: LayerForm = next(rival for rival in LAYER_FORMS if rival == method)
     ranks = rival_ranks(recovery, kind, rank)
     started = time.perf_counter()
-    factors: dict[str, RivalFactors] = {
+    factors: dict[str, LayerFactors] = {
         n: decompose_layer(conv.weight, kind, ranks[n], seed=seed) for n, conv in convolutions.items()
     }
     seconds = time.perf_counter() - started
-    errors = {n: rival_nmse(conv.weight, factors[n]) for n, conv in convolutions.items()}
+    errors = {n: layer_nmse(conv.weight, factors[n]) for n, conv in convolutions.items()}
     figures = recovery.measure(replace_by_rivals(dense, factors), None, name, other_lr=other_lr)
     return {"decompose_s": round(seconds, 2), "ranks": ranks, **network_nmse(dense, errors), **figures}
 
@@ -136,7 +136,7 @@ def measure_choice(
     return recovery.measure(prune(recovery.dense, plan, choice, order, seed), plan, name, seed=seed)
 
 
-def rival_ranks(recovery: Recovery, kind: Rival, rank: int) -> dict[str, tuple[int, ...]]:
+def rival_ranks(recovery: Recovery, kind: LayerForm, rank: int) -> dict[str, tuple[int, ...]]:
     """Ranks of every convolution within the MACs of the filters' CPD at `rank`."""
     convolutions = {n: layer for n, layer in recovery.dense.named_modules() if isinstance(layer, nn.Conv2d)}
     found = {}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from norton_deploy.cost.complexity import count_complexity
     from norton_deploy.errors import UserError
     from norton_deploy.inference.loading import load_predictor
+    from norton_deploy.method.coupled import CoupledFactors, decompose_coupled
     from norton_deploy.method.cp import CPFactors, decompose_filters
     from norton_deploy.method.filter_selection import pabs_distance, select_filters
     from norton_deploy.method.plan import CompressionPlan
@@ -30,6 +31,7 @@ _HOME = {
     "Categories": "structures",
     "CheckpointHeader": "checkpoints.checkpoint",
     "CompressionPlan": "method.plan",
+    "CoupledFactors": "method.coupled",
     "Detections": "structures",
     "DetectorSettings": "models.detectors",
     "UserError": "errors",
@@ -37,6 +39,7 @@ _HOME = {
     "build_detector": "compression.compress",
     "compress": "compression.compress",
     "count_complexity": "cost.complexity",
+    "decompose_coupled": "method.coupled",
     "decompose_filters": "method.cp",
     "load_checkpoint": "checkpoints.checkpoint",
     "load_predictor": "inference.loading",
@@ -51,6 +54,7 @@ __all__ = [
     "Categories",
     "CheckpointHeader",
     "CompressionPlan",
+    "CoupledFactors",
     "Detections",
     "DetectorSettings",
     "UserError",
@@ -58,6 +62,7 @@ __all__ = [
     "build_detector",
     "compress",
     "count_complexity",
+    "decompose_coupled",
     "decompose_filters",
     "load_checkpoint",
     "load_predictor",

@@ -7,7 +7,7 @@ from torch import nn
 from norton_deploy.checkpoints.checkpoint import Checkpoint
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.compression.channel_groups import channel_groups, output_width
-from norton_deploy.compression.compress import fit_plan
+from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.rivals import LayerCP, ReshapedCP, Rival, RivalFactors, Tucker2, singular_vectors
 from norton_deploy.errors import UserError
+from norton_deploy.method.layer_factors import LayerCP, LayerFactors, LayerForm, ReshapedCP, Tucker2, singular_vectors
 
 Axes = Literal["none", "horizontal", "vertical", "both"]
 Size = tuple[int, int]
-KIND_OF: dict[type, Rival] = {LayerCP: "layer", ReshapedCP: "reshaped", Tucker2: "tucker2"}
+KIND_OF: dict[type, LayerForm] = {LayerCP: "layer", ReshapedCP: "reshaped", Tucker2: "tucker2"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Link:
         )
 
 
-def chain(kind: Rival | Literal["filter"], out_channels: int, in_channels: int, ranks: tuple[int, ...]) -> list[Link]:
+def chain(
+    kind: LayerForm | Literal["filter"], out_channels: int, in_channels: int, ranks: tuple[int, ...]
+) -> list[Link]:
     """The convolutions of a factorised layer, in the order of the data.
 
     Args:
@@ -77,7 +79,7 @@ def chain_macs(links: list[Link], kernel: Size, input_size: Size, output_size: S
     return total
 
 
-def ranks_within(kind: Rival, weight: Tensor, budget: int, input_size: Size, output_size: Size) -> tuple[int, ...]:
+def ranks_within(kind: LayerForm, weight: Tensor, budget: int, input_size: Size, output_size: Size) -> tuple[int, ...]:
     """The ranks whose MACs come closest to `budget` from below.
 
     Tucker-2 has many such pairs: for each input rank Q the largest output rank P that fits. Of these the one
@@ -121,7 +123,7 @@ def ranks_within(kind: Rival, weight: Tensor, budget: int, input_size: Size, out
     return best[1]
 
 
-def rival_sequence(factors: RivalFactors, conv: nn.Conv2d) -> nn.Sequential:
+def rival_sequence(factors: LayerFactors, conv: nn.Conv2d) -> nn.Sequential:
     """The chain that computes the convolution with the recomposed weight, in the geometry, dtype and mode of `conv`.
 
     [N, I, H, W] -> [N, O, H', W'], equal to `conv` with the weight `factors.reconstruct()` but for rounding.
@@ -146,7 +148,7 @@ def rival_sequence(factors: RivalFactors, conv: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(*layers).train(conv.training)
 
 
-def replace_by_rivals(model: nn.Module, factors: Mapping[str, RivalFactors]) -> nn.Module:
+def replace_by_rivals(model: nn.Module, factors: Mapping[str, LayerFactors]) -> nn.Module:
     """A copy of a dense model with the named convolutions replaced by their chains."""
     small = copy.deepcopy(model)
     for name, found in factors.items():
@@ -175,7 +177,7 @@ def map_sizes(model: nn.Module, names: Iterable[str], image_size: Size) -> dict[
     return sizes
 
 
-def _kernels(factors: RivalFactors) -> list[Tensor]:
+def _kernels(factors: LayerFactors) -> list[Tensor]:
     """The weights [out, in or 1, kh, kw] of the chain's convolutions."""
     entry, end = factors.input.mT[:, :, None, None], factors.output[:, :, None, None]
     if isinstance(factors, LayerCP):

@@ -18,6 +18,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.factored_conv import Decomposed, FactoredConv
+from norton_deploy.method.filter_selection import Filters
 from norton_deploy.models.classifiers import GROUPS
 
 NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
@@ -145,7 +147,7 @@ def classifier_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     norms: dict[str, str] = {}
     for part in ("features", "classifier"):
         for index, layer in model.get_submodule(part).named_children():
-            if isinstance(layer, nn.Conv2d | nn.Linear | CPDBlock):
+            if isinstance(layer, nn.Conv2d | nn.Linear | Decomposed):
                 layers.append(f"{part}.{index}")
             elif isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
                 norms[layers[-1]] = f"{part}.{index}"
@@ -209,14 +211,18 @@ def _head_groups(model: nn.Module) -> Iterator[ChannelGroup]:
 
 
 def output_width(layer: nn.Module) -> int:
-    """Number of filters of a convolution, linear layer or CPDBlock."""
+    """Number of filters of a convolution, linear layer or decomposed layer."""
     if isinstance(layer, nn.Linear):
         return layer.out_features
-    return int(cast(nn.Conv2d | CPDBlock, layer).out_channels)
+    return int(cast(nn.Conv2d, layer).out_channels)
 
 
-def filter_rows(layer: nn.Module) -> Tensor:
-    """The filters of a plain layer as vectors [O, ...flattened]: what the angles of 1x1 filters compare."""
+def filters_of(layer: nn.Module) -> Filters:
+    """What a choice of filters compares: a CPDBlock's factors, of any other layer the filters as vectors [O, F]."""
+    if isinstance(layer, CPDBlock):
+        return layer.factors()
+    if isinstance(layer, FactoredConv):
+        return layer.dense_weight().detach().flatten(1)
     weight = cast(Tensor, layer.weight)
     if isinstance(layer, nn.ConvTranspose2d):
         weight = weight.transpose(0, 1)
@@ -229,7 +235,7 @@ def cut_outputs(layer: nn.Module, kept: Tensor) -> nn.Module:
     Raises:
         TypeError: a layer of another kind, or a grouped convolution.
     """
-    if isinstance(layer, CPDBlock):
+    if isinstance(layer, Decomposed):
         return layer.select_filters(kept)
     small = copy.deepcopy(layer)
     if isinstance(small, NORMS):
@@ -255,7 +261,7 @@ def cut_inputs(layer: nn.Module, kept: Tensor, columns: int = 1) -> nn.Module:
     """A copy of `layer` that reads only the input channels `kept` [I'] (int64).
 
     Args:
-        layer: convolution, transposed convolution, linear layer or CPDBlock.
+        layer: convolution, transposed convolution, linear layer or decomposed layer.
         kept: kept channels, ascending.
         columns: input features of a linear layer per channel (height x width of a flattened map,
             channels first).
@@ -263,7 +269,7 @@ def cut_inputs(layer: nn.Module, kept: Tensor, columns: int = 1) -> nn.Module:
     Raises:
         TypeError: a layer of another kind, or a grouped convolution.
     """
-    if isinstance(layer, CPDBlock):
+    if isinstance(layer, Decomposed):
         return layer.select_inputs(kept)
     _require_plain(layer)
     small = copy.deepcopy(layer)

@@ -5,9 +5,8 @@ backbone inside a detector, and a detector's plan gives its backbone part to a c
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,22 +20,20 @@ from norton_deploy.compression.channel_groups import (
     channel_groups,
     cut_inputs,
     cut_outputs,
-    filter_rows,
-    is_detector,
+    filters_of,
     output_width,
 )
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.errors import UserError
-from norton_deploy.method.cp import decompose_filters, max_rank
-from norton_deploy.method.filter_selection import FilterChoice, choose_by_angles
-from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
+from norton_deploy.compression.factored_conv import ChainShape, Decomposed, FactoredConv
+from norton_deploy.compression.fit_plan import fit_plan
+from norton_deploy.method.coupled import cluster_filters, decompose_coupled
+from norton_deploy.method.cp import CPFactors, decompose_filters
+from norton_deploy.method.filter_selection import FilterChoice, Filters, choose_by_angles
+from norton_deploy.method.layer_factors import ReshapedCP, Tucker2, decompose_layer
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
-
-BODY = "backbone.body."
-OPTIONAL_HEADS = ("mask", "keypoint")
-
 
 Progress = Callable[[str, int], None]
 """Gets the name of each layer or group when it is done, and how many there are."""
@@ -48,44 +45,12 @@ class Compressed:
 
     Attributes:
         model: the compressed copy, in the mode (training or evaluation) of the dense one.
-        kept: of every pruned group the kept channels of the dense model, int64 [O'] ascending.
+        kept: of every group that was pruned, or sorted by clusters, the channels of the dense model that are left,
+            int64 [O'] in their present order: ascending unless the group has coupled layers.
     """
 
     model: nn.Module
     kept: dict[str, Tensor]
-
-
-def fit_plan(model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
-    """The plan in the names of `model`, checked against it.
-
-    A backbone's plan gets the backbone's prefix in a detector; a detector's plan loses it in a classifier;
-    entries of a mask or keypoint head that this detector does not have are left out.
-
-    Raises:
-        UserError: an unknown layer or group, an impossible rank or count; the message names the layer.
-    """
-    if is_detector(model) and plan.architecture != WHOLE_DETECTOR:
-        plan = plan.with_prefix(WHOLE_DETECTOR, BODY)
-    elif not is_detector(model) and plan.architecture == WHOLE_DETECTOR:
-        plan = plan.within_prefix(plan.architecture, BODY)
-    absent = tuple(
-        f"roi_heads.{head}_"
-        for head in OPTIONAL_HEADS
-        if is_detector(model) and getattr(model.roi_heads, f"{head}_head", None) is None
-    )
-    ranks = {name: rank for name, rank in plan.ranks.items() if not (absent and name.startswith(absent))}
-    keep = {name: count for name, count in plan.keep.items() if not (absent and name.startswith(absent))}
-    layers = dict(model.named_modules())
-    for name, rank in ranks.items():
-        _check_rank(plan, name, layers, rank)
-    groups = channel_groups(model)
-    for name, count in keep.items():
-        if name not in groups:
-            raise UserError(f"{plan.source}: keep: unknown group '{name}'{_hint(name, groups)}")
-        width = output_width(layers[groups[name].producers[0]])
-        if count > width:
-            raise UserError(f"{plan.source}: keep: '{name}' has {width} filters, cannot keep {count}")
-    return replace(plan, ranks=ranks, keep=keep)
 
 
 def compress(
@@ -116,15 +81,20 @@ def compress_with_kept(
 ) -> Compressed:
     """Compress a copy of a dense model.
 
-    Phase 1 replaces every planned convolution by a CPDBlock of its filters' CP factors (eq. 2, eq. 4-7);
-    phase 2 chooses every planned group's filters by the principal angles between those factors (eq. 11,
-    Algorithm 1) and cuts all others out of the producers, their normalisation and all readers. Distances are
-    those of the dense layer's factors, before any input channel is cut. Those of coupled producers are summed,
-    so that they keep the same channels. Filters of layers that are not decomposed are compared as vectors.
+    Phase 1 replaces every planned convolution: by a CPDBlock of its filters' CP factors (eq. 2, eq. 4-7), or by a
+    FactoredConv where the filters share factors. Phase 2 chooses every planned group's filters by the principal angles
+    between those factors (eq. 11, Algorithm 1) and cuts all others out of the producers, their normalisation and all
+    readers. Distances are those of the dense layer's factors, before any input channel is cut. Those of coupled
+    producers are summed, so that they keep the same channels. Filters without CP factors of their own are compared as
+    vectors.
+
+    Filters in clusters have to stand beside each other. The channels of such a group are sorted first, in all its
+    producers, normalisations and readers, so nothing is left to reorder when the model runs. Pruning takes equally many
+    filters out of each cluster.
 
     Args:
         model: a classifier or detector with dense convolutions; it is not changed.
-        plan: its ranks and kept filters.
+        plan: its forms, ranks and kept filters.
         seed: seed of the decomposition's random starts.
         starts: starts per decomposition; the best is kept per filter.
         choose: which filters of a group survive: by default eq. 11 and Algorithm 1.
@@ -134,17 +104,17 @@ def compress_with_kept(
         UserError: the plan does not fit the model.
     """
     plan = fit_plan(model, plan)
-    small = copy.deepcopy(model)
-    steps = len(plan.ranks) + len(plan.keep)
+    small, groups = copy.deepcopy(model), channel_groups(model)
+    steps = len(plan.decomposed) + len(plan.keep)
     report = progress or (lambda name, steps: None)
-    for name, rank in plan.ranks.items():
-        conv = _convolution(model, name)
-        factors = decompose_filters(conv.weight.detach(), rank, seed=seed, starts=starts)
-        small.set_submodule(name, CPDBlock.from_factors(factors, conv))
-        report(name, steps)
-    groups = channel_groups(model)
-    kept = _chosen_filters(small, groups, plan.keep, choose, lambda name: report(name, steps))
+    kept = _cluster_orders(model, groups, plan)
     _cut_groups(small, groups, kept)
+    for name in plan.decomposed:
+        small.set_submodule(name, _decompose(_convolution(small, name), plan, name, seed, starts))
+        report(name, steps)
+    chosen = _chosen_filters(small, groups, plan.keep, choose, lambda name: report(name, steps))
+    _cut_groups(small, groups, chosen)
+    kept |= {name: kept[name][index] if name in kept else index for name, index in chosen.items()}
     for name, layer in model.named_modules():
         if any(not parameter.requires_grad for parameter in layer.parameters(recurse=False)):
             small.get_submodule(name).requires_grad_(False)
@@ -159,17 +129,57 @@ def apply_structure(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     """
     plan = fit_plan(model, plan)
     groups = channel_groups(model)
-    for name, rank in plan.ranks.items():
-        conv = _convolution(model, name)
-        block = CPDBlock.shaped_like(conv, conv.in_channels, conv.out_channels, rank)
-        model.set_submodule(name, block)
-    kept = {
-        name: torch.arange(count)
-        for name, count in plan.keep.items()
-        if count < output_width(model.get_submodule(groups[name].producers[0]))
-    }
-    _cut_groups(model, groups, kept)
+    for name in plan.decomposed:
+        model.set_submodule(name, _shaped(_convolution(model, name), plan, name))
+    first = _chosen_filters(model, groups, plan.keep, lambda filters, count: torch.arange(count), lambda name: None)
+    _cut_groups(model, groups, first)
     return model
+
+
+def _cluster_orders(model: nn.Module, groups: dict[str, ChannelGroup], plan: CompressionPlan) -> dict[str, Tensor]:
+    """Group -> its channels [O] sorted by the clusters of its coupled layers, which cluster their filters together."""
+    orders = {}
+    for name, group in groups.items():
+        coupled = [producer for producer in group.producers if producer in plan.coupled]
+        if coupled:
+            weights = [_convolution(model, producer).weight.detach() for producer in coupled]
+            rank = max(plan.coupled[producer].rank for producer in coupled)
+            cluster = cluster_filters(weights, rank, plan.coupled[coupled[0]].clusters)
+            orders[name] = cluster.argsort(stable=True)
+    return orders
+
+
+def _decompose(conv: nn.Conv2d, plan: CompressionPlan, name: str, seed: int, starts: int) -> Decomposed:
+    """The layer in the form that the plan gives it; the filters of a coupled one are sorted by cluster already."""
+    weight = conv.weight.detach()
+    if name in plan.ranks:
+        return CPDBlock.from_factors(decompose_filters(weight, plan.ranks[name], seed=seed, starts=starts), conv)
+    if name in plan.coupled:
+        rank, clusters = plan.coupled[name].rank, plan.coupled[name].clusters
+        cluster = torch.arange(clusters, device=weight.device).repeat_interleave(len(weight) // clusters)
+        return FactoredConv.from_factors(decompose_coupled(weight, rank, clusters, cluster=cluster), conv)
+    if name in plan.tucker:
+        input_rank, output_rank = plan.tucker[name]
+        factors = decompose_layer(weight, "tucker2", (output_rank, input_rank))
+    else:
+        factors = decompose_layer(weight, "reshaped", (plan.layer_cp[name],), seed=seed, starts=starts)
+    assert isinstance(factors, Tucker2 | ReshapedCP)
+    return FactoredConv.from_factors(factors, conv)
+
+
+def _shaped(conv: nn.Conv2d, plan: CompressionPlan, name: str) -> Decomposed:
+    """The layer in the form that the plan gives it, with meaningless weights."""
+    widths = conv.in_channels, conv.out_channels
+    if name in plan.ranks:
+        return CPDBlock.shaped_like(conv, *widths, plan.ranks[name])
+    if name in plan.coupled:
+        rank, clusters = plan.coupled[name].rank, plan.coupled[name].clusters
+        shape = ChainShape(rank * clusters, conv.out_channels, clusters, has_exit=False)
+    elif name in plan.tucker:
+        shape = ChainShape(*plan.tucker[name])
+    else:
+        shape = ChainShape(plan.layer_cp[name], plan.layer_cp[name], plan.layer_cp[name])
+    return FactoredConv.shaped_like(conv, shape, *widths)
 
 
 def _chosen_filters(
@@ -183,11 +193,19 @@ def _chosen_filters(
     kept = {}
     for name, count in keep.items():
         layers = [model.get_submodule(producer) for producer in groups[name].producers]
-        if count < output_width(layers[0]):
-            filters = [layer.factors() if isinstance(layer, CPDBlock) else filter_rows(layer) for layer in layers]
-            kept[name] = choose(filters, count)
+        width = output_width(layers[0])
+        if count < width:
+            filters = [filters_of(layer) for layer in layers]
+            clusters = max(layer.clusters if isinstance(layer, FactoredConv) else 1 for layer in layers)
+            parts = torch.arange(width).split(width // clusters)
+            kept[name] = torch.cat([part[choose(_some(filters, part), count // clusters)] for part in parts])
         report(name)
     return kept
+
+
+def _some(layers: Sequence[Filters], index: Tensor) -> list[Filters]:
+    """The filters `index` of each layer."""
+    return [part.select_filters(index) if isinstance(part, CPFactors) else part[index] for part in layers]
 
 
 def _cut_groups(model: nn.Module, groups: dict[str, ChannelGroup], kept: dict[str, Tensor]) -> None:
@@ -207,28 +225,6 @@ def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)  # fit_plan has checked it.
     return conv
-
-
-def _check_rank(plan: CompressionPlan, name: str, layers: dict[str, nn.Module], rank: int) -> None:
-    conv = layers.get(name)
-    if conv is None:
-        candidates = {key: layer for key, layer in layers.items() if isinstance(layer, nn.Conv2d)}
-        raise UserError(f"{plan.source}: ranks: unknown layer '{name}'{_hint(name, candidates)}")
-    if isinstance(conv, CPDBlock):
-        raise UserError(f"{plan.source}: ranks: layer '{name}' is already decomposed; start from the dense model")
-    if not isinstance(conv, nn.Conv2d) or conv.groups != 1 or max(conv.kernel_size) == 1:
-        raise UserError(
-            f"{plan.source}: ranks: layer '{name}' cannot be decomposed; only ungrouped convolutions with a kernel "
-            "larger than 1x1 can (1x1 convolutions are pruned, under 'keep')"
-        )
-    largest = max_rank(conv.in_channels, conv.kernel_size[0], conv.kernel_size[1])
-    if rank > largest:
-        raise UserError(f"{plan.source}: ranks: layer '{name}': rank {rank} is above its maximum {largest} (eq. 8)")
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=3, cutoff=0.3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def build_detector(

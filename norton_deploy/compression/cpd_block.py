@@ -88,7 +88,7 @@ class CPDBlock(nn.Module):
         Raises:
             UserError: groups != 1, or padding other than zeros.
         """
-        _check_decomposable(conv)
+        check_decomposable(conv)
         return cls._build(factors, conv, conv.bias)
 
     @classmethod
@@ -98,7 +98,7 @@ class CPDBlock(nn.Module):
         Raises:
             UserError: groups != 1, padding other than zeros, or a rank that is impossible.
         """
-        _check_decomposable(conv)
+        check_decomposable(conv)
         return cls.from_factors(decompose_filters(conv.weight, rank, **als), conv)
 
     def factors(self) -> CPFactors:
@@ -191,7 +191,7 @@ def _resolve_padding(padding: int | tuple[int, ...] | str, kernel_size: Pair, di
     return _pair(padding)
 
 
-def _check_decomposable(conv: nn.Conv2d) -> None:
+def check_decomposable(conv: nn.Conv2d) -> None:
     if conv.groups != 1:
         raise UserError(f"a convolution with groups={conv.groups}: only groups=1 can become a CPDBlock")
     if conv.padding_mode != "zeros":

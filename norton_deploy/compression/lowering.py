@@ -1,4 +1,4 @@
-"""Exact forms of CPDBlocks as ordinary convolutions, for running them, with normalisation and bias folded in."""
+"""Exact forms of decomposed layers, as ordinary convolutions with normalisation and bias folded in, for running."""
 
 import copy
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.factored_conv import Decomposed, FactoredConv
 from norton_deploy.errors import UserError
 
 Form = Literal["separable", "grouped", "dense"]
@@ -61,6 +62,18 @@ def lower_block(block: CPDBlock, norm: FoldableNorm | None = None, form: Form = 
         return nn.Sequential(pointwise, horizontal, vertical).eval()
 
 
+def lower_chain(chain: FactoredConv, norm: FoldableNorm | None = None) -> nn.Sequential:
+    """The convolutions of a chain, `norm` folded into the last one: norm(chain(x)) in evaluation mode.
+
+    Raises:
+        UserError: a norm without running statistics or of a kind that cannot be folded.
+    """
+    parts = [part for part in (chain.entry, chain.middle, chain.exit) if part is not None]
+    convolutions = [copy.deepcopy(part).requires_grad_(False) for part in parts[:-1]]
+    last = copy.deepcopy(chain.last).requires_grad_(False) if norm is None else fold_norm(chain.last, norm)
+    return nn.Sequential(*convolutions, last).eval()
+
+
 def fold_norm(conv: nn.Conv2d, norm: FoldableNorm) -> nn.Conv2d:
     """The convolution that computes norm(conv(x)) in evaluation mode; a new module with a bias, no gradient.
 
@@ -110,7 +123,7 @@ def _conv(like: nn.Conv2d | CPDBlock, weight: Tensor, bias: Tensor | None = None
 
 
 def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | None = None) -> M:
-    """A copy of `model` in which every CPDBlock has its running form and BatchNorm is folded away.
+    """A copy of `model` in which every decomposed layer has its running form and BatchNorm is folded away.
 
     Args:
         model: in eval mode; any module that holds its layers as torchvision does, a normalisation directly
@@ -135,7 +148,7 @@ def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | No
             raise UserError(f"lower_model: '{name}' is not a CPDBlock of this model")
     lowered = copy.deepcopy(model)
     for path, parent in list(lowered.named_modules()):
-        if not isinstance(parent, CPDBlock):
+        if not isinstance(parent, Decomposed):
             _lower_children(parent, f"{path}." if path else "", form, chosen)
     return lowered.eval()
 
@@ -165,6 +178,8 @@ def _lower_children(parent: nn.Module, prefix: str, form: Form, forms: Mapping[s
         norm = next_layer if isinstance(next_layer, FoldableNorm) and _follows(parent, name, next_name) else None
         if isinstance(layer, CPDBlock):
             setattr(parent, name, lower_block(layer, norm, forms.get(prefix + name, form)))
+        elif isinstance(layer, FactoredConv):
+            setattr(parent, name, lower_chain(layer, norm))
         elif isinstance(layer, nn.Conv2d) and norm is not None:
             setattr(parent, name, fold_norm(layer, norm))
         else:

@@ -1,9 +1,9 @@
 """The one counter of multiply-accumulate operations (MACs) and parameters, and every call of a layer with its shape.
 
 MACs are those of convolutions and linear layers; a CPDBlock counts as its three convolutions (eq. 4-6, no
-further lowering). Biases, normalisation, pooling, activations, RoIAlign and NMS are not counted. Parameters
-include the affine terms of every normalisation, also of a frozen one. The paper's MACs add BatchNorm and pooling:
-0.92 G for ResNet-50 by its plan, 0.8996 G here.
+further lowering), a FactoredConv as its two or three. Biases, normalisation, pooling, activations, RoIAlign and NMS
+are not counted. Parameters include the affine terms of every normalisation, also of a frozen one. The paper's MACs add
+BatchNorm and pooling: 0.92 G for ResNet-50 by its plan, 0.8996 G here.
 """
 
 import copy
@@ -33,6 +33,7 @@ class LayerShape:
         kernel, stride, padding, dilation: (vertical, horizontal); ones and zeros for a linear layer.
         rank: R of a CPDBlock, 0 for a plain layer.
         input_size: (batch, height, width) of the input; (rows, 1, 1) for a linear layer.
+        groups: of a plain convolution; the middle one of a `FactoredConv` may have several.
     """
 
     kind: LayerKind
@@ -44,19 +45,21 @@ class LayerShape:
     dilation: Pair
     rank: int
     input_size: tuple[int, int, int]
+    groups: int = 1
 
     @classmethod
     def of(cls, layer: nn.Module, input_shape: tuple[int, ...]) -> "LayerShape":
         """The shape of a layer that gets an input [N, I, H, W] or [N, F].
 
         Raises:
-            TypeError: not an ungrouped convolution, transposed convolution, linear layer or CPDBlock.
+            TypeError: not a convolution, ungrouped transposed convolution, linear layer or CPDBlock.
         """
         if isinstance(layer, nn.Linear):
             one, none = (1, 1), (0, 0)
             size = (input_shape[0], 1, 1)
             return cls("linear", layer.in_features, layer.out_features, one, one, none, one, 0, size)
-        plain = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.groups == 1
+        groups = layer.groups if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) else 1
+        plain = isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.ConvTranspose2d) and groups == 1)
         if not plain and not isinstance(layer, CPDBlock):
             raise TypeError(f"cannot time a layer of class {type(layer).__name__}")
         found: Any = layer
@@ -65,7 +68,7 @@ class LayerShape:
         size = (input_shape[0], input_shape[2], input_shape[3])
         return cls(
             kind, found.in_channels, found.out_channels, found.kernel_size, found.stride, found.padding, found.dilation,
-            rank, size,
+            rank, size, groups,
         )  # fmt: skip
 
     def resized(self, in_channels: int, out_channels: int, rank: int) -> "LayerShape":
@@ -93,7 +96,7 @@ class LayerShape:
             taps = kernel_h * kernel_w // (self.stride[0] * self.stride[1])
             return self.output_pixels * self.in_channels * self.out_channels * taps
         if not self.rank:
-            return self.output_pixels * self.in_channels * self.out_channels * kernel_h * kernel_w
+            return self.output_pixels * self.in_channels // self.groups * self.out_channels * kernel_h * kernel_w
         terms = self.rank * self.out_channels
         # eq. 4 at the input's positions, eq. 5 with the columns strided, eq. 6 with both axes strided.
         strided = replace(self, rank=0, kernel=(1, kernel_w), stride=(1, self.stride[1]),
@@ -108,7 +111,7 @@ class LayerShape:
         kernel_h, kernel_w = self.kernel
         if self.rank:
             return self.rank * self.out_channels * (self.in_channels + kernel_h + kernel_w)
-        return self.in_channels * self.out_channels * kernel_h * kernel_w
+        return self.in_channels // self.groups * self.out_channels * kernel_h * kernel_w
 
     def key(self, form: Form) -> str:
         """A readable name for tables."""
@@ -118,7 +121,8 @@ class LayerShape:
             for name, value in (("k", self.kernel), ("s", self.stride), ("p", self.padding), ("d", self.dilation))
         )
         rank = f" rank {self.rank}" if self.rank and form != "dense" else ""
-        return f"{self.kind} {self.in_channels}>{self.out_channels} {geometry}{rank} {form} on {sizes}"
+        groups = f" g{self.groups}" if self.groups > 1 else ""
+        return f"{self.kind} {self.in_channels}>{self.out_channels} {geometry}{groups}{rank} {form} on {sizes}"
 
 
 @dataclass(frozen=True)

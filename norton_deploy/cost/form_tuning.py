@@ -233,7 +233,7 @@ def layer_graph(shape: LayerShape, form: Form) -> tuple[bytes, npt.NDArray[np.fl
     elif shape.kind == "transposed":
         add("ConvTranspose", (inputs, outputs, kernel_h, kernel_w), outputs, **geometry)
     elif form == "dense":
-        add("Conv", (outputs, inputs, kernel_h, kernel_w), outputs, **geometry)
+        add("Conv", (outputs, inputs // shape.groups, kernel_h, kernel_w), outputs, group=shape.groups, **geometry)
     else:
         add("Conv", (terms, inputs, 1, 1), terms)
         if form == "grouped":

@@ -14,7 +14,8 @@ from torch import Tensor
 from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_header, read_tensors
 from norton_deploy.checkpoints.open_model import published_categories
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
-from norton_deploy.compression.compress import BODY, apply_structure
+from norton_deploy.compression.compress import apply_structure
+from norton_deploy.compression.fit_plan import BODY
 from norton_deploy.data.category_list import read_categories
 from norton_deploy.detectron2.config import Detectron2Config, read_config
 from norton_deploy.detectron2.pickle import read_pickle

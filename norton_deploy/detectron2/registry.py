@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.compression.compress import BODY, apply_structure, compress
+from norton_deploy.compression.compress import apply_structure, compress
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.factored_conv import FactoredConv
+from norton_deploy.compression.fit_plan import BODY
 from norton_deploy.detectron2.checkpoint import backbone_structure
 from norton_deploy.detectron2.config import NORTON_BACKBONE, STRIDES, Detectron2Config, config_of
 from norton_deploy.detectron2.weights import swap_red_and_blue
@@ -109,7 +111,8 @@ def _detector_with_backbone(config: Detectron2Config) -> tuple[Any, int]:
 
 def _read_bgr(stem: nn.Module) -> None:
     """Swap a stem's red and blue inputs."""
-    conv = stem.pointwise if isinstance(stem, CPDBlock) else cast(nn.Conv2d, stem)
+    first = {CPDBlock: "pointwise", FactoredConv: "entry"}.get(type(stem))
+    conv = cast(nn.Conv2d, stem if first is None else stem.get_submodule(first))
     with torch.no_grad():
         conv.weight.copy_(swap_red_and_blue(conv.weight))
 

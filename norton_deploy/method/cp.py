@@ -1,6 +1,7 @@
 """Canonical polyadic decomposition (CPD) of filters, one by one, by alternating least squares (section II-A, eq. 2)."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,7 +64,14 @@ def max_rank(in_channels: int, kernel_h: int, kernel_w: int) -> int:
     return min(in_channels * kernel_h, in_channels * kernel_w, kernel_h * kernel_w)
 
 
-def nmse(weight: Tensor, factors: CPFactors) -> Tensor:
+class Factors(Protocol):
+    """Any decomposition of a layer's filters: a dataclass of tensors."""
+
+    def reconstruct(self) -> Tensor:
+        """The filters [O, I, Kh, Kw] that the factors stand for."""
+
+
+def nmse(weight: Tensor, factors: Factors) -> Tensor:
     """Normalised squared error of every filter: ||W_k - rebuilt W_k||^2 / ||W_k||^2, [O] float64.
 
     An all-zero filter has 0 if its factors are zero too, infinity otherwise.
@@ -72,16 +80,17 @@ def nmse(weight: Tensor, factors: CPFactors) -> Tensor:
     return torch.where(squared_error == 0, 0.0, squared_error / energy)
 
 
-def layer_nmse(weight: Tensor, factors: CPFactors) -> float:
+def layer_nmse(weight: Tensor, factors: Factors) -> float:
     """Sum of the filters' squared errors over their sum of squares: the error of the whole layer."""
     squared_error, energy = (float(part.sum()) for part in _squared_error(weight, factors))
     return 0.0 if squared_error == 0 else squared_error / energy if energy else float("inf")
 
 
-def _squared_error(weight: Tensor, factors: CPFactors) -> tuple[Tensor, Tensor]:
+def _squared_error(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     exact = weight.detach().double()
-    rebuilt = CPFactors(*(factor.detach().double() for factor in (factors.A, factors.B, factors.C)))
-    difference = exact - rebuilt.reconstruct()
+    parts = {name: part.detach() for name, part in vars(factors).items()}
+    exact_parts = {name: part.double() for name, part in parts.items() if part.is_floating_point()}
+    difference = exact - type(factors)(**parts | exact_parts).reconstruct()
     return difference.square().sum(dim=(1, 2, 3)), exact.square().sum(dim=(1, 2, 3))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,16 @@ from norton_deploy.config import read_yaml
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 
+FORMS = ("ranks", "coupled", "tucker", "layer_cp")
+"""Sections of a plan that decompose layers."""
+SECTIONS = (*FORMS, "keep")
+_EXPECTED = {
+    "ranks": "a whole number",
+    "coupled": "rank and clusters, whole numbers",
+    "tucker": "two whole numbers",
+    "layer_cp": "a whole number",
+    "keep": "a whole number",
+}
 WHOLE_DETECTOR = "rcnn"
 """Architecture of plans that name a detector's pyramid and heads too."""
 _HEADER = """\
@@ -20,20 +30,37 @@ _HEADER = """\
 # `keep`: how many filters remain in every pruned group; layers whose channels are added together
 # (the residual stream of a stage, the levels of a feature pyramid) are one group.
 """
+_SHARED_HEADER = """\
+# `coupled`, `tucker`, `layer_cp`: layers whose filters share factors instead: {rank, clusters}, [ranks of the input and
+# of the output channels], rank.
+"""
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How the filters of a layer are coupled: clusters of equal size, in each of which they share `rank` inputs."""
+
+    rank: int
+    clusters: int
 
 
 @dataclass(frozen=True)
 class CompressionPlan:
     """Ranks and kept filters of one architecture.
 
+    A layer is decomposed in one way at most; layers that are not named are not decomposed.
+
     Attributes:
         architecture: what the names refer to: a classifier or backbone ("resnet50", "vgg16_bn"), whose plan
             also fits the backbone inside a detector, or "rcnn", a whole two-stage detector.
-        ranks: convolution name -> CP rank R >= 1 (eq. 2). Layers that are not named are not decomposed.
+        ranks: convolution name -> CP rank R >= 1 of each of its filters (eq. 2), the paper's form.
         keep: channel group name -> number of kept filters O' >= 1 (Algorithm 1). Groups that are not named
             keep all of theirs.
         note: free text: where the plan comes from.
         source: what to call the plan in an error, usually its file.
+        coupled: convolution name -> clusters and rank (`decompose_coupled`).
+        tucker: convolution name -> ranks (R1, R2) of the input and of the output channels, Tucker-2.
+        layer_cp: convolution name -> CP rank of the whole layer, its Kh x Kw kernel positions as one mode.
     """
 
     architecture: str
@@ -41,14 +68,28 @@ class CompressionPlan:
     keep: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
     source: str = field(default="plan", compare=False, repr=False)
+    coupled: Mapping[str, Coupling] = field(default_factory=dict)
+    tucker: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    layer_cp: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for kind, entries in (("ranks", self.ranks), ("keep", self.keep)):
-            for name, value in entries.items():
-                if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int):
-                    raise UserError(f"{self.source}: {kind}: '{name}': expected a whole number, found {value!r}")
-                if value < 1:
-                    raise UserError(f"{self.source}: {kind}: layer '{name}': expected at least 1, found {value}")
+        for kind in SECTIONS:
+            for name, value in getattr(self, kind).items():
+                for number in _numbers(value):
+                    if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, int):
+                        raise UserError(f"{self.source}: {kind}: '{name}': expected {_EXPECTED[kind]}, found {value!r}")
+                    if number < 1:
+                        raise UserError(f"{self.source}: {kind}: layer '{name}': expected at least 1, found {number}")
+        forms: dict[str, str] = {}
+        for kind in FORMS:
+            for name in getattr(self, kind):
+                if forms.setdefault(name, kind) != kind:
+                    raise UserError(f"{self.source}: layer '{name}' is in both '{forms[name]}' and '{kind}'")
+
+    @property
+    def decomposed(self) -> tuple[str, ...]:
+        """Names of all decomposed layers."""
+        return tuple(name for kind in FORMS for name in getattr(self, kind))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "plan") -> CompressionPlan:
@@ -57,26 +98,36 @@ class CompressionPlan:
         Raises:
             UserError: unknown or missing keys, or values that are not whole numbers >= 1.
         """
-        known = ("architecture", "note", "ranks", "keep")
+        known = ("architecture", "note", *SECTIONS)
         for key in values:
             if key not in known:
                 raise UserError(f"{source}: unknown key '{key}'; a plan has {', '.join(known)}")
         if not isinstance(values.get("architecture"), str):
             raise UserError(f"{source}: 'architecture' is missing; for example resnet50, vgg16_bn or rcnn")
-        sections: dict[str, dict[str, int]] = {}
-        for kind in ("ranks", "keep"):
+        sections: dict[str, dict[str, Any]] = {}
+        for kind in SECTIONS:
             section = values.get(kind) or {}
             if not isinstance(section, Mapping):
-                raise UserError(f"{source}: '{kind}' must map layer names to whole numbers")
-            sections[kind] = dict(section)
+                raise UserError(f"{source}: '{kind}' must map layer names to {_EXPECTED[kind]}")
+            read = {"coupled": _read_coupling, "tucker": _read_pair}.get(kind, _as_it_is)
+            try:
+                sections[kind] = {name: read(value) for name, value in section.items()}
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{source}: {kind}: expected {_EXPECTED[kind]} for each layer; {error}") from None
         return cls(values["architecture"], note=str(values.get("note", "")), source=source, **sections)
 
     def to_dict(self) -> dict[str, Any]:
-        """Mapping form, for YAML and checkpoint headers."""
+        """Mapping form, for YAML and checkpoint headers; of the shared forms, those that the plan uses."""
+        shared = {
+            "coupled": {name: asdict(coupling) for name, coupling in self.coupled.items()},
+            "tucker": {name: list(pair) for name, pair in self.tucker.items()},
+            "layer_cp": dict(self.layer_cp),
+        }
         return {
             "architecture": self.architecture,
             "note": self.note,
             "ranks": dict(self.ranks),
+            **{kind: section for kind, section in shared.items() if section},
             "keep": dict(self.keep),
         }
 
@@ -92,17 +143,41 @@ class CompressionPlan:
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML, whole or not at all."""
         with atomic_write(path, "w") as stream:
-            stream.write(_HEADER)
+            stream.write(_HEADER + (_SHARED_HEADER if self.coupled or self.tucker or self.layer_cp else ""))
             yaml.safe_dump(self.to_dict(), stream, sort_keys=False, default_flow_style=False)
 
     def with_prefix(self, architecture: str, prefix: str) -> CompressionPlan:
         """The same plan for a model in which every layer's name starts with `prefix`."""
-        ranks = {prefix + name: rank for name, rank in self.ranks.items()}
-        keep = {prefix + name: count for name, count in self.keep.items()}
-        return replace(self, architecture=architecture, ranks=ranks, keep=keep)
+        return self.renamed(lambda name: prefix + name, architecture)
 
     def within_prefix(self, architecture: str, prefix: str) -> CompressionPlan:
         """The part of the plan below `prefix`, with `prefix` taken off the names."""
-        ranks = {name.removeprefix(prefix): rank for name, rank in self.ranks.items() if name.startswith(prefix)}
-        keep = {name.removeprefix(prefix): n for name, n in self.keep.items() if name.startswith(prefix)}
-        return replace(self, architecture=architecture, ranks=ranks, keep=keep)
+        return self.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None, architecture)
+
+    def renamed(self, rename: Callable[[str], str | None], architecture: str | None = None) -> CompressionPlan:
+        """The same plan under other names of its layers and groups, without those whose new name is None."""
+        sections: dict[str, Any] = {
+            kind: {new: value for name, value in getattr(self, kind).items() if (new := rename(name)) is not None}
+            for kind in SECTIONS
+        }
+        return replace(self, architecture=architecture or self.architecture, **sections)
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    """The numbers of an entry."""
+    if isinstance(value, Coupling):
+        return value.rank, value.clusters
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _read_coupling(value: Any) -> Coupling:
+    return Coupling(**value)
+
+
+def _read_pair(value: Any) -> tuple[int, int]:
+    first, second = value
+    return first, second
+
+
+def _as_it_is(value: Any) -> Any:
+    return value

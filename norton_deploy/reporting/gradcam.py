@@ -23,7 +23,7 @@ from torchvision.ops import box_iou
 from norton_deploy.checkpoints.checkpoint import Checkpoint
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.channel_groups import is_detector
-from norton_deploy.compression.compress import BODY
+from norton_deploy.compression.fit_plan import BODY
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
 from norton_deploy.compression.calibration import Probe, make_probes
-from norton_deploy.compression.compress import fit_plan
+from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError

@@ -1,6 +1,7 @@
 from benchmarks.lib.narrow_plan import narrow_plan
 from norton_deploy.compression.channel_groups import channel_groups, output_width
-from norton_deploy.compression.compress import compress, fit_plan
+from norton_deploy.compression.compress import compress
+from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, replace_by_rivals, rival_sequence
-from benchmarks.lib.rivals import RIVALS, Rival, decompose_layer
 from norton_deploy.errors import UserError
+from norton_deploy.method.layer_factors import LAYER_FORMS, LayerForm, decompose_layer
 
 GEOMETRIES = (
     {"kernel_size": 3, "padding": 1},
@@ -19,9 +19,9 @@ GEOMETRIES = (
 )
 
 
-@pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("kind", LAYER_FORMS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_the_chain_equals_the_recomposed_convolution(kind: Rival, geometry: dict) -> None:
+def test_the_chain_equals_the_recomposed_convolution(kind: LayerForm, geometry: dict) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 8, **geometry).double()
     factors = decompose_layer(conv.weight, kind, (4, 3) if kind == "tucker2" else (5,))
@@ -41,7 +41,7 @@ def test_macs_of_a_chain_are_those_of_its_convolutions() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), conv)
     sizes = map_sizes(model, ["1"], (10, 14))
     assert sizes == {"1": ((10, 14), (5, 7))}
-    for kind in RIVALS:
+    for kind in LAYER_FORMS:
         ranks = (4, 3) if kind == "tucker2" else (5,)
         small = replace_by_rivals(model, {"1": decompose_layer(conv.weight, kind, ranks)})
         assert isinstance(model[1], nn.Conv2d) and isinstance(small.get_submodule("1"), nn.Sequential)

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from norton_deploy.compression.compress import apply_structure, fit_plan
+from norton_deploy.compression.compress import apply_structure
+from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.errors import UserError
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import CompressionPlan, Coupling
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
@@ -87,3 +88,42 @@ def test_plans_over_whole_detectors_fit_every_task(task: Task) -> None:
         head = getattr(small.roi_heads, f"{task}_head")
         assert any(type(module).__name__ == "CPDBlock" for module in head.modules()) == (task != "box")
     assert counts["fast"] < counts["balanced"] < counts["dense"]
+
+
+def test_shared_forms_round_trip_and_old_plans_stay_as_they_were(tmp_path: Path) -> None:
+    plan = CompressionPlan(
+        "vgg16_bn",
+        {"features.0": 1},
+        coupled={"features.3": Coupling(8, 4)},
+        tucker={"features.7": (24, 32)},
+        layer_cp={"features.10": 60},
+    )
+    plan.save(tmp_path / "plan.yaml")
+    assert CompressionPlan.load(tmp_path / "plan.yaml") == plan
+    assert plan.decomposed == ("features.0", "features.3", "features.7", "features.10")
+    prefixed = plan.with_prefix("rcnn", "a.")
+    assert prefixed.tucker == {"a.features.7": (24, 32)} and prefixed.within_prefix("vgg16_bn", "a.") == plan
+    assert set(CompressionPlan("resnet50", {"layer1.0.conv2": 1}).to_dict()) == {
+        "architecture",
+        "note",
+        "ranks",
+        "keep",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tucker: {a: 3}", "tucker: expected two whole numbers for each layer"),
+        ("tucker: {a: [3, 0]}", "tucker: layer 'a': expected at least 1"),
+        ("coupled: {a: {rank: 2}}", "coupled: expected rank and clusters, whole numbers for each layer"),
+        ("coupled: {a: {rank: 2, clusters: many}}", "coupled: 'a': expected rank and clusters"),
+        ("layer_cp: {a: 3}\nranks: {a: 1}", "layer 'a' is in both 'ranks' and 'layer_cp'"),
+    ],
+)
+def test_a_broken_shared_form_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"architecture: resnet50\n{text}")
+    with pytest.raises(UserError) as caught:
+        CompressionPlan.load(path)
+    assert message in str(caught.value)

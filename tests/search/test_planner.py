@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from norton_deploy.compression.calibration import Probe, make_probes, run_stages
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
-from norton_deploy.compression.compress import compress, fit_plan
+from norton_deploy.compression.compress import compress
+from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.cost.complexity import count_complexity, layer_calls
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan

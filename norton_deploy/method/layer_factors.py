@@ -1,4 +1,4 @@
-"""The classical ways to factorise a convolution, which Figure 1 sets against the CPD of its filters.
+"""The classical ways to factorise a whole layer: all its filters share their factors (Figure 1).
 
 All of them take the layer's weight [O, I, Kh, Kw] as one tensor and run as a chain of small convolutions:
 
@@ -6,8 +6,6 @@ All of them take the layer's weight [O, I, Kh, Kw] as one tensor and run as a ch
 - "reshaped": CPD with three factors of the tensor [O, I, Kh*Kw], pointwise, Kh x Kw depthwise, pointwise;
 - "tucker2": Tucker decomposition of the two channel modes by HOOI, pointwise, a small dense Kh x Kw convolution,
   pointwise (Kim et al., ICLR 2016).
-
-`rival_layers` has the convolutions, their cost, and the ranks for a budget.
 """
 
 from dataclasses import dataclass
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor
 
 from norton_deploy.errors import UserError
+from norton_deploy.method.cp import layer_nmse
 
-Rival = Literal["layer", "reshaped", "tucker2"]
-RIVALS: tuple[Rival, ...] = ("layer", "reshaped", "tucker2")
+LayerForm = Literal["layer", "reshaped", "tucker2"]
+LAYER_FORMS: tuple[LayerForm, ...] = ("layer", "reshaped", "tucker2")
 # Relative to unit columns: keeps nearly parallel terms, which CPD of whole layers is known for, solvable.
 RIDGE = 1e-10
 
@@ -76,19 +75,19 @@ class Tucker2:
         return torch.einsum("op,pihw->oihw", self.output, inputs)
 
 
-RivalFactors = LayerCP | ReshapedCP | Tucker2
+LayerFactors = LayerCP | ReshapedCP | Tucker2
 
 
 def decompose_layer(
     weight: Tensor,
-    kind: Rival,
+    kind: LayerForm,
     ranks: tuple[int, ...],
     *,
     seed: int = 0,
     starts: int = 4,
     sweeps: int = 100,
     tolerance: float = 3e-4,
-) -> RivalFactors:
+) -> LayerFactors:
     """Factorise a layer's whole weight by alternating least squares (CPD) or orthogonal iteration (Tucker-2).
 
     Runs in float64 from the leading singular vectors of the channel unfoldings, filled up with seeded random
@@ -129,13 +128,7 @@ def decompose_layer(
             found.append(LayerCP(output, input, spatial[0], spatial[1]))
         else:
             found.append(ReshapedCP(output, input, spatial[0].unflatten(0, tuple(weight.shape[2:]))))
-    return min(found, key=lambda factors: rival_nmse(weight, factors))
-
-
-def rival_nmse(weight: Tensor, factors: RivalFactors) -> float:
-    """||W - rebuilt W||^2 / ||W||^2 over the whole layer, as `layer_nmse` for the filters' CPD."""
-    exact = weight.detach().double()
-    return float((exact - factors.reconstruct().double()).square().sum() / exact.square().sum())
+    return min(found, key=lambda factors: layer_nmse(weight, factors))
 
 
 def _alternating_least_squares(
