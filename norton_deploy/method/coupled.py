@@ -18,7 +18,7 @@ from torch import Tensor
 from norton_deploy.errors import UserError
 
 ROUNDS = 20
-STARTS = 3
+STARTS, CONTINUED = 12, 3
 # Singular values below this fraction of the largest are no direction of a filter.
 RANK_TOLERANCE = 1e-6
 
@@ -99,19 +99,25 @@ def cluster_filters(weights: Sequence[Tensor], rank: int, clusters: int) -> Tens
         return torch.arange(count, device=layers[0].device) * (clusters > 1)
     distance = torch.stack([_subspace_distance(layer, rank) for layer in layers]).sum(dim=0)
     energy = torch.stack([layer.square().sum(dim=(1, 2)) for layer in layers]).sum(dim=0)
-    best, least = None, float("inf")
+
+    def losses(cluster: Tensor) -> tuple[float, Tensor]:
+        loss = torch.stack([_losses(layer, cluster, clusters, rank) for layer in layers]).sum(dim=0)
+        return float(loss.gather(1, cluster[:, None]).sum()), loss
+
+    begun = []
     for first in energy.argsort(descending=True, stable=True)[:STARTS].tolist():
         cluster = _assign(distance[:, _far_filters(distance * energy, first, clusters)], clusters)
-        error = float("inf")
+        begun.append((*losses(cluster), cluster))
+    best, least = None, float("inf")
+    for error, loss, cluster in sorted(begun, key=lambda start: start[0])[:CONTINUED]:
         for _ in range(ROUNDS):
-            loss = torch.stack([_losses(layer, cluster, clusters, rank) for layer in layers]).sum(dim=0)
-            now = float(loss.gather(1, cluster[:, None]).sum())
-            if now >= error:
+            following = _assign(loss, clusters)
+            following_error, loss = losses(following)
+            if following_error >= error:
                 break
-            error, found = now, cluster
-            cluster = _assign(loss, clusters)
+            error, cluster = following_error, following
         if error < least:
-            best, least = found, error
+            best, least = cluster, error
     assert best is not None  # the weights are finite, so one start has a finite error
     return _numbered(best)
 
