@@ -13,12 +13,16 @@ from typing import Any
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
+from norton_deploy.option_help import first_sentence, help_text
 
 INTERRUPTED = 130
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the command `name` and return its exit status; a `UserError` becomes one line on stderr."""
+    if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
+        print(help_text(name))
+        sys.exit(0)
     try:
         return int(import_module(f"norton_deploy.commands.{name}").main(argv))
     except UserError as error:
@@ -51,7 +55,8 @@ def main() -> None:
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: norton COMMAND [--help] ...\n\ncommands: " + ", ".join(names))
+        print("usage: norton COMMAND [--help] ...\n")
+        print("\n".join(f"  {name:18}{first_sentence(name)}" for name in names))
         sys.exit(0)
     name = arguments[0].replace("-", "_")
     if name not in names:

@@ -21,6 +21,8 @@ from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.method.filter_selection import AngleMeasure
 from norton_deploy.method.plan import CompressionPlan
 
+FIRST = ("model", "weights", "categories", "image-size", "refit", "refit-images", "overwrite", "json")
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -20,6 +20,7 @@ from norton_deploy.video.sources import open_source
 SYNTHETIC_FRAMES = 250
 SMALLEST_SIDE = 32
 INTERRUPTED = 130
+FIRST = ("model", "source", "baseline", "show", "score-threshold", "device", "overwrite")
 
 
 @dataclass

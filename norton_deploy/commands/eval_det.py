@@ -19,6 +19,8 @@ from norton_deploy.evaluation.evaluate import evaluate_file, result_files, write
 from norton_deploy.files import check_output_file
 from norton_deploy.structures import Task
 
+FIRST = ("split", "limit", "batch-size", "device", "results", "overwrite", "json")
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -16,6 +16,19 @@ from norton_deploy.inference.predictor import read_image
 from norton_deploy.parity.export_checked import SCENES, Export, ExportOptions, export_checked, open_detector
 from norton_deploy.structures import Task
 
+FIRST = (
+    "model",
+    "categories",
+    "image-size",
+    "input-size",
+    "precision",
+    "target",
+    "images",
+    "eval",
+    "artefact",
+    "overwrite",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ExportOptions):

@@ -21,6 +21,18 @@ from norton_deploy.export.tensorrt_build import Engine, build_or_explain, manife
 from norton_deploy.files import check_output_file
 
 ENGINE_NOT_BUILT = 3
+FIRST = (
+    "model",
+    "categories",
+    "image-size",
+    "input-size",
+    "precision",
+    "engine",
+    "compute-capability",
+    "images",
+    "artefact",
+    "overwrite",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from norton_deploy.reporting.plan_report import verdict, write_plan_report
 from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 
+FIRST = ("image-size", "images", "ranks", "multiple", "compare", "resume", "overwrite", "json")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(PlanRequest):

@@ -16,6 +16,8 @@ from norton_deploy.files import check_output_file
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
 from norton_deploy.training.run_folder import RunFolder
 
+FIRST = ("epochs", "steps", "init", "teacher", "arch", "image-size", "batch-size", "precision", "resume", "overwrite")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ClassifierTrainingSettings):

@@ -17,6 +17,19 @@ from norton_deploy.files import check_output_file
 from norton_deploy.training.detector_training import DetectorTrainingSettings, train_detector
 from norton_deploy.training.run_folder import RunFolder
 
+FIRST = (
+    "epochs",
+    "steps",
+    "init",
+    "teacher",
+    "batch-size",
+    "lr-per-16-images",
+    "precision",
+    "resume",
+    "overwrite",
+    "workers",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(DetectorTrainingSettings):
