@@ -1,5 +1,6 @@
 """Plans for torchvision's widths on detectors with narrower or fewer layers: equal shares of filters."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -23,7 +24,8 @@ def narrow_plan(plan: CompressionPlan, model: nn.Module, full: nn.Module) -> Com
         full: the detector that `plan` fits.
 
     Returns:
-        Ranks of all layers that `model` has; of every group the share of filters that `plan` keeps, rounded.
+        The form of all layers that `model` has, Tucker-2 with equal shares of its channels; of every group the share
+        of filters that `plan` keeps, rounded.
 
     Raises:
         UserError: the plan does not fit `full`.
@@ -37,8 +39,18 @@ def narrow_plan(plan: CompressionPlan, model: nn.Module, full: nn.Module) -> Com
             width = output_width(model.get_submodule(groups[name].producers[0]))
             share = count / output_width(full.get_submodule(full_groups[name].producers[0]))
             keep[name] = max(1, round(share * width))
-    ranks = {name: rank for name, rank in fitted.ranks.items() if name in layers}
-    return CompressionPlan(fitted.architecture, ranks, keep, fitted.note)
+    own = fitted.renamed(lambda name: name if name in layers or name in groups else None)
+    tucker = {}
+    for name, ranks in own.tucker.items():
+        narrow, wide = (_widths(found.get_submodule(name)) for found in (model, full))
+        scaled = [max(1, round(rank * new / old)) for rank, new, old in zip(ranks, narrow, wide, strict=True)]
+        tucker[name] = scaled[0], scaled[1]
+    return replace(own, keep=keep, tucker=tucker)
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    assert isinstance(layer, nn.Conv2d)  # fit_plan has checked it.
+    return layer.in_channels, layer.out_channels
 
 
 def compress_narrow(

@@ -16,6 +16,8 @@ from norton_deploy.method.cp import CPFactors
 RIDGES = (1e-8, 1e-3, 1e-1)
 """Weights of staying at the present solution, relative to the mean squared input. With the smallest it decides only
 where the data does not; with few samples per unknown the larger ones keep the fit from following their noise."""
+DOUBLE_FEATURES = 4608
+"""Above so many inputs their moments are multiplied in the inputs' own precision, and only added in float64."""
 CHUNK_NUMBERS = 2**22
 """Numbers in a temporary tensor at most: several filters share one matrix product, and the memory is reused."""
 
@@ -52,9 +54,12 @@ class NormalEquations:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add samples [P, F] and [P, O]."""
+        if inputs.shape[1] > DOUBLE_FEATURES:
+            self.gram += (inputs.T @ inputs).double()
         p, y = inputs.double(), outputs.double()
         self.samples += len(p)
-        self.gram.addmm_(p.T, p)
+        if inputs.shape[1] <= DOUBLE_FEATURES:
+            self.gram.addmm_(p.T, p)
         self.cross.addmm_(p.T, y)
         self.energy += y.square().sum(dim=0)
         self.input_sum += p.sum(dim=0)
@@ -76,6 +81,18 @@ class NormalEquations:
         """The same samples with the outputs `index` [O'] only."""
         return NormalEquations(
             self.samples, self.gram, self.cross[:, index], self.energy[index], self.input_sum, self.output_sum[index]
+        )
+
+    def with_prior(self, weight: Tensor, ridge: float) -> "NormalEquations":
+        """The same least squares with a pull of `ridge` (relative to the mean squared input) towards weights [O, F]."""
+        pull = ridge * self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        return NormalEquations(
+            self.samples,
+            self.gram + pull * torch.eye(len(self.gram), dtype=torch.float64),
+            self.cross + pull * weight.double().mT,
+            self.energy,
+            self.input_sum,
+            self.output_sum,
         )
 
     def merged(self, other: "NormalEquations") -> "NormalEquations":
@@ -196,5 +213,11 @@ def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     """(normal + ridge) x = right for symmetric positive semidefinite [..., n, n] and [..., n, m]."""
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     level = diagonal.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    regular = torch.diagonal_scatter(normal, diagonal + ridge * level, dim1=-2, dim2=-1)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(regular))
+    factor, failed = torch.linalg.cholesky_ex(
+        torch.diagonal_scatter(normal, diagonal + ridge * level, dim1=-2, dim2=-1)
+    )
+    while bool(failed.any()):  # moments that were multiplied in float32
+        ridge *= 10
+        regular = torch.diagonal_scatter(normal, diagonal + ridge * level, dim1=-2, dim2=-1)
+        factor, failed = torch.linalg.cholesky_ex(regular)
+    return torch.cholesky_solve(right, factor)
