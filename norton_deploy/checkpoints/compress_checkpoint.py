@@ -14,6 +14,7 @@ from norton_deploy.compression.refit import refit
 from norton_deploy.errors import UserError
 from norton_deploy.method.filter_selection import AngleMeasure, choose_by_angles
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings
 
 
 def compress_checkpoint(
@@ -26,6 +27,7 @@ def compress_checkpoint(
     starts: int = 4,
     measure: AngleMeasure = "largest",
     refit_images: Iterable[Tensor] | None = None,
+    refit_side: int | None = None,
     reestimate_images: Iterable[Tensor] | None = None,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> Checkpoint:
@@ -41,8 +43,10 @@ def compress_checkpoint(
         measure: how the principal angles of two factors become one distance (`pabs_distance`).
         refit_images: unlabelled images on which every layer is refitted to the dense one's outputs (`refit`);
             float [3, H, W], 0..1 RGB, of any sizes; they stay in memory. None leaves the refit out.
+        refit_side: short side of those images in pixels, at most; None: the detector's own.
         reestimate_images: images for new BatchNorm statistics (`reestimate_batch_norm`); None leaves them.
-        progress: gets ("compress" or "refit", layer or group, how many there are).
+        progress: gets ("compress" or "refit", layer or group, how many there are), and ("look at images", number, 0)
+            for each batch of the refit's images.
 
     Returns:
         The compressed model and its header: the plan, one more lineage entry, and of a narrowed pyramid the dense
@@ -67,7 +71,12 @@ def compress_checkpoint(
     )
     small, kept = compressed.model, compressed.kept
     if refit_images is not None:
-        probes = list(make_probes(dense.model, refit_images, settings))
+        if refit_side is not None and isinstance(settings, DetectorSettings):
+            settings = settings.with_short_side(refit_side)
+        probes = []
+        for probe in make_probes(dense.model, refit_images, settings):
+            probes.append(probe)
+            report("look at images", str(len(probes)), 0)
         refit(small, dense.model, kept, probes, seed=seed, progress=partial(report, "refit"))
     if reestimate_images is not None:
         reestimate_batch_norm(small, reestimate_images, settings)

@@ -50,6 +50,8 @@ class Settings:
     """Folder of unlabelled images on which every layer is refitted by least squares to the dense one's outputs."""
     refit_images: int = 64
     """How many of those images to use, at most; they stay in memory."""
+    refit_side: int | None = None
+    """Short side of those images in pixels, at most, for a detector: smaller is faster; by default the model's own."""
     reestimate: Path | None = None
     """Folder of images with which the BatchNorm statistics are estimated anew; without it they stay."""
     reestimate_images: int = 256
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             starts=settings.starts,
             measure=settings.measure,
             refit_images=_images(settings.refit, settings.refit_images),
+            refit_side=settings.refit_side,
             reestimate_images=_images(settings.reestimate, settings.reestimate_images),
             progress=bars.advance,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
@@ -66,6 +66,13 @@ class DetectorSettings:
     def proposals(self) -> int:
         """Regions per image in testing."""
         return self.rpn.post_nms[1]
+
+    def with_short_side(self, side: int) -> DetectorSettings:
+        """The same detector for images whose short side has at most `side` pixels: smaller is faster."""
+        own = self.image
+        if side >= own.min_size:
+            return self
+        return replace(self, image=replace(own, min_size=side, max_size=side * own.max_size // own.min_size))
 
     def prepare(self, images: Sequence[Tensor]) -> ImageList:
         """Images as the backbone takes them: resized, normalised, padded to one batch.

@@ -196,6 +196,5 @@ def sensitivity_probes(source: Checkpoint, request: PlanRequest) -> list[Probe]:
     header, images = source.header, read_images(request.data, request.images)
     if header.task == "cls":
         return list(make_probes(source.model, images, header.settings))
-    found, side = header.detector, request.sensitivity_size
-    reduced = replace(found.image, min_size=side, max_size=side * found.image.max_size // found.image.min_size)
-    return list(make_probes(source.model, images, replace(found, image=reduced), batch=1))
+    reduced = header.detector.with_short_side(request.sensitivity_size)
+    return list(make_probes(source.model, images, reduced, batch=1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.dataset_check import check_layout
 from norton_deploy.data.transforms import training_transform
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import table3_scores
@@ -114,6 +115,7 @@ def train_detector(
     accelerator = build_accelerator(settings)
     if settings.detector.backbone.norm == "sync" and accelerator.device.type == "cpu":
         raise UserError("detector.backbone.norm sync needs GPUs; use --detector.backbone.norm group (or batch) on CPUs")
+    check_layout(settings.data, settings.task)  # before minutes of reading the first split
     train = CocoDetection(
         settings.data,
         "train",

@@ -8,9 +8,10 @@ import torch
 from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from norton_deploy.checkpoints.checkpoint import read_tensors
+from norton_deploy.checkpoints.checkpoint import read_header, read_tensors
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.checkpoints.torchvision_weights import current_names, identify
+from norton_deploy.commands import run
 from norton_deploy.data.category_list import categories_of_model, read_categories
 from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.errors import UserError
@@ -50,6 +51,17 @@ def test_categories_image_size_and_prefixes(own: Path) -> None:
     body = opened.model.get_submodule("backbone.body.layer4.2.conv3")
     assert torch.equal(body.weight, weights["module.backbone.body.layer4.2.conv3.weight"].float())
     assert open_model(str(own)).header.categories.names == ("class 1", "class 2", "class 3")
+
+
+def test_import_model_writes_what_was_opened(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own.safetensors"
+    categories = str(own.parent / "instances.json")
+    arguments = ["--model", str(own), "--categories", categories, "--image-size", "320", "256", "--out", str(out)]
+    assert run("import_model", arguments) == 0
+    header = read_header(out)
+    assert header.categories.names == ("bolt", "nut", "washer")
+    assert (header.detector.image.min_size, header.detector.image.max_size) == (256, 320)
+    assert header.lineage[0]["source"] == str(own)
 
 
 def test_a_list_of_names_and_the_wrong_number(tmp_path: Path) -> None:
