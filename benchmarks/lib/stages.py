@@ -21,6 +21,7 @@ import torch
 from norton_deploy.cost.complexity import Complexity
 from norton_deploy.errors import UserError
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.openvino_backend import OpenVinoPredictor
 from norton_deploy.inference.predictor import Predictor
 from norton_deploy.inference.torch_backend import TorchPredictor
 
@@ -68,7 +69,7 @@ def split_stages(predictor: Predictor, images: Sequence[Path], *, calls: int) ->
     a second session, each node counted to the stage that the graph's "stage/..." tensors delimit.
 
     Args:
-        predictor: a torch or ONNX Runtime predictor.
+        predictor: a torch, ONNX Runtime or OpenVINO predictor.
         images: image files, used in turn.
         calls: measured calls, after one for warm-up.
 
@@ -79,6 +80,8 @@ def split_stages(predictor: Predictor, images: Sequence[Path], *, calls: int) ->
         return _split_torch(predictor, images, calls)
     if predictor.backend == "onnxruntime" and predictor.input_size is not None:
         return _split_onnxruntime(predictor, images, calls)
+    if isinstance(predictor, OpenVinoPredictor) and predictor.name.endswith(".onnx"):
+        return _split_openvino(predictor, images, calls)
     raise UserError(f"{predictor.name}: stages of backend '{predictor.backend}' cannot be told apart")
 
 
@@ -149,6 +152,30 @@ def _split_onnxruntime(predictor: Predictor, images: Sequence[Path], calls: int)
         total_ms["other"] -= time_ms
     stages_ms = {stage: total / calls for stage, total in total_ms.items()}
     return StageSplit(stages_ms, "ONNX Runtime's profiler, node times by stage", proposals)
+
+
+def _split_openvino(predictor: OpenVinoPredictor, images: Sequence[Path], calls: int) -> StageSplit:
+    graph = onnx.load(predictor.name, load_external_data=False).graph
+    stage_of_name = stages_of_nodes(graph.node, predictor.name)
+    shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    profiled = OpenVinoPredictor(Path(predictor.name), float_type=predictor.float_type, profile=True)
+    originals = profiled.fused_names()
+    total_ms = dict.fromkeys(STAGES, 0.0)
+    profiled.predict_files([images[0]])
+    for call in range(calls):
+        profiled.predict_files([images[call % len(images)]])
+        timing = vars(profiled.timing)
+        for field, stage in OUTER_STAGES.items():
+            total_ms[stage] += timing[field]
+        total_ms["other"] += timing["infer_ms"]
+        for name, time_ms in profiled.profile_ms().items():
+            # a node that OpenVINO put in has no counterpart in the graph: it stays in "other"
+            known = [stage_of_name[part] for part in (name, *originals.get(name, ())) if part in stage_of_name]
+            if known:
+                total_ms[known[0]] += time_ms
+                total_ms["other"] -= time_ms
+    stages_ms = {stage: total / calls for stage, total in total_ms.items()}
+    return StageSplit(stages_ms, "OpenVINO's profiling info, node times by stage", shapes["stage/proposals"][1])
 
 
 def stage_macs(complexity: Complexity) -> dict[str, int]:

@@ -17,6 +17,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import metrics_table
 from norton_deploy.evaluation.evaluate import evaluate_file, result_files, write_results
 from norton_deploy.files import check_output_file
+from norton_deploy.inference.predictor import Backend
 from norton_deploy.structures import Task
 
 FIRST = ("split", "limit", "batch-size", "device", "results", "overwrite", "json")
@@ -31,9 +32,11 @@ class Settings:
     data: Path
     """Folder in COCO-2017's layout."""
     model: Path
-    """Detector: a checkpoint (.safetensors), torchvision's .pth, a graph (.onnx) or an engine (.engine)."""
+    """Detector: a checkpoint (.safetensors), torchvision's .pth, a graph (.onnx, .xml) or an engine (.engine)."""
     categories: Path | None = None
     """Categories of a .pth file: a COCO annotation file or a list of names; by default the data's."""
+    backend: Backend | None = None
+    """What runs an .onnx graph: onnxruntime (the default) or openvino."""
     split: Literal["train", "val"] = "val"
     """Which images to evaluate on."""
     limit: int | None = None
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings.data,
         settings.task,
         split=settings.split,
+        backend=settings.backend,
         device=settings.device,
         limit=settings.limit,
         batch_size=settings.batch_size,

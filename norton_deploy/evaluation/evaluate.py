@@ -33,7 +33,7 @@ from norton_deploy.evaluation.coco_metrics import (
 )
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.loading import load_predictor
-from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.inference.predictor import Backend, Image, Predictor
 from norton_deploy.structures import Categories, Detections, Task
 
 # images: uint8 RGB [H, W, 3] of any sizes -> one Detections per image, in its pixels
@@ -152,6 +152,7 @@ def evaluate_file(
     task: Task,
     *,
     split: Literal["train", "val"] = "val",
+    backend: Backend | None = None,
     device: str | None = None,
     limit: int | None = None,
     batch_size: int = 1,
@@ -163,7 +164,7 @@ def evaluate_file(
     """Score a checkpoint, a graph or an engine on a dataset; on one process or many.
 
     Args:
-        model: see `load_predictor`.
+        model, backend: see `load_predictor`.
         data: folder in COCO-2017's layout.
         task: that the model must be for.
         device: cpu, cuda or cuda:N; by default each process takes a GPU of its own if there are any.
@@ -177,7 +178,8 @@ def evaluate_file(
     """
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu)
-    predictor = load_predictor(model, device=device or ("cpu" if use_cpu else str(state.device)), categories=categories)
+    chosen = device or ("cpu" if use_cpu else str(state.device))
+    predictor = load_predictor(model, backend=backend, device=chosen, categories=categories)
     if predictor.task != task:
         raise UserError(f"{predictor.name}: a detector for task '{predictor.task}', --task is '{task}'")
     if categories is None and isinstance(model, Path) and names_no_categories(model):

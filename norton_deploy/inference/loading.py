@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import Backend, Image, Predictor, StageTiming
+from norton_deploy.inference.predictor import Backend, FloatType, Image, Predictor, StageTiming
 from norton_deploy.structures import Categories, Detections
 
 PackagedTask = Literal["mask", "keypoint"]
 PACKAGED_FOLDER = Path(__file__).parents[1] / "checkpoints"
 PACKAGED_TASKS: tuple[PackagedTask, ...] = get_args(PackagedTask)
-BACKEND_OF_SUFFIX: dict[str, Backend] = {
-    ".safetensors": "torch",
-    ".pth": "torch",
-    ".pt": "torch",
-    ".onnx": "onnxruntime",
-    ".engine": "tensorrt",
+BACKENDS_OF_SUFFIX: dict[str, tuple[Backend, ...]] = {
+    ".safetensors": ("torch",),
+    ".pth": ("torch",),
+    ".pt": ("torch",),
+    ".onnx": ("onnxruntime", "openvino"),
+    ".engine": ("tensorrt",),
+    ".xml": ("openvino",),
 }
+"""What can run a kind of file; the first does unless another is asked for."""
 
 
 def load_predictor(
@@ -30,27 +32,38 @@ def load_predictor(
     device: str | None = None,
     providers: Sequence[str] | None = None,
     categories: Path | Categories | None = None,
+    backend: Backend | None = None,
+    threads: int | None = None,
+    float_type: FloatType | None = None,
+    cache: Path | None = None,
 ) -> Predictor:
-    """Load a model file: a checkpoint (`.safetensors`), torchvision's weights (`.pth`), a graph (`.onnx`) or a TensorRT
-    engine (`.engine`).
+    """Load a model file: a checkpoint (`.safetensors`), torchvision's weights (`.pth`), a graph (`.onnx`, OpenVINO's
+    `.xml`) or a TensorRT engine (`.engine`).
 
     Args:
-        path: one file; or several `.onnx`/`.engine` files, or a folder of them, that differ in image size:
+        path: one file; or several graphs or engines, or a folder of them, that differ in image size:
             each image then goes to the one whose aspect ratio is nearest.
         score_threshold: detections below it are dropped, 0..1; None keeps the model's own threshold.
         device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one. An engine needs a GPU.
         providers: ONNX Runtime's execution providers, in order of preference, e.g.
             ["TensorrtExecutionProvider", "CUDAExecutionProvider"]; by default that of `device`.
         categories: of a .pth file, which names none: see `open_model`.
+        backend: what runs the file; an `.onnx` graph runs in "onnxruntime" (the default) or "openvino", every other
+            kind of file has one backend only.
+        threads: of a graph on the CPU; by default OMP_NUM_THREADS, or all cores where that is not set.
+        float_type, cache: OpenVINO's, see `OpenVinoPredictor`; by default fp32 and no cache.
 
     Raises:
-        UserError: a missing or foreign file, a package, device or provider that is not there, or a
-            threshold that the exported graph cannot honour.
+        UserError: a missing or foreign file, a package, device or provider that is not there, an option of another
+            backend, or a threshold that the exported graph cannot honour.
     """
     if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
         raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
     files = _model_files(path)
-    predictors = [_load_one(file, score_threshold, device, providers, categories) for file in files]
+    openvino = {name: value for name, value in (("float_type", float_type), ("cache", cache)) if value is not None}
+    predictors = [
+        _load_one(file, backend, score_threshold, device, providers, categories, threads, openvino) for file in files
+    ]
     if len(predictors) == 1:
         return predictors[0]
     return SizeBucketPredictor(predictors)
@@ -61,9 +74,9 @@ def _model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
         folder = Path(path)
         if not folder.is_dir():
             return [folder]
-        found = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*.engine"))
+        found = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*.engine")) or sorted(folder.glob("*.xml"))
         if not found:
-            raise UserError(f"{folder}: no .onnx or .engine file in this folder")
+            raise UserError(f"{folder}: no .onnx, .engine or .xml file in this folder")
         return found
     files = [Path(entry) for entry in path]
     if not files:
@@ -73,19 +86,29 @@ def _model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _load_one(
     file: Path,
+    asked: Backend | None,
     score_threshold: float | None,
     device: str | None,
     providers: Sequence[str] | None,
     categories: Path | Categories | None,
+    threads: int | None,
+    openvino: dict[str, Any],
 ) -> Predictor:
     """Load one file; a backend is imported only when it is asked for."""
     if not file.is_file():
         raise UserError(f"{file}: no such model file")
-    backend = BACKEND_OF_SUFFIX.get(file.suffix)
-    if backend is None:
-        raise UserError(f"{file}: unknown kind of model file; expected {', '.join(BACKEND_OF_SUFFIX)}")
+    if file.suffix not in BACKENDS_OF_SUFFIX:
+        raise UserError(f"{file}: unknown kind of model file; expected {', '.join(BACKENDS_OF_SUFFIX)}")
+    possible = BACKENDS_OF_SUFFIX[file.suffix]
+    backend = asked or possible[0]
+    if backend not in possible:
+        raise UserError(f"{file}: backend '{backend}' cannot run a {file.suffix} file; {' or '.join(possible)} can")
     if providers is not None and backend != "onnxruntime":
-        raise UserError(f"{file}: providers are ONNX Runtime's; a {file.suffix} file has none")
+        raise UserError(f"{file}: providers are ONNX Runtime's; {backend} has none")
+    if openvino and backend != "openvino":
+        raise UserError(f"{file}: {' and '.join(openvino)}: only with backend openvino, not with {backend}")
+    if threads is not None and backend not in ("onnxruntime", "openvino"):
+        raise UserError(f"{file}: threads are for graphs on the CPU; {backend} follows OMP_NUM_THREADS")
     if backend == "torch":
         from norton_deploy.inference.torch_backend import TorchPredictor
 
@@ -95,7 +118,11 @@ def _load_one(
     if backend == "onnxruntime":
         from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 
-        return OnnxRuntimePredictor(file, score_threshold, device, providers)
+        return OnnxRuntimePredictor(file, score_threshold, device, providers, threads=threads)
+    if backend == "openvino":
+        from norton_deploy.inference.openvino_backend import OpenVinoPredictor
+
+        return OpenVinoPredictor(file, score_threshold, device, threads=threads, **openvino)
     from norton_deploy.inference.tensorrt_backend import TensorRTPredictor
 
     return TensorRTPredictor(file, score_threshold, device)

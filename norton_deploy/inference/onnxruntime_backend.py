@@ -38,6 +38,8 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         device: str | None = None,
         providers: Sequence[str] | None = None,
         profile_prefix: Path | None = None,
+        *,
+        threads: int | None = None,
     ) -> None:
         """Open the graph.
 
@@ -47,12 +49,15 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
             device: see `load_predictor`; must agree with `providers` when both are given.
             providers: see `load_predictor`.
             profile_prefix: when given, ONNX Runtime profiles every node; `end_profiling` returns the file.
+            threads: on the CPU, see `load_predictor`.
 
         Raises:
             UserError: not a graph of this package, its tensors contradict its metadata, or a provider is
                 missing or does not start.
         """
-        self._session = make_session(path, device, providers=providers, profile_prefix=profile_prefix)
+        self._session = make_session(
+            path, device, providers=providers, threads=threads, profile_prefix=profile_prefix
+        )
         self.providers = self._session.get_providers()
         metadata = self._session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:

@@ -16,7 +16,9 @@ import numpy.typing as npt
 from norton_deploy.errors import UserError
 from norton_deploy.structures import Categories, Detections, Task
 
-Backend = Literal["torch", "onnxruntime", "tensorrt"]
+Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
+FloatType = Literal["fp32", "bf16"]
+"""In what a CPU engine computes a graph's floats."""
 Image = npt.NDArray[np.uint8]
 
 
@@ -60,7 +62,7 @@ class Predictor(ABC):
 
     Attributes:
         name: the file it came from.
-        backend: torch, onnxruntime or tensorrt.
+        backend: torch, onnxruntime, openvino or tensorrt.
         task: box, mask or keypoint.
         categories: its labels, COCO ids and names.
         input_size: (height, width) of the graph's input, or None when the model takes any size.

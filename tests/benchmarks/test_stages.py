@@ -101,7 +101,7 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
     assert len(expected) == 10
     np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.02)
     np.testing.assert_array_equal(found.labels, expected.labels)
-    for predictor in (eager, exported):
+    for predictor in (eager, exported, load_predictor(tmp_path / "model.onnx", backend="openvino")):
         split = split_stages(predictor, [image], calls=2)
         assert split.proposals == 40
         for stage in set(STAGES) - {"other"}:
