@@ -55,9 +55,7 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
             UserError: not a graph of this package, its tensors contradict its metadata, or a provider is
                 missing or does not start.
         """
-        self._session = make_session(
-            path, device, providers=providers, threads=threads, profile_prefix=profile_prefix
-        )
+        self._session = make_session(path, device, providers=providers, threads=threads, profile_prefix=profile_prefix)
         self.providers = self._session.get_providers()
         metadata = self._session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
