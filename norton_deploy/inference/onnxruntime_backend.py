@@ -62,9 +62,9 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
             raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
         super().__init__(str(path), GraphContract.parse(metadata[METADATA_KEY], str(path)), score_threshold)
         self._check_tensors()
-        threads = f"{self._session.get_session_options().intra_op_num_threads or 'all'} threads"
+        used = f"{self._session.get_session_options().intra_op_num_threads or 'all'} threads"
         provider = self.providers[0]
-        self.device = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {threads}"
+        self.device = f"ONNX Runtime {onnxruntime.__version__}, {provider}, {used}"
         device_id = 0 if provider == CPU else int(self._session.get_provider_options()[provider]["device_id"])
         self._device = ("cpu" if provider == CPU else "cuda", device_id)
         self._binding = self._session.io_binding()
