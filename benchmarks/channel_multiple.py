@@ -30,9 +30,10 @@ from norton_deploy.cost.complexity import layer_calls
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.cost.session import make_session
 from norton_deploy.cost.turns import time_in_turns
+from norton_deploy.data.image_file import read_image
 from norton_deploy.export.onnx_export import OPSET
 from norton_deploy.export.static_roi_align import fix_sampling
-from norton_deploy.inference.predictor import Image, Predictor, read_image
+from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 from norton_deploy.search.latency_budget import Workload, tuned_predictor

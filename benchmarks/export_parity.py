@@ -24,11 +24,12 @@ from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, tabulate
 from norton_deploy.checkpoints.checkpoint import read_header
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Target
-from norton_deploy.inference.predictor import Image, read_image
+from norton_deploy.inference.predictor import Image
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.structures import TASKS, Task
 

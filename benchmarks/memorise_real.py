@@ -31,11 +31,11 @@ from benchmarks.lib.training_runs import LAST, read_recipe, train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.coco_index import annotation_file
+from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write, sha256_of
+from norton_deploy.files import atomic_write, path_below, path_component, sha256_of
 from norton_deploy.inference.drawing import draw_detections
 from norton_deploy.inference.loading import load_predictor
-from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.structures import Categories, Detections
 from norton_deploy.training.detector_training import DetectorTrainingSettings
@@ -186,13 +186,13 @@ def draw(settings: Settings, data: Path, folders: dict[str, Path]) -> None:
     rows = []
     for image_id in sorted(coco.getImgIds())[: settings.shown]:
         entry = coco.loadImgs([image_id])[0]
-        image = read_image(data / "train2017" / entry["file_name"])
+        image = read_image(path_below(data / "train2017", entry["file_name"]))
         found = [annotated(coco, image_id, image.shape[:2], categories)]
         for model in models.values():
             detections = model([image])[0]
             found.append(detections[detections.scores >= settings.draw_score])
         photographs = [draw_detections(image, detections, categories) for detections in found]
-        target = settings.work / "pictures" / f"{Path(entry['file_name']).stem}.jpg"
+        target = settings.work / "pictures" / f"{path_component(Path(entry['file_name']).stem)}.jpg"
         target.parent.mkdir(exist_ok=True)
         Image.fromarray(np.hstack(photographs)).save(target, quality=88)
         rows.append([draw_detections(np.full_like(image, GREY), detections, categories) for detections in found])

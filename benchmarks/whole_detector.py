@@ -25,8 +25,9 @@ from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, sgemm_gmacs_per_s, timing_table
 from benchmarks.lib.whole_detector_report import EAGER, ONNX, report
 from norton_deploy.cost.turns import time_in_turns
+from norton_deploy.data.image_file import read_image
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.inference.predictor import Predictor, read_image
+from norton_deploy.inference.predictor import Predictor
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.search.latency_budget import export_tuned

@@ -1,17 +1,41 @@
 """The one exception that a user's mistake raises."""
 
+import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LONGEST_MESSAGE = 1500
+"""Characters."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 class UserError(Exception):
     """Something the user gave is wrong.
 
     The message is one line that names the file, layer or field, says what was expected and what to do.
-    Commands print it without a traceback and exit with status 1.
+    Commands print it without a traceback and exit with status 1. What files put into it cannot make it more than a
+    line, nor steer a terminal: control characters become spaces, and the middle of a very long message is left out.
     """
+
+    def __str__(self) -> str:
+        text = _CONTROL.sub(" ", super().__str__()).strip()
+        if len(text) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        return text
+
+
+def shown(value: object) -> str:
+    """A value out of a file for a message: its repr, cut to a hundred characters or so."""
+    try:
+        return _SHORT.repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        return f"a value of type {type(value).__name__}"
 
 
 def one_line_errors(loader: Iterable[T]) -> Iterator[T]:
@@ -23,5 +47,4 @@ def one_line_errors(loader: Iterable[T]) -> Iterator[T]:
     try:
         yield from loader
     except UserError as error:
-        last_line = str(error).strip().splitlines()[-1]
-        raise UserError(last_line.rpartition(f"{UserError.__name__}: ")[2]) from None
+        raise UserError(str(error.args[0]).rpartition(f"{UserError.__name__}: ")[2]) from None

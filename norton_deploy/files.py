@@ -1,17 +1,29 @@
-"""Writing files and folders whole or not at all, naming them by their content, and keeping results as they come."""
+"""Writing files and folders whole or not at all, naming them by their content, and keeping results as they come;
+reading JSON, and using names as paths, that a stranger may have written."""
 
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import quote
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
+
+LONGEST_NAME = 255
+"""Bytes in a component of a path, in every file system of today."""
+LONGEST_COMPONENT = 100
+"""Bytes of a component that is made from a name."""
+MAX_VALUES = 1_000_000
+MAX_DEPTH = 100
+"""Largest tree of settings, see `check_tree`."""
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
 
 @contextmanager
@@ -134,6 +146,130 @@ def new_folder(path: str | Path, *, replaces: str | None = None) -> Iterator[Pat
         raise
 
 
+def require_regular(path: str | Path, expected: str) -> None:
+    """Refuse what would block for ever or hold no bytes: folders, pipes, sockets, devices.
+
+    Args:
+        path: of the file to be read.
+        expected: what should be there, for the message, for example "a picture".
+
+    Raises:
+        UserError: nothing is there, or no regular file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot read ({reason})") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is a {_KINDS.get(stat.S_IFMT(mode), 'device')}; expected {expected}")
+
+
+def read_text(path: str | Path, expected: str) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        UserError: see `require_regular`; or it cannot be read, or is not UTF-8.
+    """
+    require_regular(path, expected)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text ({error}); expected {expected}") from error
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """JSON values, of any depth and length that Python reads.
+
+    Raises:
+        UserError: it is no JSON, nested too deeply, or has integers of thousands of digits; names `source`.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid JSON ({error}); is the file complete?") from error
+
+
+def read_json(path: str | Path, expected: str) -> Any:
+    """The values in a JSON file.
+
+    Args:
+        path: the file.
+        expected: what it should be, for messages.
+
+    Raises:
+        UserError: see `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, expected), str(path))
+
+
+def check_tree(value: Any, source: str) -> None:
+    """Refuse containers that are too deep or, followed through everything they share, too large to walk.
+
+    YAML's aliases and pickles let a short file describe a tree of any size.
+
+    Raises:
+        UserError: more than `MAX_DEPTH` levels or `MAX_VALUES` values; names `source`.
+    """
+    count, level = 0, [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for entry in level:
+            if isinstance(entry, Mapping):
+                below += entry.values()
+            elif isinstance(entry, list | tuple | set | frozenset):
+                below += entry
+            if count + len(below) > MAX_VALUES:
+                raise UserError(f"{source}: holds more than {MAX_VALUES} values, counting what it repeats; simplify it")
+        if not below:
+            return
+        count, level = count + len(below), below
+    raise UserError(f"{source}: is nested more than {MAX_DEPTH} levels deep; simplify it")
+
+
+def path_component(name: str) -> str:
+    """A name out of data (a category, for example) as one component of a path.
+
+    Letters, digits and a few signs stay and a space becomes "_"; everything else, a leading dot too, is
+    percent-encoded. Of names that come out longer than 100 bytes the end is replaced by a digest. Names that differ
+    in more than spaces and underscores stay different.
+
+    Raises:
+        UserError: the name is empty.
+    """
+    if not name:
+        raise UserError("an empty name cannot become the name of a file or folder; give it one")
+    kept = "".join("_" if c == " " else c if c.isalnum() or c in "-_.,+()" else _encoded(c) for c in name)
+    if kept.startswith("."):
+        kept = _encoded(".") + kept[1:]
+    if len(kept.encode()) <= LONGEST_COMPONENT:
+        return kept
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{kept.encode()[:80].decode(errors='ignore')}~{digest}"
+
+
+def path_below(root: str | Path, name: str) -> Path:
+    """A relative path out of data below a folder: root/name.
+
+    Raises:
+        UserError: the name is empty, absolute, leads out of the folder by "..", or no file can have it.
+    """
+    parts = PurePosixPath(name).parts
+    long = any(len(part.encode("utf-8", "surrogatepass")) > LONGEST_NAME for part in parts)
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name or long:
+        raise UserError(f"{shown(name)}: expected a relative path that stays below {root}")
+    return Path(root, *parts)
+
+
+def _encoded(character: str) -> str:
+    """%XX of each of its bytes."""
+    if character == ".":
+        return "%2E"
+    return quote(character, safe="", errors="surrogatepass")
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as stream:
@@ -169,11 +305,12 @@ class ResultFile:
         self._every_s, self._saved_s = every_s, time.monotonic()
         if not resume or path is None or not path.is_file():
             return
-        try:
-            found = json.loads(path.read_text())
-            before, self.cells = found["settings"], found["cells"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a file of results with their settings; {otherwise}") from error
+        found = read_json(path, "a file of results")
+        before = found.get("settings") if isinstance(found, dict) else None
+        cells = found.get("cells") if isinstance(found, dict) else None
+        if not isinstance(before, dict) or not isinstance(cells, dict):
+            raise UserError(f"{path}: not a file of results with their settings; {otherwise}")
+        self.cells = cells
         for name in sorted(before.keys() | self.settings.keys()):
             old, now = before.get(name), self.settings.get(name)
             if old != now:

@@ -1,11 +1,23 @@
 """Files and folders appear whole or not at all."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from norton_deploy.errors import UserError
-from norton_deploy.files import ResultFile, atomic_write, check_output_file, new_folder, refuse_same_file
+from norton_deploy.errors import UserError, shown
+from norton_deploy.files import (
+    ResultFile,
+    atomic_write,
+    check_output_file,
+    check_tree,
+    new_folder,
+    path_below,
+    path_component,
+    read_json,
+    refuse_same_file,
+)
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -107,3 +119,54 @@ def test_results_can_wait_for_the_next_writing_or_stay_in_memory(tmp_path: Path)
     assert ResultFile(path, {}, otherwise="").cells == {"a": 1}
     ResultFile(None, {}, otherwise="").add({"a": 1})
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_from_data_stay_one_component() -> None:
+    assert path_component("traffic light") == "traffic_light"
+    assert path_component("Käse (alt), 2.") == "Käse_(alt),_2."
+    assert path_component("a/b\0") == "a%2Fb%00" and path_component("..") == "%2E." and path_component("*%") == "%2A%25"
+    long = [path_component("é" * 200 + end) for end in "ab"]
+    assert long[0] != long[1] and all(len(name.encode()) <= 100 for name in long)
+    assert "/" not in path_component("\ud800/")
+    with pytest.raises(UserError, match="empty name"):
+        path_component("")
+
+
+def test_paths_from_data_stay_below_their_folder() -> None:
+    assert path_below("root", "a/b.jpg") == Path("root/a/b.jpg")
+    for name in ("", ".", "/etc", "..", "a/../b", "a/..", "a\0", "x" * 256, "é" * 128, "//server/x"):
+        with pytest.raises(UserError, match="stays below root"):
+            path_below("root", name)
+
+
+def test_json_of_strangers(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for text in ("", "{", "[" * 100_000, "1" * 5000, "nul"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"a\.json: not valid JSON"):
+            read_json(path, "settings")
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"a\.json: not text"):
+        read_json(path, "settings")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe; expected settings"):
+        read_json(tmp_path / "pipe", "settings")
+
+
+def test_trees_that_repeat_themselves_are_bounded() -> None:
+    tree: Any = [1]
+    for _ in range(40):
+        tree = [tree, tree]
+    with pytest.raises(UserError, match="file: holds more than 1000000 values"):
+        check_tree(tree, "file")
+    ring: list[Any] = []
+    ring.append({"again": ring})
+    with pytest.raises(UserError, match="file: is nested more than 100 levels"):
+        check_tree(ring, "file")
+    check_tree({"a": [{"b": (1, 2)}] * 1000}, "file")
+
+
+def test_messages_are_one_line_without_control_characters() -> None:
+    assert str(UserError("a\n b\x1b[31m\r\0c")) == "a  b [31m c"
+    assert len(str(UserError("x" * 10_000))) < 1600
+    assert shown([10**5000]) == "a value of type list" and len(shown("x" * 1000)) < 110

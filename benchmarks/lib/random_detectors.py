@@ -17,10 +17,10 @@ from norton_deploy.compression.compress import compress
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.turns import time_in_turns
+from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.export.letterbox import Letterbox
-from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import machine_values, provenance

@@ -5,7 +5,6 @@ What happens to an image depends on (seed, epoch, index) alone, not on the devic
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 
 Split = Literal["train", "val"]
@@ -155,11 +154,7 @@ def _decoded(files: Sequence[tuple[str, bytes]], workers: int) -> np.ndarray:
 def _decode(files: Sequence[tuple[str, bytes]]) -> np.ndarray:
     decoded = []
     for path, content in files:
-        try:
-            with Image.open(io.BytesIO(content)) as picture:
-                decoded.append(np.asarray(picture.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: cannot read the image ({error})") from error
+        decoded.append(read_image(path, content))
         if decoded[-1].shape != decoded[0].shape:
             raise UserError(f"{path}: {decoded[-1].shape}, others {decoded[0].shape}: all must have the same size")
     return np.stack(decoded)

@@ -8,11 +8,11 @@ from pathlib import Path
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
 from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.files import check_output_file, refuse_same_file
-from norton_deploy.inference.predictor import read_image
 from norton_deploy.parity.export_checked import SCENES, Export, ExportOptions, export_checked, open_detector
 from norton_deploy.structures import Task
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,7 +11,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
@@ -18,8 +18,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.image_file import read_picture
 from norton_deploy.errors import UserError
-from norton_deploy.files import new_folder
+from norton_deploy.files import new_folder, path_component
+from norton_deploy.structures import Categories
 
 Style = Literal["cifar", "imagenet"]
 Split = Literal["train", "val"]
@@ -84,6 +86,8 @@ class ClassificationFolder(Dataset[tuple[Tensor, int, str]]):
         names: file of every item, relative to the split's folder.
         labels: int64 [N].
 
+    Pictures are upright, see `norton_deploy.data.image_file`.
+
     Raises:
         UserError: a folder is missing or empty, or has a class that `classes` lacks.
     """
@@ -130,11 +134,7 @@ class ClassificationFolder(Dataset[tuple[Tensor, int, str]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         path = self.folder / self.names[index]
-        try:
-            with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: cannot read the image ({error}); repair or remove it") from error
+        picture = read_picture(path)
         # torchvision's transforms draw from torch's global generator: lend it one seeded for this item.
         with torch.random.fork_rng(devices=[]):
             state = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
@@ -178,6 +178,15 @@ def crop_square(picture: npt.NDArray[Any], box: npt.NDArray[np.float32], size: i
     return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
+def _class_folders(categories: Categories, source: str | Path) -> dict[int, str]:
+    """Label -> name of its class's folder."""
+    folders = {label: path_component(name) for label, name in categories.name_of_label.items()}
+    if len(set(folders.values())) < len(folders):
+        twice = next(folder for folder, count in Counter(folders.values()).items() if count > 1)
+        raise UserError(f"{source}: two categories would share the folder '{twice}'; rename one")
+    return folders
+
+
 def write_crops(
     coco_root: str | Path,
     out: str | Path,
@@ -189,7 +198,8 @@ def write_crops(
 ) -> dict[str, int]:
     """Object crops of a COCO dataset as a classification dataset: a stand-in for ImageNet pretraining.
 
-    Writes out/train/CLASS/*.jpg and out/val/CLASS/*.jpg from both splits' boxes, crowds left out.
+    Writes out/train/CLASS/*.jpg and out/val/CLASS/*.jpg from both splits' boxes, crowds left out; CLASS is the
+    category's name as `path_component` writes it.
     Everything is written beside `out` and renamed at the end.
 
     Args:
@@ -211,7 +221,7 @@ def write_crops(
     with new_folder(out) as partial:
         for split in get_args(Split):
             dataset = CocoDetection(coco_root, split, "box", keep_empty=False, skip_bad=skip_bad)
-            name_of_label = dataset.categories.name_of_label
+            folder_of_label = _class_folders(dataset.categories, coco_root)
             counts[split] = 0
             for index in tqdm(range(len(dataset)), desc=f"{split} crops", unit="image", disable=not progress):
                 target = dataset.target(index)
@@ -221,7 +231,7 @@ def write_crops(
                     continue
                 picture = cv2.cvtColor(dataset.pixels(index), cv2.COLOR_RGB2BGR)
                 for number in large:
-                    folder = partial / split / name_of_label[int(target["labels"][number])].replace(" ", "_")
+                    folder = partial / split / folder_of_label[int(target["labels"][number])]
                     folder.mkdir(parents=True, exist_ok=True)
                     file = folder / f"{target['image_id']:012d}_{number}.jpg"
                     crop = crop_square(picture, boxes[number], size)

@@ -8,42 +8,23 @@ import pickle
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from norton_deploy.data.coco_index import (
-    NUM_KEYPOINTS,
-    Entry,
-    Split,
-    annotation_file,
-    image_folder,
-    read_annotations,
-    read_pixels,
-)
+from norton_deploy.data.coco_entries import NUM_KEYPOINTS, Entry
+from norton_deploy.data.coco_index import Split, annotation_file, image_folder, read_annotations, read_pixels
+from norton_deploy.data.run_lengths import decode_segmentation
 from norton_deploy.data.transforms import DetectionTransform, Target, generator_for
 from norton_deploy.errors import UserError
+from norton_deploy.files import path_below
 from norton_deploy.structures import Categories, Task
 
 SMALLEST_BOX_SIDE = 1.0
-
-
-def decode_segmentation(segmentation: Any, image_size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """COCO polygons or RLE (compressed or not) -> mask uint8 [H, W] of 0 and 1."""
-    height, width = image_size
-    if isinstance(segmentation, list):
-        run_lengths = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        run_lengths = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        run_lengths = segmentation
-    return coco_mask.decode(run_lengths)
 
 
 def _clipped_box(entry: Entry, image: Entry) -> tuple[float, float, float, float]:
@@ -66,6 +47,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     wide or high inside the image (one warning with the count) and, for task "keypoint", people without a
     labelled keypoint. The ground truth for evaluation, `coco`, has all of them.
 
+    Pictures are upright, as their EXIF orientation says, and annotations are taken to belong to the upright picture.
     Item i is (image float32 [3, H, W] RGB 0..1, target) with
         boxes     float32 [N, 4], xyxy in pixels
         labels    int64 [N], model labels (`categories` translates)
@@ -194,7 +176,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             UserError: the file is missing, truncated or not of the size that the annotations say.
         """
         height, width = (int(side) for side in self._image_sizes[index])
-        path = image_folder(self.root, self.split) / self._record(index)[0]["file_name"]
+        path = path_below(image_folder(self.root, self.split), self._record(index)[0]["file_name"])
         return read_pixels(path, self.image_ids[index], (height, width))
 
     def target(self, index: int) -> Target:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import warnings
 from collections import Counter
@@ -13,22 +11,24 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
+from norton_deploy.data.coco_entries import (
+    BadEntryError,
+    Entry,
+    check_annotation,
+    check_category,
+    check_image,
+    name_of,
+    require_ids,
+)
+from norton_deploy.data.image_file import check_decodes, read_image, sizes_of
 from norton_deploy.errors import UserError
+from norton_deploy.files import path_below, read_json
 from norton_deploy.structures import Task
 
 Split = Literal["train", "val"]
-Entry = dict[str, Any]
-
-NUM_KEYPOINTS = 17
 _PREFIX: dict[Task, str] = {"box": "instances", "mask": "instances", "keypoint": "person_keypoints"}
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class _BadEntryError(Exception):
-    """An image or annotation entry cannot be used; the message says why."""
 
 
 def annotation_file(root: str | Path, split: Split, task: Task) -> Path:
@@ -42,38 +42,30 @@ def image_folder(root: str | Path, split: Split) -> Path:
 
 
 def read_pixels(path: Path, image_id: int, image_size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Decode an image as uint8 [H, W, 3] RGB (grey and CMYK converted, EXIF orientation ignored as COCO does).
+    """Decode an annotated image as uint8 [H, W, 3] RGB, upright (see `norton_deploy.data.image_file`).
 
     Raises:
-        UserError: the file is missing, truncated, no image, or not of `image_size` (height, width).
+        UserError: the file is missing, truncated, no image, or upright not of `image_size` (height, width).
     """
     try:
-        with Image.open(path) as image:
-            _check_size(image, image_size)
-            return np.array(image.convert("RGB"))
-    except (_BadEntryError, *_DECODING_ERRORS) as error:
-        raise UserError(f"{path} (image id {image_id}): {_one_line(error)}; repair it or use --skip-bad") from error
+        pixels = read_image(path)
+        if pixels.shape[:2] != tuple(image_size):
+            _check_size(path, image_size)
+    except UserError as error:
+        raise UserError(f"{error} (image id {image_id}; --skip-bad leaves it out)") from error
+    return pixels
 
 
-def _one_line(error: Exception) -> str:
-    return "the file is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-
-
-def _check_size(image: Image.Image, image_size: tuple[int, int]) -> None:
-    if (image.height, image.width) != tuple(image_size):
-        height, width = image_size
-        raise _BadEntryError(f"is {image.width} x {image.height} pixels, the annotations say {width} x {height}")
-
-
-def _check_decodes(path: Path, image_size: tuple[int, int]) -> None:
-    """Decode at an eighth of the size, which still reads the whole file."""
-    try:
-        with Image.open(path) as image:
-            _check_size(image, image_size)
-            image.draft("L", (image.width // 8, image.height // 8))
-            image.load()
-    except _DECODING_ERRORS as error:
-        raise _BadEntryError(_one_line(error)) from error
+def _check_size(path: Path, image_size: tuple[int, int]) -> None:
+    """Compare with what the annotations say; one that only fits the picture as it is stored was made without EXIF."""
+    upright, stored = sizes_of(path)
+    if upright == tuple(image_size):
+        return
+    height, width = image_size
+    found = f"{path}: is {upright[1]} x {upright[0]} pixels upright, the annotations say {width} x {height}"
+    if stored == tuple(image_size):
+        found += ", as the file is stored before its EXIF orientation turns it; turn the annotations or strip that tag"
+    raise UserError(found)
 
 
 class _Complaints:
@@ -97,107 +89,23 @@ class _Complaints:
             warnings.warn(f"{self.source}: skipped {total}; the first was {self.first}", stacklevel=4)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require(entry: Entry, names: tuple[str, ...]) -> None:
-    if not isinstance(entry, dict):
-        raise _BadEntryError(f"expected an object with fields, got {entry!r}")
-    for name in names:
-        if name not in entry:
-            raise _BadEntryError(f"the field '{name}' is missing")
-
-
-def _require_integers(entry: Entry, names: tuple[str, ...]) -> None:
-    _require(entry, names)
-    for name in names:
-        if type(entry[name]) is not int:
-            raise _BadEntryError(f"'{name}' must be an integer, got {entry[name]!r}")
-
-
-def _name_of(entry: object, position: int) -> object:
-    """What to call an entry in a message: its id, or its place in the list."""
-    return entry["id"] if isinstance(entry, dict) and "id" in entry else f"(entry {position})"
-
-
-def _check_image(entry: Entry, known: dict[int, Entry]) -> None:
-    _require_integers(entry, ("id",))
-    _require(entry, ("file_name", "height", "width"))
-    if not isinstance(entry["file_name"], str):
-        raise _BadEntryError(f"'file_name' must be a string, got {entry['file_name']!r}")
-    if entry["id"] in known:
-        raise _BadEntryError("there is another image with this id")
-    for side in ("height", "width"):
-        if not isinstance(entry[side], int) or entry[side] < 1:
-            raise _BadEntryError(f"'{side}' must be a positive integer, got {entry[side]!r}")
-
-
-def _check_segmentation(segmentation: object, image: Entry) -> None:
-    if isinstance(segmentation, dict):
-        size = [image["height"], image["width"]]
-        if list(segmentation.get("size", [])) != size or "counts" not in segmentation:
-            raise _BadEntryError(f"its RLE needs 'counts' and 'size' {size}, got size {segmentation.get('size')}")
-        counts = segmentation["counts"]
-        if not isinstance(counts, str) and not (isinstance(counts, list) and set(map(type, counts)) <= {int}):
-            raise _BadEntryError("its RLE's 'counts' must be a string or a list of integers")
-        if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
-            raise _BadEntryError(f"its RLE covers {sum(counts)} of the image's {size[0] * size[1]} pixels")
-        return
-    polygons = segmentation if isinstance(segmentation, list) else []
-    sound = all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
-    if sound:
-        sound = all(set(map(type, polygon)) <= {int, float} for polygon in polygons)
-    if not polygons or not sound:
-        raise _BadEntryError("'segmentation' must be an RLE or polygons of three or more x, y pairs")
-
-
-def _check_annotation(
-    entry: Entry, known: set[int], images: dict[int, Entry], category_ids: set[int], task: Task
-) -> None:
-    _require(entry, ("bbox", "area"))
-    if entry["id"] in known:
-        raise _BadEntryError("there is another annotation with this id")
-    if entry["id"] == 0:
-        raise _BadEntryError("pycocotools takes a match with id 0 for a miss; number from 1")
-    if entry["image_id"] not in images:
-        raise _BadEntryError(f"points to image id {entry['image_id']}, which is not in the file")
-    if entry["category_id"] not in category_ids:
-        raise _BadEntryError(f"points to category id {entry['category_id']}, which is not in the file")
-    box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise _BadEntryError(f"'bbox' must be four numbers x, y, width, height, got {box!r}")
-    if entry.get("iscrowd", 0) not in (0, 1):
-        raise _BadEntryError(f"'iscrowd' must be 0 or 1, got {entry['iscrowd']!r}")
-    if not _is_number(entry["area"]):
-        raise _BadEntryError(f"'area' must be a number, got {entry['area']!r}")
-    if task == "mask":
-        _require(entry, ("segmentation",))
-        _check_segmentation(entry["segmentation"], images[entry["image_id"]])
-    if task == "keypoint":
-        _require(entry, ("keypoints", "num_keypoints"))
-        points = entry["keypoints"]
-        if not isinstance(points, list) or len(points) != 3 * NUM_KEYPOINTS or not all(map(_is_number, points)):
-            length = len(points) if isinstance(points, list) else "none"
-            raise _BadEntryError(f"'keypoints' must be {3 * NUM_KEYPOINTS} numbers (x, y, v of 17), got {length}")
-
-
-def _read_json(path: Path, root: Path, split: Split) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except FileNotFoundError as error:
+def _read_file(path: Path, root: Path, split: Split) -> dict[str, Any]:
+    if not path.exists():
         raise UserError(
             f"{path}: not found; expected COCO's layout in {root}: {split}2017/*.jpg and annotations/{path.name}"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); is the download complete?") from error
+        )
+    content = read_json(path, "COCO's annotations")
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise UserError(f"{path}: the list '{name}' is missing; this is no COCO annotation file")
     return content
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long as a whole
+        return False
 
 
 def _images_with_files(entries: list[Entry], folder: Path, complaints: _Complaints) -> dict[int, Entry]:
@@ -209,22 +117,23 @@ def _images_with_files(entries: list[Entry], folder: Path, complaints: _Complain
     images: dict[int, Entry] = {}
     for position, entry in enumerate(entries):
         try:
-            _check_image(entry, images)
-            name = entry["file_name"]
-            if name not in present and not ("/" in name and (folder / name).is_file()):
-                raise _BadEntryError(f"its file {folder / name} is missing")
-        except _BadEntryError as error:
-            complaints.add("image", _name_of(entry, position), error)
+            path = check_image(entry, images, folder)
+            if entry["file_name"] not in present and not ("/" in entry["file_name"] and _is_file(path)):
+                raise BadEntryError(f"its file {path} is missing")
+        except BadEntryError as error:
+            complaints.add("image", name_of(entry, position), error)
             continue
         images[entry["id"]] = entry
     if not complaints.skip_bad:
         return images
 
     def failure(entry: Entry) -> str | None:
+        path = path_below(folder, entry["file_name"])
         try:
-            _check_decodes(folder / entry["file_name"], (entry["height"], entry["width"]))
-        except _BadEntryError as error:
-            return f"{folder / entry['file_name']} {error}"
+            _check_size(path, (entry["height"], entry["width"]))
+            check_decodes(path)
+        except UserError as error:
+            return str(error)
         return None
 
     listed = list(images.values())
@@ -242,7 +151,8 @@ def read_annotations(
 ) -> tuple[list[Entry], list[list[Entry]], list[Entry]]:
     """Read and check a split's annotation file and the presence of its images.
 
-    For task "keypoint" only categories with keypoints and their annotations are kept. A missing `iscrowd`
+    Every number is checked here, once: finite, within bounds that `norton_deploy.data.coco_entries` states, near its
+    image. For task "keypoint" only categories with keypoints and their annotations are kept. A missing `iscrowd`
     means 0, as in pycocotools. Image files are not opened, except with `skip_bad`, which decodes every one
     (a minute or two for COCO-2017).
 
@@ -259,11 +169,14 @@ def read_annotations(
     """
     root = Path(root)
     source = annotation_file(root, split, task)
-    content = _read_json(source, root, split)
-    for entry in content["categories"]:
-        if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("name"), str):
-            raise UserError(f"{source}: a category needs an integer 'id' and a 'name', got {entry}")
-    all_categories = {category["id"] for category in content["categories"]}
+    content = _read_file(source, root, split)
+    all_categories: set[int] = set()
+    for position, entry in enumerate(content["categories"]):
+        try:
+            check_category(entry, all_categories)
+        except BadEntryError as error:
+            raise UserError(f"{source}: category id {name_of(entry, position)}: {error}; repair the file") from error
+        all_categories.add(entry["id"])
     categories = [entry for entry in content["categories"] if task != "keypoint" or "keypoints" in entry]
     if not categories:
         raise UserError(f"{source}: no category{' with keypoints' if task == 'keypoint' else ''}")
@@ -278,12 +191,12 @@ def read_annotations(
     of_image: dict[int, list[Entry]] = {entry["id"]: [] for entry in ordered}
     for position, entry in enumerate(content["annotations"]):
         try:
-            _require_integers(entry, ("id", "image_id", "category_id"))
+            require_ids(entry)
             if entry["image_id"] in unusable or entry["category_id"] in other_categories:
                 continue
-            _check_annotation(entry, known, images, category_ids, task)
-        except _BadEntryError as error:
-            complaints.add("annotation", _name_of(entry, position), error)
+            check_annotation(entry, known, images, category_ids, task)
+        except BadEntryError as error:
+            complaints.add("annotation", name_of(entry, position), error)
             continue
         known.add(entry["id"])
         entry.setdefault("iscrowd", 0)

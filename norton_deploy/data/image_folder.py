@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
-
+from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,14 +36,13 @@ def read_images(folder: str | Path, limit: int) -> Iterator[Tensor]:
     batches (BatchNorm's statistics) would see one class at a time.
 
     Yields:
-        float32 [3, H, W], 0..1 RGB.
+        float32 [3, H, W], 0..1 RGB, upright.
 
     Raises:
         UserError: there are none, one cannot be decoded, or the limit is below 1.
     """
     # here, because who only looks for files on a machine that runs graphs has no torch
     import torch
-    from torchvision.transforms.v2.functional import pil_to_tensor
 
     if limit < 1:
         raise UserError(f"{folder}: expected to read at least 1 image, got {limit}")
@@ -53,9 +51,4 @@ def read_images(folder: str | Path, limit: int) -> Iterator[Tensor]:
     chosen = paths[::step][:limit]
     random.Random(0).shuffle(chosen)
     for path in chosen:
-        try:
-            with Image.open(path) as picture:
-                pixels = pil_to_tensor(picture.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{path}: cannot decode this image ({error})") from error
-        yield pixels.to(torch.float32) / 255
+        yield torch.from_numpy(read_image(path)).permute(2, 0, 1).contiguous().to(torch.float32) / 255

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 from norton_deploy.structures import Categories, Detections, Task
 
@@ -82,12 +82,14 @@ class Predictor(ABC):
         """Detect in any number of images of any sizes.
 
         Args:
-            images: uint8 arrays [H, W, 3] in RGB.
+            images: a list (or array) of uint8 arrays [H, W, 3] in RGB; not a generator.
 
         Raises:
-            UserError: an image is empty, is not uint8 or not [H, W, 3], or does not fit a graph that was
+            UserError: it is no list; an image is empty, is not uint8 or not [H, W, 3], or does not fit a graph that was
                 exported without letterboxing.
         """
+        if not isinstance(images, Sequence | np.ndarray):
+            raise UserError(f"{self.name}: expected a list of images, got a {type(images).__name__}; give list(images)")
         for position, image in enumerate(images):
             _check_image(image, f"image {position + 1} of {len(images)}")
         self.timing = StageTiming()
@@ -122,19 +124,3 @@ def _check_image(image: Image, where: str) -> None:
         raise UserError(f"{where}: expected shape [H, W, 3] (RGB), got {list(image.shape)}")
     if 0 in image.shape:
         raise UserError(f"{where}: empty image {list(image.shape)}; give at least one pixel")
-
-
-def read_image(path: str | Path) -> Image:
-    """Decode an image file to uint8 RGB [H, W, 3], turned upright as its EXIF orientation says.
-
-    Raises:
-        UserError: the file is missing or cannot be decoded.
-    """
-    try:
-        encoded = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if encoded.size else None
-    if image is None:
-        raise UserError(f"{path}: not an image that OpenCV can decode")
-    return np.asarray(image, np.uint8)

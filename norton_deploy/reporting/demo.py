@@ -10,12 +10,13 @@ from PIL import Image
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.cost.complexity import Complexity, complexity_of
+from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.drawing import draw_detections
 from norton_deploy.inference.loading import PACKAGED_TASKS, load_predictor, packaged_path
-from norton_deploy.inference.predictor import Predictor, read_image
+from norton_deploy.inference.predictor import Predictor
 from norton_deploy.reporting.latency import LatencyRun, measure_alternating
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.report import (

@@ -14,9 +14,9 @@ from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
 from norton_deploy.compression.calibration import Probe, make_probes
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
+from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.found_plan import FoundPlan, layer_choices
 from norton_deploy.search.joint_cost import UNITS, Budget, joint_cost

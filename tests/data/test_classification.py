@@ -1,6 +1,7 @@
 """Class folders and object crops."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_complaints_name_the_folder(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder train/; expected .*train/CLASS"):
         open_folder(tmp_path / "nowhere", "train")
     (folders / "test/dog/0.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"dog/0\.png: cannot read"):
+    with pytest.raises(UserError, match=r"dog/0\.png: cannot decode"):
         open_folder(folders, "val")[0]
     (folders / "test/horse").mkdir()
     with pytest.raises(UserError, match="the class 'horse' is not one of the 2"):
@@ -107,3 +108,21 @@ def test_crops_of_a_dataset_become_class_folders(tiny_coco: Path, tmp_path: Path
     with pytest.raises(UserError, match="px or larger"):
         write_crops(tiny_coco, tmp_path / "none", smallest_side=1000)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["/etc", "../..", ".", "a\0b", "x" * 300, "käse/brot", "..\\..", "%2E"])
+def test_no_category_leads_out_of_the_folder(hand_made: Any, tmp_path: Path, name: str) -> None:
+    hand_made.categories[0]["name"] = name
+    write_crops(hand_made.write(), tmp_path / "crops")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "crops"]
+    assert sorted(path.name for path in (tmp_path / "crops").iterdir()) == ["train", "val"]
+    assert len(open_folder(tmp_path / "crops", "train", image_size=(8, 8)).classes) == 2
+
+
+def test_categories_that_would_share_a_folder(hand_made: Any, tmp_path: Path) -> None:
+    hand_made.categories[0]["name"] = "sports_ball"
+    with pytest.raises(UserError, match="two categories would share the folder 'sports_ball'"):
+        write_crops(hand_made.write(), tmp_path / "crops")
+    hand_made.categories[0]["name"] = ""
+    with pytest.raises(UserError, match=r"instances_train2017\.json: category id 1: needs a 'name'"):
+        write_crops(hand_made.write(), tmp_path / "crops")

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from norton_deploy.data.coco import CocoDetection, decode_segmentation
+from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.run_lengths import decode_segmentation
 from norton_deploy.errors import UserError
 from norton_deploy.structures import Categories, Task
 
@@ -83,6 +84,15 @@ def test_every_form_of_segmentation(form: str) -> None:
     assert np.array_equal(decode_segmentation(forms[form], (20, 30)), mask)
 
 
+def test_compressed_run_lengths_are_pycocotools_own() -> None:
+    rng = np.random.default_rng(0)
+    for size in [(1, 1), (3, 7), (64, 50), (300, 999)]:
+        for share in (0.0, 0.02, 0.5, 1.0):
+            mask = (rng.random(size) < share).astype(np.uint8)
+            encoded = coco_mask.encode(np.asfortranarray(mask))
+            assert np.array_equal(decode_segmentation(encoded, size), mask)
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
 def test_other_colour_modes_become_rgb(hand_made: Any, mode: str) -> None:
     root = hand_made.write()
@@ -93,12 +103,17 @@ def test_other_colour_modes_become_rgb(hand_made: Any, mode: str) -> None:
     assert torch.allclose(image, torch.tensor(200 / 255), atol=0.02)
 
 
-def test_exif_orientation_is_ignored(hand_made: Any) -> None:
+def test_pictures_are_read_upright_and_annotations_for_the_stored_picture_are_named(hand_made: Any) -> None:
     root = hand_made.write()
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    Image.new("RGB", (60, 40)).save(root / "train2017/3.jpg", exif=exif)
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (40, 60)).save(root / "train2017/3.jpg", exif=exif)
     assert CocoDetection(root, "train", "box")[0][0].shape == (3, 40, 60)
+    Image.new("RGB", (60, 40)).save(root / "train2017/3.jpg", exif=exif)
+    with pytest.raises(UserError, match=r"40 x 60 pixels upright, the annotations say 60 x 40, as the file is stored"):
+        CocoDetection(root, "train", "box")[0]
+    with pytest.warns(UserWarning, match="skipped 1 bad images; the first was image id 3: .*upright"):
+        assert CocoDetection(root, "train", "box", skip_bad=True).image_ids == [5, 7]
 
 
 def _break(index: int, **changes: Any) -> Callable[[Any], None]:
@@ -134,18 +149,66 @@ BROKEN: list[tuple[Task, Callable[[Any], None], str]] = [
     ("box", _remove("images", 0, "height"), "image id 7: the field 'height' is missing"),
     ("box", _remove("images", 0, "file_name"), "image id 7: the field 'file_name' is missing"),
     ("box", lambda data: data.images[0].update(id=3), "image id 3: there is another"),
+    ("box", _break(0, id=10**400), "'id' must be an integer from 1 to"),
+    ("box", _break(3, area=-1), "annotation id 4: 'area'"),
+    ("box", _break(3, area=10**400), "annotation id 4: 'area'"),
+    ("box", _break(3, bbox=[0, 0, -1, 5]), "annotation id 4: 'bbox' has a negative"),
+    ("box", _break(3, bbox=[0, 0, 1e10, 5]), "annotation id 4: 'bbox': x from 0 to 1"),
+    (
+        "box",
+        _break(3, bbox=[0, -41, 1, 5]),
+        "'bbox': y from -41 to -36: expected finite numbers, at most 1 image sides outside 0..40",
+    ),
+    ("box", _break(3, iscrowd=None), "annotation id 4: 'iscrowd'"),
+    ("box", lambda data: data.images[0].update(height=10**9), "image id 7: 'height' x 'width' is more than"),
+    ("box", lambda data: data.images[0].update(height=-40), "image id 7: 'height' must be a positive"),
+    ("box", lambda data: data.images[0].update(width=True), "image id 7: 'width' must be a positive"),
+    (
+        "box",
+        lambda data: data.images[0].update(file_name="../val2017/7.jpg"),
+        "expected a relative path that stays",
+    ),
+    ("box", lambda data: data.images[0].update(file_name="/etc/passwd"), "expected a relative path that stays"),
+    ("box", lambda data: data.images[0].update(file_name="a\0b"), "expected a relative path that stays"),
+    ("keypoint", _break(0, keypoints=[1e9] * 51), "annotation id 1: 'keypoints': x"),
+    ("keypoint", _break(0, keypoints=[7] * 51), "annotation id 1: 'keypoints': v"),
+    ("keypoint", _break(0, num_keypoints=None), "annotation id 1: 'num_keypoints'"),
+    ("mask", _break(3, segmentation=[[float("nan"), 1, 2, 3, 4, 5]]), "annotation id 4: 'segmentation': x"),
+    ("mask", _break(3, segmentation=[[1, float("-inf"), 2, float("inf"), 4, 5]]), "annotation id 4: 'segmentation': y"),
+    ("mask", _break(3, segmentation=[[2**31, 1, 2, 3, 4, 5]]), "annotation id 4: 'segmentation': x"),
+    ("mask", _break(3, segmentation=[[1, 10**400, 2, 3.5, 4, 5]]), "annotation id 4: 'segmentation': y"),
+    (
+        "mask",
+        _break(3, segmentation=[[0, 0, 60, 40] * 10000]),
+        "annotation id 4: 'segmentation': its outline is 2000000",
+    ),
+    ("mask", _break(1, segmentation={"counts": "", "size": [40, 60]}), "annotation id 2: its RLE"),
+    ("mask", _break(1, segmentation={"counts": "0", "size": [40, 60]}), "annotation id 2: its RLE covers 0 of"),
+    ("mask", _break(1, segmentation={"counts": "11111111", "size": [40, 60]}), "annotation id 2: its RLE"),
+    (
+        "mask",
+        _break(1, segmentation={"counts": "PPPP", "size": [40, 60]}),
+        "annotation id 2: its RLE's 'counts' is",
+    ),
+    (
+        "mask",
+        _break(1, segmentation={"counts": "é", "size": [40, 60]}),
+        "annotation id 2: its RLE's 'counts' is no",
+    ),
+    ("mask", _break(1, segmentation={"counts": [-80, 80, 2400], "size": [40, 60]}), "annotation id 2: its RLE"),
+    ("mask", _break(1, segmentation={"counts": [2400], "size": None}), "annotation id 2: its RLE"),
     ("mask", _break(3, segmentation=[]), "annotation id 4: 'segmentation'"),
     ("mask", _break(3, segmentation=[[1, 2, 3]]), "annotation id 4: 'segmentation'"),
     ("mask", _break(1, segmentation={"counts": [2400], "size": [60, 40]}), "annotation id 2: its RLE"),
     ("mask", _break(1, segmentation={"counts": [2399], "size": [40, 60]}), "annotation id 2: its RLE"),
     ("mask", _break(3, segmentation=[[1, 2, "x", 4, 5, 6]]), "annotation id 4: 'segmentation'"),
     ("mask", _break(3, segmentation=[[None] * 6]), "annotation id 4: 'segmentation'"),
-    ("mask", _break(1, segmentation={"counts": None, "size": [40, 60]}), "annotation id 2: its RLE's 'counts'"),
+    ("mask", _break(1, segmentation={"counts": None, "size": [40, 60]}), "annotation id 2: its RLE needs 'counts'"),
     ("box", _break(3, iscrowd="no"), "annotation id 4: 'iscrowd' must be 0 or 1"),
-    ("box", _break(3, image_id=[1]), "annotation id 4: 'image_id' must be an integer, got [1]"),
+    ("box", _break(3, image_id=[1]), "annotation id 4: 'image_id' must be an integer from 0 to 2**53 - 1, got [1]"),
     ("box", _replace("annotations", 3), "annotation id (entry 3): expected an object"),
     ("box", _replace("images", 0), "image id (entry 0): expected an object"),
-    ("box", lambda data: data.images[0].update(id="abc"), "image id abc: 'id' must be an integer"),
+    ("box", lambda data: data.images[0].update(id="abc"), "image id 'abc': 'id' must be an integer"),
     ("box", lambda data: data.images[0].update(file_name=5), "image id 7: 'file_name' must be a string"),
     ("keypoint", _break(3, keypoints=[0] * 48), "annotation id 4: 'keypoints' must be 51 numbers"),
 ]
@@ -193,7 +256,7 @@ def _no_image(file: Path) -> None:
 def test_damaged_image_file(hand_made: Any, damage: Callable[[Path], None]) -> None:
     root = hand_made.write()
     damage(root / "train2017/3.jpg")
-    with pytest.raises(UserError, match=r"3\.jpg \(image id 3\)"):
+    with pytest.raises(UserError, match=r"3\.jpg: .* \(image id 3; --skip-bad"):
         CocoDetection(root, "train", "box")[0]
     with pytest.warns(UserWarning, match="skipped 1 bad images; the first was image id 3"):
         dataset = CocoDetection(root, "train", "box", skip_bad=True)
@@ -218,7 +281,7 @@ def test_missing_layout_says_what_is_expected(hand_made: Any, tmp_path: Path) ->
 
 def test_a_broken_category_is_named(hand_made: Any) -> None:
     hand_made.categories[0] = None
-    with pytest.raises(UserError, match="a category needs an integer 'id' and a 'name', got None"):
+    with pytest.raises(UserError, match=r"category id \(entry 0\): expected an object with fields, got None"):
         CocoDetection(hand_made.write(), "train", "box")
 
 

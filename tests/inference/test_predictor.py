@@ -9,9 +9,9 @@ import onnx
 import pytest
 import torch
 
+from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import SizeBucketPredictor, load_predictor
-from norton_deploy.inference.predictor import read_image
 from norton_deploy.inference.torch_backend import TorchPredictor, choose_device
 from norton_deploy.structures import Categories
 

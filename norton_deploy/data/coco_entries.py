@@ -1,0 +1,169 @@
+"""What a COCO file says about one image, one category or one annotation: every number checked, once, at reading."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from norton_deploy.data.image_file import MAX_PIXELS
+from norton_deploy.data.run_lengths import check_near, check_segmentation
+from norton_deploy.errors import UserError, shown
+from norton_deploy.files import path_below
+from norton_deploy.structures import Task
+
+Entry = dict[str, Any]
+
+NUM_KEYPOINTS = 17
+LARGEST_ID = 2**53 - 1
+"""pycocotools keeps ids in float64."""
+LARGEST_AREA = 1e10
+"""Of pycocotools' ranges of areas, in square pixels."""
+
+
+class BadEntryError(Exception):
+    """An image, category or annotation cannot be used; the message says why."""
+
+
+def name_of(entry: object, position: int) -> str:
+    """What to call an entry in a message: its id, or its place in the list."""
+    return shown(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"(entry {position})"
+
+
+def check_image(entry: Entry, known: Collection[int], folder: Path) -> Path:
+    """Check an entry of `images`.
+
+    Args:
+        entry: as in the file.
+        known: ids of the images before it.
+        folder: of the split's images.
+
+    Returns:
+        Where its file must be.
+
+    Raises:
+        BadEntryError: a field is missing or impossible.
+    """
+    _require_id(entry, "id", 0)
+    _require(entry, ("file_name", "height", "width"))
+    if not isinstance(entry["file_name"], str):
+        raise BadEntryError(f"'file_name' must be a string, got {shown(entry['file_name'])}")
+    if entry["id"] in known:
+        raise BadEntryError("there is another image with this id")
+    for side in ("height", "width"):
+        if type(entry[side]) is not int or entry[side] < 1:
+            raise BadEntryError(f"'{side}' must be a positive integer, got {shown(entry[side])}")
+    if entry["height"] * entry["width"] > MAX_PIXELS:
+        raise BadEntryError(f"'height' x 'width' is more than {MAX_PIXELS} pixels")
+    try:
+        return path_below(folder, entry["file_name"])
+    except UserError as error:
+        raise BadEntryError(f"'file_name' {error}") from error
+
+
+def check_category(entry: Entry, known: Collection[int]) -> None:
+    """Check an entry of `categories`; `known` holds the ids before it.
+
+    Raises:
+        BadEntryError: a field is missing or impossible.
+    """
+    _require_id(entry, "id", 0)
+    if entry["id"] in known:
+        raise BadEntryError("there is another category with this id")
+    if not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise BadEntryError(f"needs a 'name', got {shown(entry.get('name'))}")
+
+
+def require_ids(entry: Entry) -> None:
+    """Check the three ids of an annotation.
+
+    Raises:
+        BadEntryError: one is missing or impossible.
+    """
+    for name, smallest in (("id", 1), ("image_id", 0), ("category_id", 0)):
+        _require_id(entry, name, smallest)
+
+
+def check_annotation(
+    entry: Entry, known: Collection[int], images: Mapping[int, Entry], category_ids: Collection[int], task: Task
+) -> None:
+    """Check an entry of `annotations` whose ids `require_ids` has seen.
+
+    Coordinates must be finite and may lie outside their image by `MARGIN` image sides at most.
+
+    Args:
+        entry: as in the file.
+        known: ids of the annotations before it.
+        images: id -> sound image.
+        category_ids: those in the file.
+        task: says which fields there must be.
+
+    Raises:
+        BadEntryError: a field is missing or impossible.
+    """
+    _require(entry, ("bbox", "area"))
+    if entry["id"] in known:
+        raise BadEntryError("there is another annotation with this id")
+    if entry["image_id"] not in images:
+        raise BadEntryError(f"points to image id {entry['image_id']}, which is not in the file")
+    if entry["category_id"] not in category_ids:
+        raise BadEntryError(f"points to category id {entry['category_id']}, which is not in the file")
+    image = images[entry["image_id"]]
+    _check_box(entry["bbox"], image)
+    crowd, area = entry.get("iscrowd", 0), entry["area"]
+    if type(crowd) is not int or crowd not in (0, 1):
+        raise BadEntryError(f"'iscrowd' must be 0 or 1, got {shown(crowd)}")
+    if not _is_number(area) or not 0 <= area <= LARGEST_AREA:
+        raise BadEntryError(f"'area' must be a number from 0 to {LARGEST_AREA:g}, got {shown(area)}")
+    try:
+        if task == "mask":
+            _require(entry, ("segmentation",))
+            check_segmentation(entry["segmentation"], (image["height"], image["width"]))
+        if task == "keypoint":
+            _require(entry, ("keypoints", "num_keypoints"))
+            _check_keypoints(entry["keypoints"], entry["num_keypoints"], image)
+    except UserError as error:
+        raise BadEntryError(str(error)) from error
+
+
+def _check_box(box: Any, image: Entry) -> None:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise BadEntryError(f"'bbox' must be four numbers x, y, width, height, got {shown(box)}")
+    if box[2] < 0 or box[3] < 0:
+        raise BadEntryError(f"'bbox' has a negative width or height: {shown(box)}")
+    try:
+        check_near([box[0], box[0] + box[2]], image["width"], "'bbox': x")
+        check_near([box[1], box[1] + box[3]], image["height"], "'bbox': y")
+    except UserError as error:
+        raise BadEntryError(str(error)) from error
+
+
+def _check_keypoints(points: Any, count: Any, image: Entry) -> None:
+    if not isinstance(points, list) or len(points) != 3 * NUM_KEYPOINTS or not all(map(_is_number, points)):
+        length = len(points) if isinstance(points, list) else "none"
+        raise BadEntryError(f"'keypoints' must be {3 * NUM_KEYPOINTS} numbers (x, y, v of 17), got {length}")
+    check_near(points[0::3], image["width"], "'keypoints': x")
+    check_near(points[1::3], image["height"], "'keypoints': y")
+    if not set(points[2::3]) <= {0, 1, 2}:
+        raise BadEntryError("'keypoints': v must be 0, 1 or 2")
+    if type(count) is not int or not 0 <= count <= NUM_KEYPOINTS:
+        raise BadEntryError(f"'num_keypoints' must be an integer from 0 to {NUM_KEYPOINTS}, got {shown(count)}")
+
+
+def _is_number(value: object) -> bool:
+    """An integer or float within what an id may be: finite, and exact in float64 if whole."""
+    return type(value) in (int, float) and -LARGEST_ID <= value <= LARGEST_ID  # type: ignore[operator]
+
+
+def _require(entry: Entry, names: tuple[str, ...]) -> None:
+    if not isinstance(entry, dict):
+        raise BadEntryError(f"expected an object with fields, got {shown(entry)}")
+    for name in names:
+        if name not in entry:
+            raise BadEntryError(f"the field '{name}' is missing")
+
+
+def _require_id(entry: Entry, name: str, smallest: int) -> None:
+    _require(entry, (name,))
+    if type(entry[name]) is not int or not smallest <= entry[name] <= LARGEST_ID:
+        raise BadEntryError(f"'{name}' must be an integer from {smallest} to 2**53 - 1, got {shown(entry[name])}")
