@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, TiffImagePlugin, WebPImagePlugin
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import require_regular
@@ -92,6 +92,8 @@ def _opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Im
             yield picture
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not a picture; expected {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders meet broken files with whatever their code runs into
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot decode this picture ({reason}); repair or remove it") from error

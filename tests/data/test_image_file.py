@@ -79,10 +79,10 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 def test_other_formats_are_not_opened(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")  # Pillow would start Ghostscript
-    with pytest.raises(UserError, match="cannot decode this picture"):
+    with pytest.raises(UserError, match="picture"):
         read_image(tmp_path / "a.eps")
     for size in (0, 10, 60):
         Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
         (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:size])
-        with pytest.raises(UserError, match="cannot decode this picture"):
+        with pytest.raises(UserError, match="picture"):
             read_image(tmp_path / "a.jpg")

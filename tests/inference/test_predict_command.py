@@ -50,7 +50,7 @@ def lampless(image: np.ndarray) -> np.ndarray:
 def test_predict_mistakes_are_one_line(graph, folder, tmp_path, capsys):
     model = str(graph())
     (folder / "c.jpg").write_text("no image")
-    for images, message in [(tmp_path / "absent", "no images"), (folder / "c.jpg", "c.jpg: not an image")]:
+    for images, message in [(tmp_path / "absent", "no images"), (folder / "c.jpg", "c.jpg: not a picture")]:
         assert run("predict", ["--model", model, "--images", str(images), "--out", str(tmp_path / "o")]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
