@@ -8,31 +8,33 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
+from norton_deploy.files import check_tree, read_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 S = TypeVar("S", bound="DataclassInstance")
+FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+    """Read a YAML mapping; an empty file is an empty one.
 
     Raises:
-        UserError: the file is missing, is not YAML, or is not a mapping.
+        UserError: the file is missing, is not YAML, is not a mapping, or grows too large through its aliases.
     """
+    text = read_text(path, "a YAML file of settings")
     try:
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible dates, endless integers
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    check_tree(content, str(path))
     return content
 
 
@@ -52,37 +54,43 @@ def _checked_fields(settings_class: type[Any], values: dict[str, Any], source: s
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UserError(f"{source}: unknown key '{key}'; known keys: {', '.join(known)}")
+            raise UserError(f"{source}: unknown key {shown(key)}; known keys: {', '.join(known)}")
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
             checked[name] = from_mapping(hint, value, f"{source}: {name}")
             continue
         try:
-            checked[name] = TypeAdapter(hint).validate_python(value)
+            checked[name] = TypeAdapter(hint, config=None if is_dataclass(hint) else FINITE).validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([name, *(str(part) for part in first["loc"])])
-            raise UserError(f"{source}: field '{where}': {first['msg']} (got {first['input']!r})") from error
+            raise UserError(f"{source}: field '{where}': {first['msg']} (got {shown(first['input'])})") from error
     return checked
 
 
-def from_mapping(settings_class: type[S], values: dict[str, Any], source: str) -> S:
+def from_mapping(settings_class: type[S], values: Any, source: str) -> S:
     """Build a dataclass from a mapping, checking every type; keys may use '-' or '_'.
 
     Args:
         settings_class: a dataclass, its fields may be dataclasses too.
-        values: field name -> value.
+        values: field name -> value, as a file has it: it may be anything.
         source: what to name in an error, usually the file.
 
     Raises:
-        UserError: an unknown key, a missing field or a value of the wrong type, named with `source`.
+        UserError: no mapping, an unknown key, a missing field, or a value of the wrong type or one that is not finite,
+            named with `source`.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a mapping of fields, found {type(values).__name__}")
     checked = _checked_fields(settings_class, values, source)
     for field in fields(settings_class):
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in checked:
             raise UserError(f"{source}: the field '{field.name}' is missing")
-    return settings_class(**checked)
+    try:
+        return settings_class(**checked)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def parse_settings(settings_class: type[S], argv: Sequence[str] | None = None, *, prog: str, description: str) -> S:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
 
 if TYPE_CHECKING:
     import supervision
@@ -22,6 +22,7 @@ TASKS: tuple[Task, ...] = ("box", "mask", "keypoint")
 # The key under which checkpoints and graphs carry their header.
 METADATA_KEY = "norton_deploy"
 
+LARGEST_LABEL = 2**20
 COCO_CATEGORY_COUNT = 80
 COCO_LARGEST_CATEGORY_ID = 90
 
@@ -51,6 +52,8 @@ class Categories:
             raise UserError("categories: labels and ids must each be unique")
         if min(self.labels) < 1:
             raise UserError("categories: labels start at 1, label 0 is the background")
+        if max(self.labels) > LARGEST_LABEL:
+            raise UserError(f"categories: labels end at {LARGEST_LABEL}, got {shown(max(self.labels))}")
 
     @classmethod
     def from_coco(cls, categories: Sequence[dict[str, Any]]) -> Categories:
@@ -94,15 +97,17 @@ class Categories:
 
     @classmethod
     def from_list(cls, entries: Sequence[dict[str, Any]]) -> Categories:
-        """Inverse of `to_list`."""
-        try:
-            return cls(
-                tuple(int(entry["label"]) for entry in entries),
-                tuple(int(entry["id"]) for entry in entries),
-                tuple(str(entry["name"]) for entry in entries),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"categories: each entry needs 'label', 'id' and 'name' ({error})") from error
+        """Inverse of `to_list`.
+
+        Raises:
+            UserError: no list of such entries.
+        """
+        sound = isinstance(entries, list | tuple) and all(isinstance(entry, dict) for entry in entries)
+        for name, kind in (("label", int), ("id", int), ("name", str)):
+            sound = sound and all(type(entry.get(name)) is kind for entry in entries)
+        if not sound:
+            raise UserError("categories: expected a list of entries with integers 'label' and 'id' and a text 'name'")
+        return cls(*(tuple(entry[name] for entry in entries) for name in ("label", "id", "name")))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import from_mapping
-from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write, sha256_of
+from norton_deploy.errors import UserError, shown
+from norton_deploy.files import atomic_write, check_tree, parse_json, sha256_of
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings, ModelSettings
 from norton_deploy.structures import METADATA_KEY, TASKS, Categories, ModelTask
 
 FORMAT_VERSION = 2
+LARGEST_USUAL = 2048
+"""A model with larger numbers in its settings is compared with its file before memory is taken for it."""
 GROUPS_OF_FORMAT_1 = {
     "backbone": "backbone norm norm_eps trainable_layers zero_init_residual fpn_channels",
     "rpn": "anchor_sizes anchor_ratios rpn_pre_nms rpn_post_nms rpn_nms_threshold rpn_batch_per_image",
@@ -109,29 +112,41 @@ class CheckpointHeader:
         Raises:
             UserError: a newer format or a broken field, named with `source`.
         """
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: the header is {shown(values)}; it is no checkpoint of norton_deploy")
+        check_tree(values, f"{source}: header")
         if values.get("format") not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{source}: checkpoint format {values.get('format')!r}, this version reads "
+                f"{source}: checkpoint format {shown(values.get('format'))}, this version reads "
                 f"1 and {FORMAT_VERSION}; use the norton_deploy version that wrote it"
             )
         task = values.get("task")
         if task not in ("cls", *TASKS):
-            raise UserError(f"{source}: header: unknown task {task!r}")
+            raise UserError(f"{source}: header: unknown task {shown(task)}")
         try:
             settings_class: Any = ClassifierSettings if task == "cls" else DetectorSettings
             plan, channels, settings = values["plan"], values.get("pyramid_channels"), values["settings"]
-            if values["format"] == 1 and task != "cls":
+            if values["format"] == 1 and task != "cls" and isinstance(settings, dict):
                 settings = settings_of_format_1(settings)
             return cls(
                 task,
                 from_mapping(settings_class, settings, f"{source}: header: settings"),
                 None if plan is None else CompressionPlan.from_dict(plan, f"{source}: header: plan"),
                 Categories.from_list(values["categories"]),
-                tuple(values["lineage"]),
-                None if channels is None else tuple(channels),
+                tuple(_checked(values["lineage"], dict, f"{source}: header: lineage")),
+                None if channels is None else tuple(_checked(channels, int, f"{source}: header: pyramid_channels")),
             )
         except KeyError as error:
             raise UserError(f"{source}: header: the field {error} is missing") from error
+        except UserError as error:
+            raise error if source in str(error) else UserError(f"{source}: header: {error}") from error
+
+
+def _checked(values: Any, kind: type, source: str) -> list[Any]:
+    """The values, if they are a list of this kind."""
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise UserError(f"{source}: expected a list of {kind.__name__}, got {shown(values)}")
+    return values
 
 
 def settings_of_format_1(flat: dict[str, Any]) -> dict[str, Any]:
@@ -218,10 +233,23 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if recorded != tensors_digest(tensors, _header_bytes(content)):
         raise UserError(f"{path}: the contents do not match their recorded digest; get the file again")
     header = CheckpointHeader.from_dict(content, str(path))
-    model = build_structure(header)
     floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    load_weights(model, floats, str(path))
-    return Checkpoint(model.eval(), header)
+    return Checkpoint(rebuild(header, floats, str(path)).eval(), header)
+
+
+def rebuild(header: CheckpointHeader, tensors: dict[str, Tensor], source: str) -> nn.Module:
+    """The model of a header with these weights.
+
+    Raises:
+        UserError: the weights are of another model; found out before memory is taken for settings that ask for much.
+    """
+    numbers = _leaves([asdict(header.settings), header.plan and header.plan.to_dict()])
+    if any(type(value) is int and value > LARGEST_USUAL for value in numbers):
+        with torch.device("meta"):
+            check_shapes(build_structure(header), tensors, source)
+    model = build_structure(header)
+    load_weights(model, tensors, source)
+    return model
 
 
 def build_structure(header: CheckpointHeader) -> nn.Module:
@@ -233,6 +261,18 @@ def build_structure(header: CheckpointHeader) -> nn.Module:
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load a complete set of weights, strictly.
+
+    Raises:
+        UserError: see `check_shapes`.
+    """
+    check_shapes(model, tensors, source)
+    own = model.state_dict()
+    known = {name: tensor for name, tensor in tensors.items() if name in own}
+    model.load_state_dict(known, strict=False)
+
+
+def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Compare the names and shapes of a complete set of weights with a model's.
 
     Raises:
         UserError: names or shapes differ; the message names the first that does not fit.
@@ -250,8 +290,6 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
         if own[name].shape != tensors[name].shape:
             expected, found = tuple(own[name].shape), tuple(tensors[name].shape)
             raise UserError(f"{source}: tensor '{name}' has shape {found}, expected {expected}")
-    known = {name: tensor for name, tensor in tensors.items() if name in own}
-    model.load_state_dict(known, strict=False)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -264,14 +302,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    if Path(path).suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
     try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        _refuse_packed(Path(path))
         with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's training scripts store theirs
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        reason = f"({str(error).splitlines()[0]})"
+        reason = f"({' '.join(str(error).split())[:300] or type(error).__name__})"
         if foreign is not None:
             reason = (
                 f"but a pickle of {foreign[1]}, which would run as code; open it where it was made and save its "
@@ -281,9 +320,35 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(map(_is_plain, content.values())):
         raise UserError(f"{path}: expected a mapping of tensors (a state_dict)")
+    if strange := [name for name in content if not isinstance(name, str)]:
+        raise UserError(f"{path}: a state_dict's names are texts, found {shown(strange[0])}")
     return dict(content)
+
+
+def _is_plain(value: object) -> bool:
+    """A tensor in memory, with each of its elements stored (a view can claim any size)."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    return not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _refuse_packed(path: Path) -> None:
+    """torch stores its files' entries as they are; compressed ones can grow to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UserError("has compressed entries, as torch never writes them")
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """What nested mappings, lists and tuples hold."""
+    if isinstance(values, dict | list | tuple):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _leaves(value)
+    else:
+        yield values
 
 
 def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -295,10 +360,14 @@ def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if METADATA_KEY not in metadata:
                 raise UserError(f"{path}: a safetensors file, but not a checkpoint of norton_deploy")
-            content = json.loads(metadata[METADATA_KEY])
+            content = parse_json(metadata[METADATA_KEY], f"{path}: header")
+            if not isinstance(content, dict):
+                raise UserError(f"{path}: the header is {shown(content)}; it is no checkpoint of norton_deploy")
             return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+    except UserError:
+        raise
+    except Exception as error:  # SafetensorError, and what torch says of types that it does not know
+        raise UserError(f"{path}: truncated or not a safetensors file ({' '.join(str(error).split())})") from error
 
 
 def _header_bytes(content: dict[str, Any]) -> bytes:

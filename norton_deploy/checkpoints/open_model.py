@@ -16,6 +16,7 @@ from norton_deploy.checkpoints.checkpoint import (
     load_checkpoint,
     load_weights,
     read_tensors,
+    rebuild,
 )
 from norton_deploy.checkpoints.torchvision_weights import classifier_settings, current_names, identify
 from norton_deploy.data.category_list import categories_of_model
@@ -136,9 +137,8 @@ def _open_file(path: str, given: Path | Categories | None = None) -> Checkpoint:
             f"{path}: has {settings.num_classes} classes with the background, the categories "
             f"{', '.join(categories.names[:5])} ... are {categories.num_classes}"
         )
-    model = settings.build(task)
-    load_weights(model, tensors, path)
-    return Checkpoint(model.eval(), CheckpointHeader(task, settings, None, categories))
+    header = CheckpointHeader(task, settings, None, categories)
+    return Checkpoint(rebuild(header, tensors, path).eval(), header)
 
 
 def _class_names(settings: ModelSettings, imagenet: bool) -> Categories:

@@ -55,25 +55,25 @@ def identify(tensors: Mapping[str, Tensor], source: str) -> tuple[ModelTask, Mod
         UserError: it is of none of the supported models; the message says which it is, where it can be told.
     """
     if "fc.weight" in tensors and (architecture := _resnet(tensors, "")):
-        return "cls", classifier_settings(architecture, len(tensors["fc.weight"]))
+        return "cls", classifier_settings(architecture, _rows(tensors, "fc.weight", source))
     if {"features.0.weight", "features.1.weight", "classifier.3.weight"} <= tensors.keys():
-        return "cls", classifier_settings("vgg16_bn", len(tensors["classifier.3.weight"]))
+        return "cls", classifier_settings("vgg16_bn", _rows(tensors, "classifier.3.weight", source))
     body = _resnet(tensors, "backbone.body.")
     if "roi_heads.box_predictor.cls_score.weight" not in tensors or _V2_MARK in tensors or body is None:
         raise UserError(f"{source}: {_what_it_is(tensors)}; {SUPPORTED}")
     settings = DetectorSettings(
-        num_classes=len(tensors["roi_heads.box_predictor.cls_score.weight"]),
+        num_classes=_rows(tensors, "roi_heads.box_predictor.cls_score.weight", source),
         backbone=BackboneSettings(
             architecture=body,
-            fpn_channels=len(tensors["backbone.fpn.inner_blocks.0.0.weight"]),
+            fpn_channels=_rows(tensors, "backbone.fpn.inner_blocks.0.0.weight", source),
             norm_eps=0.0 if Path(source).name in _PUBLISHED_FILES else 1e-5,
         ),
-        roi=RoiSettings(box_features=len(tensors["roi_heads.box_head.fc6.weight"])),
+        roi=RoiSettings(box_features=_rows(tensors, "roi_heads.box_head.fc6.weight", source)),
     )
     if "roi_heads.mask_predictor.conv5_mask.weight" in tensors:
         return "mask", settings
     if "roi_heads.keypoint_predictor.kps_score_lowres.weight" in tensors:
-        points = tensors["roi_heads.keypoint_predictor.kps_score_lowres.weight"].shape[1]
+        points = _rows(tensors, "roi_heads.keypoint_predictor.kps_score_lowres.weight", source, axis=1)
         return "keypoint", replace(settings, num_keypoints=points)
     return "box", settings
 
@@ -95,6 +95,15 @@ def _what_it_is(tensors: Mapping[str, Tensor]) -> str:
     if "roi_heads.box_predictor.cls_score.weight" in tensors:
         return "weights of a two-stage detector on another backbone"
     return f"weights of an unknown model (first tensor: {next(iter(tensors), 'none')})"
+
+
+def _rows(tensors: Mapping[str, Tensor], name: str, source: str, axis: int = 0) -> int:
+    """How long a tensor is along an axis."""
+    if name not in tensors:
+        raise UserError(f"{source}: the tensor '{name}' is missing; {SUPPORTED}")
+    if tensors[name].ndim <= axis:
+        raise UserError(f"{source}: tensor '{name}' has shape {tuple(tensors[name].shape)}; {SUPPORTED}")
+    return int(tensors[name].shape[axis])
 
 
 def _resnet(tensors: Mapping[str, Tensor], prefix: str) -> Architecture | None:

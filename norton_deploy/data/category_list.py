@@ -1,10 +1,11 @@
 """The categories of one's own model, from an annotation file or a plain list."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
+from norton_deploy.data.coco_entries import BadEntryError, check_category, name_of
 from norton_deploy.errors import UserError
+from norton_deploy.files import parse_json, read_text
 from norton_deploy.structures import Categories
 
 
@@ -17,24 +18,27 @@ def read_categories(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, or has no categories.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: neither a COCO annotation file nor a list of names ({error})") from error
+    text = read_text(path, "a COCO annotation file or a list of names")
     if Path(path).suffix != ".json":
         names = [line.strip() for line in text.splitlines() if line.strip()]
-        entries = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    else:
+        return [{"id": number, "name": name} for number, name in enumerate(names, start=1)] or _none(path)
+    content = parse_json(text, str(path))
+    listed = content.get("categories") if isinstance(content, dict) else None
+    if not isinstance(listed, list):
+        raise UserError(f"{path}: not a COCO annotation file: the list 'categories' is missing")
+    known: set[int] = set()
+    for position, entry in enumerate(listed):
         try:
-            listed = json.loads(text)["categories"]
-            entries = [{"id": int(entry["id"]), "name": str(entry["name"])} for entry in listed]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a COCO annotation file with 'categories' ({error!r})") from error
-    if not entries:
-        raise UserError(f"{path}: names no category")
+            check_category(entry, known)
+        except BadEntryError as error:
+            raise UserError(f"{path}: category id {name_of(entry, position)}: {error}") from error
+        known.add(entry["id"])
+    entries = [{"id": entry["id"], "name": entry["name"]} for entry in listed] or _none(path)
     return sorted(entries, key=lambda entry: int(entry["id"]))
+
+
+def _none(path: str | Path) -> Never:
+    raise UserError(f"{path}: names no category")
 
 
 def categories_of_model(path: str | Path, num_classes: int, source: str) -> Categories:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from norton_deploy.config import flatten, from_mapping
+from norton_deploy.config import flatten, from_mapping, read_yaml
 from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import Norm
 from norton_deploy.models.detectors import DetectorSettings
@@ -32,7 +32,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return _plain_sequence(ast.literal_eval(value))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return value
     return _plain_sequence(value)
 
@@ -270,14 +270,7 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     resolved = path.resolve()
     if resolved in seen:
         raise UserError(f"{path}: is based on itself, through {BASE_KEY}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
+    content = read_yaml(path)
     base = content.pop(BASE_KEY, None)
     if base is None:
         return content

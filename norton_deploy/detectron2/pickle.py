@@ -3,20 +3,25 @@
 A pickle may name any function of any module and have it called. This reader knows the handful of names that a
 pickled NumPy array consists of, and answers each with a stand-in of its own that only records bytes, shape and
 type. Everything else in the file is refused by name; not even NumPy's own unpickling code runs.
+
+A pickle may also ask for memory: for numbers of places, for arrays again and again out of the same bytes, for
+containers that hold each other. It is read by Python's own unpickler, which allocates nothing in advance, and what its
+arrays take together is bounded by the size of the file.
 """
 
 import codecs
+import io
 import math
 import pickle
-import struct
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
+from norton_deploy.files import require_regular
 
 Array = npt.NDArray[Any]
 NUMBERS = "biuf"
@@ -28,7 +33,7 @@ class _DtypeStub:
 
     def __init__(self, code: object, *_options: object) -> None:
         if not isinstance(code, str) or code[:1] not in NUMBERS or not code[1:].isdigit():
-            raise pickle.UnpicklingError(f"arrays of type {code!r}")
+            raise pickle.UnpicklingError(f"arrays of type {shown(code)}")
         self.code = code
         self.order = "="
 
@@ -45,19 +50,19 @@ class _DtypeStub:
 class _ArrayStub:
     """What `numpy.ndarray` becomes: filled by `__setstate__`, read by `array`."""
 
-    content: Array | None = None
+    content: tuple[object, object, object, str] | None = None
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
             raise pickle.UnpicklingError("an array whose state is unknown")
         _version, shape, dtype, fortran, data = state
-        self.content = _array(data, dtype, shape, "F" if fortran else "C")
+        self.content = (data, dtype, shape, "F" if fortran else "C")
 
     def array(self) -> Array:
         """The array."""
         if self.content is None:
             raise pickle.UnpicklingError("an array without content")
-        return self.content
+        return _array(*self.content)
 
 
 def _array(data: object, dtype: object, shape: object, order: str) -> Array:
@@ -81,7 +86,7 @@ def _reconstruct(_kind: object, _shape: object, _type: object) -> _ArrayStub:
 
 def _from_buffer(data: object, dtype: object, shape: object, order: object) -> _ArrayStub:
     stub = _ArrayStub()
-    stub.content = _array(data, dtype, shape, "F" if order == "F" else "C")
+    stub.content = (data, dtype, shape, "F" if order == "F" else "C")
     return stub
 
 
@@ -113,8 +118,11 @@ for _parent in ("numpy.core", "numpy._core"):
     _ADMITTED[f"{_parent}.numeric", "_frombuffer"] = _from_buffer
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler for plain containers of numbers, texts and NumPy arrays."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """An unpickler for plain containers of numbers, texts and NumPy arrays, written in Python."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name in the file."""
@@ -125,7 +133,18 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """Objects kept outside the file."""
-        raise pickle.UnpicklingError(f"a reference to something outside the file ({pid!r})")
+        raise pickle.UnpicklingError(f"a reference to something outside the file ({shown(pid)})")
+
+    def load_build(self) -> None:
+        """Give an object its state: only stand-ins take one; an ordered dictionary's attributes are left out."""
+        state = self.stack.pop()
+        built = self.stack[-1]
+        if isinstance(built, _DtypeStub | _ArrayStub):
+            built.__setstate__(state)
+        elif type(built) is not OrderedDict:
+            raise pickle.UnpicklingError(f"a state for {shown(built)}")
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -137,15 +156,15 @@ def read_pickle(path: str | Path) -> Any:
     Raises:
         UserError: the file is missing or broken, or it holds anything else, which is named; none of it ran.
     """
+    require_regular(path, "a pickle")
     try:
-        with open(path, "rb") as stream:
-            return _without_stubs(_ArrayUnpickler(stream, encoding="latin1").load())
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read ({error.strerror})") from error
-    except (EOFError, struct.error, pickle.UnpicklingError, ValueError, IndexError, KeyError) as error:
-        raise _refusal(path, error) from error
-    except (AttributeError, TypeError, RecursionError, MemoryError, OverflowError, ImportError) as error:
-        # a pickle's opcodes applied to the wrong objects
+    try:
+        value = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        return _Plain(len(content)).value(value)
+    except Exception as error:  # opcodes applied to the wrong objects raise anything
         raise _refusal(path, error) from error
 
 
@@ -157,17 +176,35 @@ def _refusal(path: str | Path, error: Exception) -> UserError:
     )
 
 
-def _without_stubs(value: Any) -> Any:
-    """The same containers with arrays in place of their stand-ins."""
-    if isinstance(value, _ArrayStub):
-        return value.array()
-    if isinstance(value, dict):
-        return {_key(name): _without_stubs(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_without_stubs(entry) for entry in value)
-    if value is None or isinstance(value, str | bytes | bool | int | float):
-        return value
-    raise pickle.UnpicklingError(f"an object of class '{type(value).__name__}'")
+class _Plain:
+    """The same containers with arrays in place of their stand-ins; what is shared stays shared."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._bytes_left = most_bytes
+        self._made: dict[int, Any] = {}
+        self._kept: list[Any] = []  # so that no address in `_made` is used again
+
+    def value(self, value: Any) -> Any:
+        """One value and all below it."""
+        if value is None or isinstance(value, str | bytes | bool | int | float):
+            return value
+        if id(value) not in self._made:
+            self._made[id(value)] = self._made_of(value)
+            self._kept.append(value)
+        return self._made[id(value)]
+
+    def _made_of(self, value: Any) -> Any:
+        if isinstance(value, _ArrayStub):
+            array = value.array()
+            self._bytes_left -= array.nbytes
+            if self._bytes_left < 0:
+                raise pickle.UnpicklingError("arrays that are larger than the file")
+            return array
+        if isinstance(value, dict):
+            return {_key(name): self.value(entry) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)([self.value(entry) for entry in value])
+        raise pickle.UnpicklingError(f"an object of class '{type(value).__name__}'")
 
 
 def _key(name: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from norton_deploy.config import from_mapping
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
+from norton_deploy.files import check_tree, parse_json
 from norton_deploy.structures import METADATA_KEY, Categories, MaskPaste, Task
 
 FORMAT = 2
+LARGEST_INPUT = 2**28
+"""Pixels in a graph's input."""
 INPUT_NAME = "images"
 # Whether the graph's two shortcuts (unrolled NMS, limited candidates) were exact for a batch.
 FLAGS = ("nms_converged", "candidates_complete")
@@ -97,10 +99,7 @@ class GraphContract:
         Raises:
             UserError: not JSON, or see `from_json`.
         """
-        try:
-            return cls.from_json(json.loads(text), source)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{source}: metadata '{METADATA_KEY}' is not JSON; export the model again") from error
+        return cls.from_json(parse_json(text, f"{source}: metadata '{METADATA_KEY}'"), source)
 
     @classmethod
     def from_json(cls, values: dict[str, Any], source: str) -> GraphContract:
@@ -111,10 +110,17 @@ class GraphContract:
         """
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
         if found != FORMAT:
-            raise UserError(f"{source}: metadata format {found!r}, this version reads {FORMAT}; export the model again")
+            raise UserError(
+                f"{source}: metadata format {shown(found)}, this version reads {FORMAT}; export the model again"
+            )
+        check_tree(values, f"{source}: metadata")
         contract = from_mapping(cls, {name: values[name] for name in values if name != "format"}, f"{source}: metadata")
         if contract.resize != "graph" and contract.input_size != contract.image_size:
             raise UserError(f"{source}: metadata: input_size differs from image_size, but resize is not 'graph'")
         if min(*contract.image_size, *contract.input_size, contract.batch, contract.max_detections) < 1:
             raise UserError(f"{source}: metadata: sizes, batch and max_detections must be positive")
+        if contract.batch * contract.input_size[0] * contract.input_size[1] > LARGEST_INPUT:
+            raise UserError(f"{source}: metadata: batch x input_size is more than {LARGEST_INPUT} pixels")
+        if not 0 <= contract.score_threshold <= 1:
+            raise UserError(f"{source}: metadata: score_threshold must be 0 to 1, got {contract.score_threshold}")
         return contract

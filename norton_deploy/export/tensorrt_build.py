@@ -21,7 +21,7 @@ from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.onnx_export import read_contract
-from norton_deploy.files import atomic_write, sha256_of
+from norton_deploy.files import atomic_write, read_json, sha256_of
 
 Engine = Literal["tensorrt", "tensorrt-rtx"]
 MODULE_OF_ENGINE: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -68,15 +68,12 @@ class EngineManifest:
         path = manifest_path(engine_path)
         if not Path(engine_path).is_file():
             raise UserError(f"{engine_path}: no such engine")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            if fields.pop("format") != MANIFEST_FORMAT:
-                raise UserError(f"{path}: a manifest of another version; build the engine again")
-            contract = GraphContract.from_json(fields.pop("contract"), str(path))
-        except OSError as error:
-            raise UserError(f"{path}: no manifest beside the engine; build it with export_trt") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not an engine manifest ({error}); build the engine again") from error
+        if not path.is_file():
+            raise UserError(f"{path}: no manifest beside the engine; build it with export_trt")
+        fields = read_json(path, "an engine's manifest")
+        if not isinstance(fields, dict) or fields.pop("format", None) != MANIFEST_FORMAT:
+            raise UserError(f"{path}: not an engine manifest, or of another version; build the engine again")
+        contract = GraphContract.from_json(fields.pop("contract", None), str(path))
         manifest = from_mapping(cls, fields | {"contract": contract}, str(path))
         if sha256_of(engine_path) != manifest.engine_sha256:
             raise UserError(

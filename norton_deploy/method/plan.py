@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from norton_deploy.config import read_yaml
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
 from norton_deploy.files import atomic_write
 
 FORMS = ("ranks", "coupled", "tucker", "layer_cp")
@@ -25,6 +25,8 @@ _EXPECTED = {
 }
 WHOLE_DETECTOR = "rcnn"
 """Architecture of plans that name a detector's pyramid and heads too."""
+LARGEST = 2**20
+"""Rank or number of filters."""
 _HEADER = """\
 # Compression plan. `ranks`: CP rank R of every decomposed convolution (the others stay as they are).
 # `keep`: how many filters remain in every pruned group; layers whose channels are added together
@@ -76,10 +78,11 @@ class CompressionPlan:
         for kind in SECTIONS:
             for name, value in getattr(self, kind).items():
                 for number in _numbers(value):
+                    where = f"{self.source}: {kind}: {shown(name)}"
                     if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, int):
-                        raise UserError(f"{self.source}: {kind}: '{name}': expected {_EXPECTED[kind]}, found {value!r}")
-                    if number < 1:
-                        raise UserError(f"{self.source}: {kind}: layer '{name}': expected at least 1, found {number}")
+                        raise UserError(f"{where}: expected {_EXPECTED[kind]}, found {shown(value)}")
+                    if not 1 <= number <= LARGEST:
+                        raise UserError(f"{where}: expected at least 1 and at most {LARGEST}, found {shown(number)}")
         forms: dict[str, str] = {}
         for kind in FORMS:
             for name in getattr(self, kind):
@@ -99,9 +102,11 @@ class CompressionPlan:
             UserError: unknown or missing keys, or values that are not whole numbers >= 1.
         """
         known = ("architecture", "note", *SECTIONS)
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: expected a plan with {', '.join(known)}, found {shown(values)}")
         for key in values:
             if key not in known:
-                raise UserError(f"{source}: unknown key '{key}'; a plan has {', '.join(known)}")
+                raise UserError(f"{source}: unknown key {shown(key)}; a plan has {', '.join(known)}")
         if not isinstance(values.get("architecture"), str):
             raise UserError(f"{source}: 'architecture' is missing; for example resnet50, vgg16_bn or rcnn")
         sections: dict[str, dict[str, Any]] = {}

@@ -30,6 +30,8 @@ Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "vgg16_b
 Norm = Literal["frozen", "batch", "sync", "group"]
 VGG16_STAGES: list[str | int] = [64, 64, "M", 128, 128, "M", *([256] * 3), "M", *([512] * 3), "M", *([512] * 3)]
 GROUPS = 32
+LARGEST_SIDE = 8192
+"""Pixels of an image or an anchor."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ class ClassifierSettings:
     """Mean of the RGB channels, 0..1."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of the RGB channels, 0..1."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise UserError(f"num_classes: expected at least 1, got {self.num_classes}")
+        if not all(1 <= side <= LARGEST_SIDE for side in self.image_size):
+            raise UserError(f"image_size: expected 1 to {LARGEST_SIDE} pixels, got {self.image_size}")
+        if not all(1e-6 <= value <= 100 for value in self.image_std):
+            raise UserError(f"image_std: expected numbers above 0, got {self.image_std}")
 
     @property
     def pixels(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

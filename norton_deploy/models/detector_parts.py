@@ -13,8 +13,8 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _setup_scales
 
-from norton_deploy.errors import UserError
-from norton_deploy.models.classifiers import Norm, build_resnet
+from norton_deploy.errors import UserError, shown
+from norton_deploy.models.classifiers import LARGEST_SIDE, Norm, build_resnet
 from norton_deploy.models.detectron2_layers import (
     DetectorTransform,
     ImageResize,
@@ -29,6 +29,8 @@ LEVELS = len(STAGES) + 1
 """Levels of the pyramid; RoIs are pooled from all but the last."""
 SIZE_DIVISOR = 32
 """torchvision pads batches to multiples of this."""
+LONGEST_LIST = 100
+"""Numbers in a setting that takes several."""
 FREEZING_ORDER = ("layer4", "layer3", "layer2", "layer1", "conv1")
 
 
@@ -60,6 +62,12 @@ class Detectron2Settings:
     """Score of a keypoint: its heatmap's peak, or the probability of the peak among the heatmap's cells."""
 
     def __post_init__(self) -> None:
+        if self.level_strides:
+            require_range("detectron2", self, 1, LARGEST_SIDE, "level_strides")
+        require_range("detectron2", self, 0, 1, "anchor_offset")
+        require_range("detectron2", self, 0, 64, "roi_sampling_ratio")
+        require_range("detectron2", self, 1e-3, 1e3, "box_delta_weights")
+        require_range("detectron2", self, 0, LARGEST_SIDE, "proposal_min_size")
         if self.level_strides and len(self.level_strides) != LEVELS:
             raise UserError(
                 f"detectron2.level_strides: expected one for each of {LEVELS} levels, got {len(self.level_strides)}"
@@ -89,6 +97,7 @@ class BackboneSettings:
 
     def __post_init__(self) -> None:
         require_positive("backbone", self, "fpn_channels")
+        require_range("backbone", self, 0, 1, "norm_eps")
         if not 0 <= self.trainable_layers <= 5:
             raise UserError(f"backbone.trainable_layers: expected 0..5, got {self.trainable_layers}")
         if not self.architecture.startswith("resnet"):
@@ -128,6 +137,10 @@ class RpnSettings:
     def __post_init__(self) -> None:
         if len(self.anchor_sizes) != LEVELS:
             raise UserError(f"rpn.anchor_sizes: expected one for each of {LEVELS} levels, got {len(self.anchor_sizes)}")
+        require_range("rpn", self, 1, LARGEST_SIDE, "anchor_sizes")
+        require_range("rpn", self, 1e-3, 1e3, "anchor_ratios")
+        require_positive("rpn", self, "pre_nms", "post_nms", "batch_per_image")
+        require_range("rpn", self, 0, 1, "nms_threshold")
 
     def build_anchors(self, layers: Detectron2Settings) -> AnchorGenerator:
         """One anchor size and all ratios at each pyramid level."""
@@ -164,7 +177,9 @@ class RoiSettings:
     """Detections kept per image, all classes together."""
 
     def __post_init__(self) -> None:
-        require_positive("roi", self, "box_features")
+        sizes = ("box_features", "mask_channels", "keypoint_channels", "batch_per_image", "detections_per_image")
+        require_positive("roi", self, "canonical_scale", *sizes)
+        require_range("roi", self, 0, 1, "positive_fraction", "score_threshold", "nms_threshold")
 
     def build_pool(self, side: int, design_size: int, layers: Detectron2Settings) -> MultiScaleRoIAlign:
         """RoIAlign over the four pyramid levels that hold RoIs, to side x side cells.
@@ -180,9 +195,10 @@ class RoiSettings:
                 levels, side, samples, strides, aligned=layers.roi_align_aligned, canonical_scale=self.canonical_scale
             )
         pool = MultiScaleRoIAlign(levels, side, sampling_ratio=samples, canonical_scale=self.canonical_scale)
-        pool.scales, pool.map_levels = _setup_scales(
-            _design_maps(design_size), [(design_size,) * 2], pool.canonical_scale, pool.canonical_level
-        )
+        with torch.device("cpu"):  # numbers, even in a model that is only built to see its shapes
+            pool.scales, pool.map_levels = _setup_scales(
+                _design_maps(design_size), [(design_size,) * 2], pool.canonical_scale, pool.canonical_level
+            )
         return pool
 
 
@@ -202,7 +218,11 @@ class ImageSettings:
     """Standard deviation of the RGB channels, 0..1."""
 
     def __post_init__(self) -> None:
-        require_positive("image", self, "min_size")
+        require_range("image", self, 1, LARGEST_SIDE, "min_size", "max_size")
+        if self.train_short_sides:
+            require_range("image", self, 1, LARGEST_SIDE, "train_short_sides")
+        require_range("image", self, -100, 100, "mean")
+        require_range("image", self, 1e-6, 100, "std")
         if self.min_size > self.max_size:
             raise UserError(f"image.min_size {self.min_size} is larger than max_size {self.max_size}")
 
@@ -221,11 +241,21 @@ class ImageSettings:
 
 
 def require_positive(group: str, settings: object, *names: str) -> None:
-    """Raises a UserError for the first of these fields that is less than 1; `group` names their settings."""
+    """`require_range` from 1."""
+    require_range(group, settings, 1, math.inf, *names)
+
+
+def require_range(group: str, settings: object, low: float, high: float, *names: str) -> None:
+    """Raises a UserError for the first of these fields that is not within low..high, or of a tuple's length not within
+    1..`LONGEST_LIST`; `group` names their settings."""
     for name in names:
-        if getattr(settings, name) < 1:
-            where = f"{group}.{name}" if group else name
-            raise UserError(f"{where}: expected at least 1, got {getattr(settings, name)}")
+        value, where = getattr(settings, name), f"{group}.{name}" if group else name
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not 1 <= len(numbers) <= LONGEST_LIST:
+            raise UserError(f"{where}: expected 1 to {LONGEST_LIST} numbers, got {len(numbers)}")
+        if not all(low <= number <= high for number in numbers):
+            expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise UserError(f"{where}: expected {expected}, got {shown(value)}")
 
 
 def freeze_stages(body: nn.Module, trainable_layers: int) -> None:

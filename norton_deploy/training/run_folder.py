@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
+from norton_deploy.files import atomic_write, read_json
 
 FORMAT = 1
 
@@ -50,7 +50,7 @@ class RunFolder:
             if not self.settings.is_file():
                 raise UserError(f"{self.root}: no run to resume here; start it without --resume")
             if not self.state.exists():  # a state has its own settings, which are compared when it is read
-                check_identity(self.settings, json.loads(self.settings.read_text()), settings)
+                check_identity(self.settings, read_json(self.settings, "the settings of a run"), settings)
             self.non_finite.unlink(missing_ok=True)
             return
         paths = (self.state, self.log, self.tensorboard, self.last, self.best, self.non_finite, self.settings)
@@ -138,8 +138,13 @@ def check_identity(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     """Refuse to continue a run with other settings.
 
     Raises:
-        UserError: a setting differs; the message names it (and the file that holds the old ones, `path`).
+        UserError: a setting differs, or what there is holds no settings; the message names it (and the file that holds
+            the old ones, `path`).
     """
+    if not isinstance(before, dict):
+        raise UserError(
+            f"{path}: holds no settings of a run; replace the run with --overwrite, or choose another --out"
+        )
     old, new = ({name: _listed(value) for name, value in flatten(values).items()} for values in (before, now))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):

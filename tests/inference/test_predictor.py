@@ -129,12 +129,14 @@ def test_foreign_and_broken_files_are_refused(graph, tmp_path):
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:200])
-    (tmp_path / "model.pt").write_bytes(b"")
+    for name in ("model.pt", "model.bin"):
+        (tmp_path / name).write_bytes(b"")
     for name, message in [
         ("foreign.onnx", "no 'norton_deploy' metadata"),
         ("cut.onnx", "cannot load"),
         ("absent.onnx", "no such model file"),
-        ("model.pt", "unknown kind"),
+        ("model.pt", "not a file of plain tensors"),
+        ("model.bin", "unknown kind"),
     ]:
         with pytest.raises(UserError, match=message):
             load_predictor(tmp_path / name)

@@ -67,7 +67,7 @@ def test_a_task_of_the_other_kind_is_refused() -> None:
         (lambda: BackboneSettings(trainable_layers=6), r"backbone\.trainable_layers: expected 0..5, got 6"),
         (lambda: RpnSettings(anchor_sizes=(8, 16)), r"rpn\.anchor_sizes: expected one for each of 5 levels, got 2"),
         (lambda: RoiSettings(box_features=0), r"roi\.box_features: expected at least 1, got 0"),
-        (lambda: ImageSettings(0), r"image\.min_size: expected at least 1, got 0"),
+        (lambda: ImageSettings(0), r"image\.min_size: expected 1 to 8192, got 0"),
         (lambda: ImageSettings(90, 80), r"image\.min_size 90 is larger than max_size 80"),
     ],
 )
