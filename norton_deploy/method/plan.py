@@ -78,7 +78,7 @@ class CompressionPlan:
         for kind in SECTIONS:
             for name, value in getattr(self, kind).items():
                 for number in _numbers(value):
-                    where = f"{self.source}: {kind}: {shown(name)}"
+                    where = f"{self.source}: {kind}: layer {shown(name)}"
                     if not isinstance(name, str) or isinstance(number, bool) or not isinstance(number, int):
                         raise UserError(f"{where}: expected {_EXPECTED[kind]}, found {shown(value)}")
                     if not 1 <= number <= LARGEST:
@@ -119,7 +119,10 @@ class CompressionPlan:
                 sections[kind] = {name: read(value) for name, value in section.items()}
             except (TypeError, ValueError) as error:
                 raise UserError(f"{source}: {kind}: expected {_EXPECTED[kind]} for each layer; {error}") from None
-        return cls(values["architecture"], note=str(values.get("note", "")), source=source, **sections)
+        note = values.get("note", "")
+        return cls(
+            values["architecture"], note=note if isinstance(note, str) else shown(note), source=source, **sections
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Mapping form, for YAML and checkpoint headers; of the shared forms, those that the plan uses."""
