@@ -117,7 +117,7 @@ def test_shared_forms_round_trip_and_old_plans_stay_as_they_were(tmp_path: Path)
         ("tucker: {a: 3}", "tucker: expected two whole numbers for each layer"),
         ("tucker: {a: [3, 0]}", "tucker: layer 'a': expected at least 1"),
         ("coupled: {a: {rank: 2}}", "coupled: expected rank and clusters, whole numbers for each layer"),
-        ("coupled: {a: {rank: 2, clusters: many}}", "coupled: 'a': expected rank and clusters"),
+        ("coupled: {a: {rank: 2, clusters: many}}", "coupled: layer 'a': expected rank and clusters"),
         ("layer_cp: {a: 3}\nranks: {a: 1}", "layer 'a' is in both 'ranks' and 'layer_cp'"),
     ],
 )
