@@ -65,7 +65,7 @@ def test_loader_checks_before_anything_is_deserialised(exported: Callable, tmp_p
     with pytest.raises(UserError, match="another version"):
         EngineManifest.load(engine)
     manifest_path(engine).write_text("{")
-    with pytest.raises(UserError, match="not an engine manifest"):
+    with pytest.raises(UserError, match="not valid JSON"):
         EngineManifest.load(engine)
 
 
