@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks.lib.cells import RESULTS, run
 from norton_deploy.files import atomic_write
-from norton_deploy.reporting.report import DetectorRow, detector_table
+from norton_deploy.reporting.detector_table import DetectorRow, detector_table
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRODUCTION = """\

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.lib.cells import ResultCells, interval, page, tabulate
-from norton_deploy.reporting.report import MODEL_NAMES, Table
+from norton_deploy.reporting.detector_table import MODEL_NAMES
+from norton_deploy.reporting.report import Table
 from norton_deploy.structures import TASKS
 
 Found = dict[str, Any]

@@ -6,8 +6,9 @@ from typing import Any
 
 from benchmarks.lib.cells import ResultCells, tabulate
 from benchmarks.lib.stages import STAGES
+from norton_deploy.reporting.detector_table import MODEL_NAMES, DetectorRow, detector_table
 from norton_deploy.reporting.provenance import provenance_table
-from norton_deploy.reporting.report import MODEL_NAMES, DetectorRow, Heading, Paragraph, Report, Table, detector_table
+from norton_deploy.reporting.report import Heading, Paragraph, Report, Table
 
 DENSE_EAGER, DENSE_ORT = "dense, torch eager", "dense, ONNX Runtime"
 NORTON_EAGER, NORTON_ORT = "NORTON, torch eager", "NORTON, ONNX Runtime"

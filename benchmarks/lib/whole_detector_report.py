@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.lib.cells import Cell, ResultCells, save_figure, tabulate
+from norton_deploy.reporting.detector_table import MODEL_NAMES
 from norton_deploy.reporting.provenance import provenance_table
-from norton_deploy.reporting.report import MODEL_NAMES, Block, Heading, Paragraph, Picture, Report, Table
+from norton_deploy.reporting.report import Block, Heading, Paragraph, Picture, Report, Table
 
 SCALING = {
     "image side": "Faster R-CNN, image side in pixels",

@@ -27,13 +27,14 @@ TEXT_COLOUR = (255, 255, 255)
 TEXT_SIZE_PX = 13
 
 
-def draw_detections(image: Image, detections: Detections, categories: Categories) -> Image:
+def draw_detections(image: Image, detections: Detections, categories: Categories, *, scores: bool = True) -> Image:
     """A copy of the image with all detections drawn on it.
 
     Args:
         image: uint8 RGB [H, W, 3], the image that the detections belong to.
         detections: what to draw; filter by score beforehand, e.g. `detections[detections.scores >= 0.5]`.
         categories: names for the labels.
+        scores: write them beside the names.
 
     Returns:
         uint8 RGB [H, W, 3]. Keypoints whose score is not positive are left out (torchvision's scores are
@@ -57,7 +58,7 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
             scene = sv.EdgeAnnotator(sv.Color.GREEN, thickness).annotate(scene, skeletons)
         scene = sv.VertexAnnotator(sv.Color.RED, thickness + 1).annotate(scene, skeletons)
     names = objects.data["class_name"]
-    labels = [f"{name} {score:.2f}" for name, score in zip(names, detections.scores, strict=True)]
+    labels = [f"{name} {score:.2f}" if scores else name for name, score in zip(names, detections.scores, strict=True)]
     labeller = sv.LabelAnnotator(
         text_scale=0.9 * scale,
         text_thickness=thickness,
@@ -186,8 +187,8 @@ def image_ids(files: Sequence[Path]) -> list[int]:
     return list(range(1, len(files) + 1))
 
 
-def write_image(path: Path, image: Image) -> None:
-    """Write uint8 RGB [H, W, 3] as JPEG, whole or not at all."""
-    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
+def write_image(path: Path, image: Image, quality: int = 95) -> None:
+    """Write uint8 RGB [H, W, 3] as JPEG of a quality of 0..100, whole or not at all."""
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     with atomic_write(path) as stream:
         stream.write(encoded.tobytes())

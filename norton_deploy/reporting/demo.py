@@ -17,19 +17,10 @@ from norton_deploy.files import atomic_write
 from norton_deploy.inference.drawing import draw_detections
 from norton_deploy.inference.loading import PACKAGED_TASKS, load_predictor, packaged_path
 from norton_deploy.inference.predictor import Predictor
+from norton_deploy.reporting.detector_table import MODEL_NAMES, DetectorRow, detector_table
 from norton_deploy.reporting.latency import LatencyRun, measure_alternating
 from norton_deploy.reporting.provenance import provenance
-from norton_deploy.reporting.report import (
-    MODEL_NAMES,
-    Block,
-    DetectorRow,
-    Heading,
-    Paragraph,
-    Picture,
-    Report,
-    Table,
-    detector_table,
-)
+from norton_deploy.reporting.report import Block, Heading, Paragraph, Picture, Report, Table
 from norton_deploy.structures import Task
 
 LATENCY_ROUNDS = 40

@@ -43,10 +43,11 @@ class ModelRecord:
         return self.scores.get(primary_iou_type(task))
 
     def table3(self, task: Task) -> tuple[float | None, float | None]:
-        """Table III's AP and AR, 0..1."""
-        if not self.scores:
+        """Table III's AP and AR, 0..1; None where it was not evaluated or there was no object to find."""
+        if primary_iou_type(task) not in self.scores:
             return None, None
-        return table3_scores(task, {name: score.metrics for name, score in self.scores.items()})
+        scores = table3_scores(task, {name: score.metrics for name, score in self.scores.items()})
+        return tuple(value if value >= 0 else None for value in scores)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

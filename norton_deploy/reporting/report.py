@@ -1,25 +1,102 @@
-"""Tables, the form of the paper's Table III, and reports that come out as Markdown and as one HTML page."""
+"""Reports: blocks in order that come out as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
 import base64
 import html
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from norton_deploy.errors import UserError
-from norton_deploy.structures import Task
 
 PRECISION_NAMES = {"no": "float32", "bf16": "mixed with bfloat16"}
 """A training's `precision` -> what tables call it."""
-MODEL_NAMES: dict[Task, str] = {"box": "FasterRCNN", "mask": "MaskRCNN", "keypoint": "KeypointRCNN"}
+PICTURE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+STYLE = Path(__file__).with_name("report.css")
+NUMBER = re.compile(r"[-+−]?[\d.,]+\b.{0,16}|[-–]?")
+SECTIONS_OF_A_LONG_PAGE = 4
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A section's title."""
+
+    text: str
+
+    def to_markdown(self, _folder: Path) -> str:
+        """Of the second level."""
+        return f"## {_one_line(self.text)}"
+
+    def to_html(self) -> str:
+        """Of the second level, with the id that the page's contents link to."""
+        return f'<h2 id="{_anchor(self.text)}">{html.escape(self.text)}</h2>'
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Plain text. The "lead" says what a report found, a "note" what to know before believing it."""
+
+    text: str
+    kind: Literal["plain", "lead", "note"] = "plain"
+
+    def to_markdown(self, _folder: Path) -> str:
+        """The text; the lead is bold, a note quoted."""
+        before, after = {"plain": ("", ""), "lead": ("**", "**"), "note": ("> ", "")}[self.kind]
+        return before + self.text.replace("<", "&lt;") + after
+
+    def to_html(self) -> str:
+        """One <p>."""
+        kind = "" if self.kind == "plain" else f' class="{self.kind}"'
+        return f"<p{kind}>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was run, and what for."""
+
+    title: str
+    command: str
+
+    def to_markdown(self, _folder: Path) -> str:
+        """An indented block."""
+        return f"{_one_line(self.title)}:\n\n    {' '.join(self.command.splitlines())}"
+
+    def to_html(self) -> str:
+        """The title and a <pre>, whose lines break between words only."""
+        words = " ".join(f"<span>{html.escape(word)}</span>" for word in self.command.split())
+        return f'<div class="command"><p>{html.escape(self.title)}</p><pre><code>{words}</code></pre></div>'
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures to see first.
+
+    Attributes:
+        entries: (value, what it is, what to compare it with).
+    """
+
+    entries: tuple[tuple[str, str, str], ...]
+
+    def to_markdown(self, _folder: Path) -> str:
+        """A list."""
+        return "\n".join(f"- **{value}** {name}: {note}" for value, name, note in self.entries)
+
+    def to_html(self) -> str:
+        """Tiles."""
+        tiles = "".join(
+            f"<div><dt>{html.escape(name)}</dt><dd><b>{html.escape(value)}</b>{html.escape(note)}</dd></div>"
+            for value, name, note in self.entries
+        )
+        return f'<dl class="figures">{tiles}</dl>'
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows and columns.
+    """Text in rows and columns; the first cell of a row is its title.
 
     Attributes:
         header: column titles.
@@ -36,131 +113,86 @@ class Table:
             if len(row) != len(self.header):
                 raise ValueError(f"table '{self.caption}': {len(self.header)} columns, but a row has {len(row)}")
 
-    def to_markdown(self) -> str:
+    def to_markdown(self, _folder: Path | None = None) -> str:
         """GitHub's pipe table."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return f"{self.caption}\n\n{text}" if self.caption else text
+        text = "\n".join(
+            "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+        return f"{_one_line(self.caption)}\n\n{text}" if self.caption else text
 
+    def to_html(self) -> str:
+        """A table that scrolls by itself where it is too wide; columns of numbers stand at the right."""
+        right = [all(NUMBER.fullmatch(row[column]) for row in self.rows) for column in range(len(self.header))]
 
-@dataclass(frozen=True)
-class DetectorRow:
-    """One line of a table in the form of Table III.
+        def cells(row: tuple[str, ...], tag: str = "td") -> str:
+            parts = []
+            for column, cell in enumerate(row):
+                kind = "th" if column == 0 else tag
+                scope = "" if kind == "td" else ' scope="col"' if tag == "th" else ' scope="row"'
+                number = ' class="number"' if right[column] else ""
+                parts.append(f"<{kind}{scope}{number}>{html.escape(cell)}</{kind}>")
+            return f"<tr>{''.join(parts)}</tr>"
 
-    Attributes:
-        model: e.g. "FasterRCNN" or "NORTON".
-        runs_on: engine and machine.
-        macs, params: of one image and of the whole model.
-        dense_macs, dense_params: of the dense model that it is compared with (CR is relative to them).
-        fps: images per second of one-image calls.
-        latency_ms: median end-to-end time, the paper's delta.
-        ap, ar: Table III's AP and AR (0..1).
-
-    What is None was not measured.
-    """
-
-    model: str
-    runs_on: str
-    macs: float | None
-    params: float | None
-    dense_macs: float | None
-    dense_params: float | None
-    fps: float | None
-    latency_ms: float | None
-    ap: float | None = None
-    ar: float | None = None
-
-
-# Table III of the paper as it is printed (its 34 for the keypoint parameters is 33.5 by its own figures).
-PAPER_MACHINE = "paper, RTX 3060"
-PAPER_ROWS: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "box": (
-        ("FasterRCNN", PAPER_MACHINE, "0.37", "0.51", "134.85G (00)", "41.81M (00)", "12", "85"),
-        ("NORTON", PAPER_MACHINE, "0.32", "0.48", "93.39G (31)", "22.01M (47)", "25", "41"),
-    ),
-    "mask": (
-        ("MaskRCNN", PAPER_MACHINE, "0.34", "0.47", "134.85G (00)", "44.46M (00)", "9", "111"),
-        ("NORTON", PAPER_MACHINE, "0.32", "0.46", "93.39G (31)", "24.65M (45)", "20", "50"),
-    ),
-    "keypoint": (
-        ("KeypointRCNN", PAPER_MACHINE, "0.65", "0.77", "137.42G (00)", "59.19M (00)", "8", "125"),
-        ("NORTON", PAPER_MACHINE, "0.63", "0.75", "95.97G (30)", "39.39M (34)", "17", "59"),
-    ),
-}
-
-
-def detector_table(rows: Sequence[DetectorRow], caption: str, *, paper: Task | None = None) -> Table:
-    """Table III's columns and what each line was measured on.
-
-    Args:
-        rows: what was measured.
-        caption: line above the table.
-        paper: adds the paper's two lines of this task, marked as the paper's.
-    """
-    header = ("Model", "Runs on", "AP", "AR", "MACs (CR)", "Params (CR)", "FPS", "Δ (ms)")
-    quoted = () if paper is None else PAPER_ROWS[paper]
-    return Table(header, (*(_cells(row) for row in rows), *quoted), caption)
-
-
-def _cells(row: DetectorRow) -> tuple[str, ...]:
-    return (
-        row.model,
-        row.runs_on,
-        "-" if row.ap is None else f"{row.ap:.2f}",
-        "-" if row.ar is None else f"{row.ar:.2f}",
-        _count(row.macs, row.dense_macs, 1e9, "G"),
-        _count(row.params, row.dense_params, 1e6, "M"),
-        "-" if row.fps is None else f"{row.fps:.1f}" if row.fps < 10 else f"{row.fps:.0f}",
-        "-" if row.latency_ms is None else f"{row.latency_ms:.0f}",
-    )
-
-
-def _count(value: float | None, dense: float | None, unit: float, letter: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value / unit:.2f}{letter}" + ("" if dense is None else f" ({reduction_percent(value, dense)})")
-
-
-def reduction_percent(compressed: float, dense: float) -> str:
-    """Table III's compression rate: per cent saved, two digits."""
-    return f"{100 * (1 - compressed / dense):02.0f}"
-
-
-PICTURE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92rem; }
-caption { caption-side: top; text-align: left; font-weight: 600; padding-bottom: 0.3rem; }
-th, td { border: 1px solid #ccc; padding: 0.3rem 0.6rem; text-align: right; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-th { background: #f2f2f2; }
-img { max-width: 100%; }
-"""
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A section's title."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """Plain text."""
-
-    text: str
+        caption = f'<p class="caption">{html.escape(self.caption)}</p>' if self.caption else ""
+        label = html.escape(self.caption or ", ".join(filter(None, self.header)))
+        body = "\n".join(cells(row) for row in self.rows)
+        return (
+            f'<div class="table">{caption}<div role="region" tabindex="0" aria-label="{label}">'
+            f'<table aria-label="{label}">\n<thead>{cells(self.header, "th")}</thead>\n'
+            f"<tbody>\n{body}\n</tbody></table></div></div>"
+        )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file (.png or .jpg) with the text that stands for it."""
+    """An image file (.png, .jpg or .svg, the latter trusted) with the text that stands for it."""
 
     path: Path
     text: str
 
+    def to_markdown(self, folder: Path) -> str:
+        """A link relative to `folder`."""
+        text = _one_line(self.text).replace("]", "\\]")
+        return f"![{text}]({Path(os.path.relpath(self.path, folder)).as_posix()})"
 
-Block = Heading | Paragraph | Picture | Table
+    def to_html(self) -> str:
+        """A figure with the whole picture in it.
+
+        Raises:
+            UserError: it is missing or of another kind.
+        """
+        text, suffix = html.escape(self.text), self.path.suffix.lower()
+        if suffix not in (*PICTURE_TYPES, ".svg") or not self.path.is_file():
+            raise UserError(f"{self.path}: no such .png, .jpg or .svg picture for the report")
+        if suffix == ".svg":
+            image = _inline_svg(self.path, text)
+        else:
+            encoded = base64.b64encode(self.path.read_bytes()).decode("ascii")
+            image = f'<img src="data:{PICTURE_TYPES[suffix]};base64,{encoded}" alt="{text}">'
+        return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side, below each other where there is no room, with a line above them."""
+
+    pictures: tuple[Picture, ...]
+    text: str = ""
+
+    def to_markdown(self, folder: Path) -> str:
+        """The pictures in one line."""
+        pictures = " ".join(picture.to_markdown(folder) for picture in self.pictures)
+        return f"{_one_line(self.text)}\n\n{pictures}" if self.text else pictures
+
+    def to_html(self) -> str:
+        """A grid of as many columns as pictures at most."""
+        text = f"<p>{html.escape(self.text)}</p>" if self.text else ""
+        pictures = "".join(picture.to_html() for picture in self.pictures)
+        return f'<div class="gallery">{text}<div class="columns-{len(self.pictures)}">{pictures}</div></div>'
+
+
+Block = Heading | Paragraph | Command | Figures | Table | Picture | Gallery
 
 
 @dataclass
@@ -172,46 +204,46 @@ class Report:
 
     def to_markdown(self, folder: Path) -> str:
         """Markdown; pictures are linked relative to `folder`, where the text will be stored."""
-        parts = [f"# {self.title}"]
-        for block in self.blocks:
-            if isinstance(block, Heading):
-                parts.append(f"## {block.text}")
-            elif isinstance(block, Paragraph):
-                parts.append(block.text)
-            elif isinstance(block, Picture):
-                target = Path(os.path.relpath(block.path, folder)).as_posix()
-                parts.append(f"![{block.text}]({target})")
-            else:
-                parts.append(block.to_markdown())
+        parts = [f"# {_one_line(self.title)}", *(block.to_markdown(folder) for block in self.blocks)]
         return "\n\n".join(parts) + "\n"
 
     def to_html(self) -> str:
-        """One HTML page with everything inside, pictures too.
+        """One HTML page with everything inside, for screens of any width and for paper.
 
         Raises:
             UserError: a picture is missing or of another kind.
         """
-        body = "\n".join(_block_html(block) for block in self.blocks)
         title = html.escape(self.title)
+        first = next((place for place, block in enumerate(self.blocks) if isinstance(block, Heading)), len(self.blocks))
+        above, below = (_lines(blocks) for blocks in (self.blocks[:first], self.blocks[first:]))
+        headings = [block.text for block in self.blocks if isinstance(block, Heading)]
+        contents = ""
+        if len(headings) >= SECTIONS_OF_A_LONG_PAGE:
+            links = "".join(f'<li><a href="#{_anchor(text)}">{html.escape(text)}</a></li>' for text in headings)
+            contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n'
         return (
-            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-            f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{title}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
+            f"{above}\n{contents}{below}\n</main>\n</body>\n</html>\n"
         )
 
 
-def _block_html(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{html.escape(block.text)}</h2>"
-    if isinstance(block, Paragraph):
-        return f"<p>{html.escape(block.text)}</p>"
-    if isinstance(block, Picture):
-        kind = PICTURE_TYPES.get(block.path.suffix.lower())
-        if kind is None or not block.path.is_file():
-            raise UserError(f"{block.path}: no such .png or .jpg picture for the report")
-        encoded = base64.b64encode(block.path.read_bytes()).decode("ascii")
-        text = html.escape(block.text)
-        return f'<figure><img src="data:{kind};base64,{encoded}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-    caption = f"<caption>{html.escape(block.caption)}</caption>" if block.caption else ""
-    header = "".join(f"<th>{html.escape(title)}</th>" for title in block.header)
-    rows = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
-    return f"<table>{caption}\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
+def _lines(blocks: Iterable[Block]) -> str:
+    return "\n".join(block.to_html() for block in blocks)
+
+
+def _one_line(text: str) -> str:
+    """Markdown of plain text that has to stay in its line."""
+    return " ".join(text.split("\n")).replace("<", "&lt;")
+
+
+def _anchor(heading: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", heading.lower())) or "section"
+
+
+def _inline_svg(path: Path, text: str) -> str:
+    """The drawing with ids of its own, without the header of a file."""
+    drawing = path.read_text(encoding="utf-8")
+    drawing = drawing[drawing.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{path.stem}-", drawing)
