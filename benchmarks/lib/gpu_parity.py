@@ -12,13 +12,9 @@ import torch
 from benchmarks.lib.gpu_bench import Bench, Graph, Precision, Variant, arithmetic, explain, static_module
 from norton_deploy.export.static_rcnn import GraphSettings
 from norton_deploy.parity.eager_stages import EagerStages
-from norton_deploy.parity.gate import (
-    TOLERANCES,
-    ParityReport,
-    compare_detections,
-    compare_stages,
-    decoded,
-)
+from norton_deploy.parity.references import Reference, compare_detections, thinned
+from norton_deploy.parity.report import TOLERANCES, ParityReport
+from norton_deploy.parity.stages import compare_layers, compare_selection, compare_task, decoded
 from norton_deploy.structures import Detections, Task
 
 
@@ -66,14 +62,18 @@ def judge(bench: Bench, subject: Subject, precision: Precision) -> dict[str, Any
         for flag in report.inexact:
             report.inexact[flag] += int(not outputs[flag].all())
         report.images += 1
-        ambiguous = compare_stages(report, eager, batch, stages, direct | stages, limits)
-        pairs = [("final", eager.whole(batch), direct)]
+        compare_layers(report, eager, batch, stages, limits)
+        compare_selection(report, "detections", eager, stages, direct, limits, np.ones(1, bool))
+        compare_task(report, eager, stages, direct, limits)
+        pairs = [("final", eager.references(batch), direct)]
         if expected is not None:
-            pairs.append(("graph, against the prepared references", [expected[index]], outputs))
+            sample = thinned(len(expected[index]))
+            prepared = Reference(expected[index], sample, expected[index][sample].masks)
+            pairs.append(("graph, against the prepared references", [prepared], outputs))
         for name, reference, arrays in pairs:
             found = decoded(arrays, eager, static.mask_paste)
             report.detections += len(found[0]) if name == "final" else 0
-            compare_detections(report, name, eager, reference, found, limits, ambiguous)
+            compare_detections(report, name, reference, found, limits, **eager.cuts)
     return report.to_dict()
 
 

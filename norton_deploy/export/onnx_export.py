@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import INPUT_NAME, GraphContract, OutputTensor, Precision
+from norton_deploy.export.graph_digest import DIGEST_KEY, UNSIGNED, check_digest, signed
 from norton_deploy.export.static_rcnn import StaticRCNN
 from norton_deploy.files import atomic_write
 from norton_deploy.structures import METADATA_KEY, Categories
@@ -112,12 +113,12 @@ def export_onnx(
     except (EncodeError, ValueError) as error:
         raise UserError(f"{path}: the graph is larger than the 2 GiB that one ONNX file can hold") from error
     with atomic_write(path) as stream:
-        stream.write(content)
+        stream.write(signed(content))
     return contract
 
 
 def describe(model: Any, contract: GraphContract) -> None:
-    """Write into an onnx_ir model who made it, what it is, what its tensors mean, and its contract, in place."""
+    """Write into an onnx_ir model who made it, what it is, what its tensors mean, its contract and a place for `signed`, in place."""
     names = contract.categories.name_of_label
     model.producer_name, model.producer_version = "norton_deploy", version("norton-deploy")
     model.graph.name = f"{contract.task}_detector"
@@ -130,13 +131,14 @@ def describe(model: Any, contract: GraphContract) -> None:
     model.metadata_props["names"] = json.dumps(names)
     model.metadata_props["description"] = model.doc_string
     model.metadata_props[METADATA_KEY] = json.dumps(contract.to_json())
+    model.metadata_props[DIGEST_KEY] = UNSIGNED
 
 
 def read_contract(path: str | Path) -> GraphContract:
     """The contract in an exported file's metadata.
 
     Raises:
-        UserError: the file is missing, is not ONNX, or was not written by `export_onnx`.
+        UserError: the file is missing, is not ONNX, was not written by `export_onnx`, or was changed since.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -149,21 +151,9 @@ def read_contract(path: str | Path) -> GraphContract:
         raise UserError(f"{path}: not an ONNX file") from error
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
+            check_digest(path)
             return GraphContract.parse(entry.value, str(path))
     raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
-
-
-def with_stage_outputs(onnx_path: str | Path) -> bytes:
-    """The graph with its stage tensors as further outputs."""
-    import onnx
-
-    model = onnx.load_model(onnx_path)
-    stages = [value for value in model.graph.value_info if value.name.startswith(STAGE_PREFIX)]
-    if not stages:
-        raise UserError(f"{onnx_path}: its stage tensors are gone; check the file as export_onnx wrote it")
-    model.graph.output.extend(stages)
-    content: bytes = model.SerializeToString()
-    return content
 
 
 def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:

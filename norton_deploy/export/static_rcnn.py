@@ -71,6 +71,11 @@ def task_of(model: GeneralizedRCNN) -> Task:
     return "mask" if model.roi_heads.has_mask() else "keypoint" if model.roi_heads.has_keypoint() else "box"
 
 
+def mask_paste_of(model: GeneralizedRCNN) -> MaskPaste:
+    """How a detector's masks come into the image."""
+    return model.transform.mask_paste if isinstance(model.transform, DetectorTransform) else "whole_pixels"
+
+
 class StaticRCNN(nn.Module):
     """The whole detector, from pixels to padded detections.
 
@@ -116,9 +121,7 @@ class StaticRCNN(nn.Module):
             x_factor, y_factor = self.resize.letterbox.factors
             self.register_buffer("to_frame", torch.tensor([x_factor, y_factor] * 2), persistent=False)
             self.register_buffer("point_to_frame", torch.tensor([x_factor, y_factor, 1.0]), persistent=False)
-        self.mask_paste: MaskPaste = "whole_pixels"
-        if isinstance(transform, DetectorTransform):
-            self.mask_paste = transform.mask_paste
+        self.mask_paste = mask_paste_of(model)
 
         self.backbone = model.backbone
         with torch.no_grad():

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from norton_deploy.cost.session import CPU, make_session, onnxruntime
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
+from norton_deploy.export.graph_digest import check_digest
 from norton_deploy.inference.static_graph import Outputs, StaticGraphPredictor
 from norton_deploy.structures import METADATA_KEY
 
@@ -52,14 +53,15 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
             threads: on the CPU, see `load_predictor`.
 
         Raises:
-            UserError: not a graph of this package, its tensors contradict its metadata, or a provider is
-                missing or does not start.
+            UserError: not a graph of this package, its tensors contradict its metadata, it was changed since its
+                export, or a provider is missing or does not start.
         """
         self._session = make_session(path, device, providers=providers, threads=threads, profile_prefix=profile_prefix)
         self.providers = self._session.get_providers()
         metadata = self._session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in metadata:
             raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
+        check_digest(path)
         super().__init__(str(path), GraphContract.parse(metadata[METADATA_KEY], str(path)), score_threshold)
         self._check_tensors()
         used = f"{self._session.get_session_options().intra_op_num_threads or 'all'} threads"

@@ -1,25 +1,14 @@
-"""How far two runs of one model are apart: tensors, sets of boxes, paired detections, keypoints.
-
-A keypoint is the argmax of a resized heatmap. Where two pixels differ by less than rounding each is as right as the
-other, and their distance says nothing. A trained head has one clear peak; a random or much compressed one may give
-heatmaps that are flat or periodic.
-"""
+"""How far two runs of one model are apart: tensors, sets of boxes, paired detections."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 
 from norton_deploy.structures import Detections
 
 Arrays = dict[str, npt.NDArray[Any]]
-ROUNDING = 1e-5
-"""Pixels within this share of a heatmap's largest absolute value below its maximum tie with it."""
-AMBIGUITY = 2e-3
-"""Maxima within this share of a heatmap's range may change places when the heatmap itself changes a little."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ def pair_detections(
         borderline=int(at_cut.sum()),
         box_px=np.abs(a.boxes - b.boxes).max(axis=1, initial=0.0),
         score=np.abs(a.scores - b.scores),
-        mask_iou=None if a.masks is None or b.masks is None else _mask_iou(a.masks, b.masks),
+        mask_iou=None if a.masks is None or b.masks is None else mask_iou(a.masks, b.masks),
         keypoint_px=None
         if a.keypoints is None or b.keypoints is None
         else np.linalg.norm(a.keypoints[..., :2] - b.keypoints[..., :2], axis=-1),
@@ -106,46 +95,11 @@ def box_iou(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> 
     return iou
 
 
-def _mask_iou(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+def mask_iou(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """IoU of masks [N, H, W] one by one; two empty masks count as 1."""
     intersection = (first & second).sum(axis=(1, 2))
     union = (first | second).sum(axis=(1, 2))
     return np.where(union > 0, intersection / np.maximum(union, 1), 1.0).astype(np.float32)
-
-
-def keypoint_distances(
-    heatmaps: npt.NDArray[np.float32],
-    boxes: npt.NDArray[np.float32],
-    points: npt.NDArray[np.float32],
-    limit_px: float,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """How far decoded keypoints are from the pixels that could be their heatmap's maximum.
-
-    Args:
-        heatmaps: [N, K, S, S].
-        boxes: [N, 4] xyxy in pixels.
-        points: [N, K, 2], decoded (x, y) in pixels.
-        limit_px: maxima farther apart than three times this make a keypoint ambiguous.
-
-    Returns:
-        distance [N, K] in pixels to the nearest pixel that ties with the maximum of the heatmap, resized as
-        torchvision does; and whether the keypoint is ambiguous, [N, K]: a heatmap that differs by little more than
-        rounding may have its maximum elsewhere.
-    """
-    distances = np.zeros(points.shape[:2], np.float32)
-    ambiguous = np.zeros(points.shape[:2], bool)
-    for index, (maps, (x1, y1, x2, y2)) in enumerate(zip(heatmaps, boxes, strict=True)):
-        width, height = max(x2 - x1, np.float32(1)), max(y2 - y1, np.float32(1))
-        rows, columns = int(np.ceil(height)), int(np.ceil(width))
-        resized = F.interpolate(torch.from_numpy(maps)[None], (rows, columns), mode="bicubic", align_corners=False)[0]
-        for keypoint, (values, source) in enumerate(zip(resized.numpy(), maps, strict=True)):
-            tie = ROUNDING * float(np.abs(source).max())
-            near = max(AMBIGUITY * float(source.max() - source.min()), tie)
-            y, x = np.nonzero(values >= values.max() - near)
-            at = np.stack([(x + 0.5) * (width / columns) + x1, (y + 0.5) * (height / rows) + y1], axis=1)
-            ambiguous[index, keypoint] = np.linalg.norm(np.ptp(at, axis=0)) > 3 * limit_px
-            at = at[values[y, x] >= values.max() - tie]
-            distances[index, keypoint] = np.linalg.norm(at - points[index, keypoint], axis=1).min()
-    return distances, ambiguous
 
 
 def relative_difference(expected: Arrays, found: Arrays) -> float:

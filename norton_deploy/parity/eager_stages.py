@@ -5,6 +5,8 @@ Because every stage starts from the graph's tensors, an error shows in the stage
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,9 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from norton_deploy.export.static_rcnn import task_of
 from norton_deploy.inference.torch_backend import TorchPredictor, to_unit_range
+from norton_deploy.models.detectron2_layers import NormalisedKeypointPredictor
 from norton_deploy.parity.comparison import Arrays
+from norton_deploy.parity.references import Reference, thinned
 from norton_deploy.structures import Categories, Detections
 
 
@@ -38,6 +42,8 @@ class EagerStages:
         model: a copy that takes images of `image_size` as they are.
         image_size: (height, width) of the images.
         labels: all that the model can give.
+        cuts: score threshold and number of detections where its list ends.
+        by_probability: whether its keypoint scores are probabilities.
     """
 
     def __init__(self, model: GeneralizedRCNN, image_size: tuple[int, int], max_detections: int) -> None:
@@ -52,10 +58,53 @@ class EagerStages:
         self.labels = tuple(range(1, self.model.roi_heads.box_predictor.cls_score.out_features))
         every_label = Categories(self.labels, self.labels, tuple(map(str, self.labels)))
         self._predictor = TorchPredictor(self.model, task_of(model), every_label, device="cpu")
+        heads = self.model.roi_heads
+        self.cuts: dict[str, Any] = {
+            "score_threshold": heads.score_thresh,
+            "max_detections": heads.detections_per_img,
+        }
+        self.by_probability = heads.has_keypoint() and isinstance(heads.keypoint_predictor, NormalisedKeypointPredictor)
 
     def whole(self, images: npt.NDArray[np.uint8]) -> list[Detections]:
-        """Images uint8 [B, H, W, 3] -> detections, the reference for the final comparison."""
+        """Images uint8 [B, H, W, 3] -> detections."""
         return self._predictor(list(images))
+
+    def references(self, images: npt.NDArray[np.uint8]) -> list[Reference]:
+        """Images uint8 [B, H, W, 3] -> as `whole`, masks and keypoints for a sample of the detections only.
+
+        The steps are those of torchvision's `RoIHeads.forward`; a test holds them to `whole`.
+        """
+        model, heads = self.model, self.model.roi_heads
+        sizes = [self.image_size] * len(images)
+        batch = model.transform(list(to_unit_range(torch.from_numpy(images).permute(0, 3, 1, 2))))[0]
+        maps = model.backbone(batch.tensors)
+        maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        proposals, _ = model.rpn(batch, maps)
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
+        found = heads.postprocess_detections(logits, deltas, proposals, sizes)
+        results = [dict(zip(("boxes", "scores", "labels"), parts, strict=True)) for parts in zip(*found, strict=True)]
+        samples = [thinned(len(result["boxes"])) for result in results]
+        sampled = [
+            {name: values[torch.from_numpy(sample)] for name, values in result.items()}
+            for result, sample in zip(results, samples, strict=True)
+        ]
+        boxes = [part["boxes"] for part in sampled]
+        masks: list[Any] = [None] * len(images)
+        heatmaps: list[Any] = [None] * len(images)
+        if heads.has_mask():
+            local = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
+            local = maskrcnn_inference(local, [part["labels"] for part in sampled])
+            parts = [part | {"masks": mask} for part, mask in zip(sampled, local, strict=True)]
+            pasted = model.transform.postprocess(parts, sizes, sizes)
+            masks = [part["masks"][:, 0].numpy() > 0.5 for part in pasted]
+        if heads.has_keypoint():
+            pooled = heads.keypoint_roi_pool(maps, boxes, sizes)
+            every = heads.keypoint_predictor(heads.keypoint_head(pooled))
+            heatmaps = [part.numpy() for part in every.split([len(part) for part in boxes])]
+        return [
+            Reference(_detections(result, self.image_size), sample, mask, maps_of, self.by_probability)
+            for result, sample, mask, maps_of in zip(results, samples, masks, heatmaps, strict=True)
+        ]
 
     def backbone(self, images: npt.NDArray[np.uint8]) -> Arrays:
         """Images uint8 [B, H, W, 3] -> "body.NAME" feature maps."""
@@ -119,26 +168,29 @@ class EagerStages:
             [part[keep] for part, keep in zip(proposals, valid, strict=True)],
             [self.image_size] * len(proposals),
         )
-        return [
-            Detections(b.numpy(), s.numpy(), c.numpy(), self.image_size)
-            for b, s, c in zip(boxes, scores, labels, strict=True)
-        ]
+        found = zip(boxes, scores, labels, strict=True)
+        return [_detections({"boxes": b, "scores": s, "labels": c}, self.image_size) for b, s, c in found]
 
-    def masks(self, stages: Arrays, outputs: Arrays) -> npt.NDArray[np.float32]:
-        """The graph's pyramid, boxes and labels -> mask probabilities [B * D, M, M]."""
-        heads, boxes = self.model.roi_heads, _tensor(outputs["boxes"])
-        pooled = heads.mask_roi_pool(feature_maps(stages, "fpn."), list(boxes), [self.image_size] * len(boxes))
+    def masks(
+        self, stages: Arrays, boxes: Sequence[npt.NDArray[np.float32]], labels: npt.NDArray[np.integer[Any]]
+    ) -> npt.NDArray[np.float32]:
+        """The graph's pyramid, some boxes [n, 4] of each image and all their labels -> probabilities [N, M, M]."""
+        heads = self.model.roi_heads
+        pooled = heads.mask_roi_pool(feature_maps(stages, "fpn."), *self._boxes(boxes))
         logits = heads.mask_predictor(heads.mask_head(pooled))
-        labels = torch.from_numpy(np.asarray(outputs["labels"], np.int64)).reshape(-1)
-        result: npt.NDArray[np.float32] = maskrcnn_inference(logits, [labels])[0][:, 0].numpy()
+        of_label = maskrcnn_inference(logits, [torch.from_numpy(np.asarray(labels, np.int64))])[0]
+        result: npt.NDArray[np.float32] = of_label[:, 0].numpy()
         return result
 
-    def heatmaps(self, stages: Arrays, outputs: Arrays) -> npt.NDArray[np.float32]:
-        """The graph's pyramid and boxes -> keypoint heatmaps [B * D, K, S, S]."""
-        heads, boxes = self.model.roi_heads, _tensor(outputs["boxes"])
-        pooled = heads.keypoint_roi_pool(feature_maps(stages, "fpn."), list(boxes), [self.image_size] * len(boxes))
+    def heatmaps(self, stages: Arrays, boxes: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        """The graph's pyramid and some boxes [n, 4] of each image -> keypoint heatmaps [N, K, S, S]."""
+        heads = self.model.roi_heads
+        pooled = heads.keypoint_roi_pool(feature_maps(stages, "fpn."), *self._boxes(boxes))
         result: npt.NDArray[np.float32] = heads.keypoint_predictor(heads.keypoint_head(pooled)).numpy()
         return result
+
+    def _boxes(self, boxes: Sequence[npt.NDArray[np.float32]]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        return [_tensor(part) for part in boxes], [self.image_size] * len(boxes)
 
 
 def doubled(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -153,6 +205,10 @@ def feature_maps(stages: Arrays, prefix: str) -> "OrderedDict[str, Tensor]":
     return OrderedDict(
         (name.removeprefix(prefix), _tensor(value)) for name, value in stages.items() if name.startswith(prefix)
     )
+
+
+def _detections(found: dict[str, Tensor], image_size: tuple[int, int]) -> Detections:
+    return Detections(found["boxes"].numpy(), found["scores"].numpy(), found["labels"].numpy(), image_size)
 
 
 def _tensor(values: npt.NDArray[np.generic]) -> Tensor:

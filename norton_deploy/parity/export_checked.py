@@ -27,7 +27,8 @@ from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.parity.gate import ParityReport, check_parity
+from norton_deploy.parity.gate import check_parity
+from norton_deploy.parity.report import ParityReport
 from norton_deploy.parity.sampling_effect import SamplingEffect, measure_sampling_effect
 from norton_deploy.structures import Categories, Task
 
@@ -157,11 +158,9 @@ def export_checked(
         letterbox=options.letterbox,
     )
     exported = time.perf_counter()
-    parity = check_parity(fixed, unchecked, compared_on)
+    parity = check_parity(fixed, unchecked, compared_on, precision=options.precision, categories=categories)
     compared = time.perf_counter()
     report(f"{out}: {task}, {options.precision}, {options.target}\n{parity.table()}")
-    if parity.detections == 0:
-        report("warning: nothing was detected in any image; compare on better --images")
     parity.require()
     os.replace(unchecked, out)
     parity.graph = str(out)

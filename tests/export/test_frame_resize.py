@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from altered_graphs import save_signed
 from conftest import CATEGORIES
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
 
+from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.errors import UserError
 from norton_deploy.export import tensorrt_build
@@ -38,7 +40,8 @@ def export(once: Callable[[str, Callable[[Path], None]], Path]) -> Export:
         def write(path: Path) -> None:
             settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=input_size)
             graph = StaticRCNN(lower_model(copy.deepcopy(reduced_detector(task))), settings)
-            export_onnx(graph, path, categories=CATEGORIES)
+            digest = tensors_digest(reduced_detector(task).state_dict())
+            export_onnx(graph, path, categories=CATEGORIES, weights_sha256=digest)
 
         return once(f"frames-{task}-{target}-{input_size is None}.onnx", write)
 
@@ -111,7 +114,7 @@ def test_parity_covers_the_resizing(export: Export, tmp_path: Path) -> None:
     gather = [node for node in model.graph.node if node.op_type == "Gather"][2]
     rows = next(entry for entry in model.graph.initializer if entry.name == gather.input[1])
     rows.CopyFrom(numpy_helper.from_array(np.maximum(numpy_helper.to_array(rows) - 3, 0), rows.name))
-    onnx.save(model, tmp_path / "shifted.onnx")
+    save_signed(model, tmp_path / "shifted.onnx")
     with pytest.raises(UserError, match="first in stage 'resize'"):
         check_parity(reduced_detector("keypoint"), tmp_path / "shifted.onnx", images).require()
 
@@ -120,7 +123,7 @@ def test_boxes_in_the_wrong_pixels_are_noticed(export: Export, tmp_path: Path) -
     model = onnx.load(export("box", FRAME_SIZE))
     factors = next(entry for entry in model.graph.initializer if "to_frame" in entry.name)
     factors.CopyFrom(numpy_helper.from_array(np.ones(4, np.float32), factors.name))
-    onnx.save(model, tmp_path / "unscaled.onnx")
+    save_signed(model, tmp_path / "unscaled.onnx")
     with pytest.raises(UserError, match="first in stage 'final'"):
         check_parity(
             reduced_detector("box"), tmp_path / "unscaled.onnx", list(blobs(2, FRAME_SIZE, seed=5).numpy())

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from altered_graphs import save_signed
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs
 
@@ -73,7 +74,7 @@ def change_weight(path: Path, out: Path, part: str) -> None:
     tensor = next(t for t in model.graph.initializer if part in t.name and len(t.dims) > 1)
     values = np.array(numpy_helper.to_array(tensor))
     tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.02), tensor.name))
-    onnx.save(model, out)
+    save_signed(model, out)
 
 
 @pytest.mark.parametrize(

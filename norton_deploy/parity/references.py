@@ -1,0 +1,100 @@
+"""What eager mode finds in an image, and how far a run of the graph is from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from norton_deploy.parity.comparison import mask_iou, pair_detections, quantile
+from norton_deploy.parity.keypoint_loss import KeypointLoss, keypoint_loss
+from norton_deploy.parity.report import ParityReport, Tolerances
+from norton_deploy.structures import Detections
+
+SAMPLE = 32
+"""Of how many detections per image eager mode computes masks and keypoints; with all, they take most of the time."""
+GRID_PX = 0.05
+"""A keypoint lies at the centre of a pixel of its box, to rounding of coordinates."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What eager mode finds in one image.
+
+    Attributes:
+        detections: boxes, scores and labels, in pixels of the graph's canvas.
+        sample: [S], falling in score: those that have the following.
+        masks: bool [S, H, W], or None.
+        heatmaps: float32 [S, K, M, M], or None.
+        by_probability: whether a keypoint's score is the exponential of its heatmap's value.
+    """
+
+    detections: Detections
+    sample: npt.NDArray[np.int64]
+    masks: npt.NDArray[np.bool_] | None = None
+    heatmaps: npt.NDArray[np.float32] | None = None
+    by_probability: bool = False
+
+
+def thinned(count: int) -> npt.NDArray[np.int64]:
+    """At most `SAMPLE` of `count` indices, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(np.int64))
+
+
+def compare_detections(
+    report: ParityReport,
+    name: str,
+    expected: Sequence[Reference],
+    found: Sequence[Detections],
+    limits: Tolerances,
+    *,
+    score_threshold: float,
+    max_detections: int,
+) -> None:
+    """All measures of the detections that any predictor `found` on the canvas, as stage `name`.
+
+    Unmatched ones are excused where they lie at the cuts: the model's threshold, and the last place of a full list.
+    """
+    share = limits.share
+    for reference, theirs in zip(expected, found, strict=True):
+        ours = reference.detections
+        pairing = pair_detections(
+            ours,
+            theirs,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            score_tolerance=limits.score,
+        )
+        report.count("boxes", len(pairing.pairs))
+        unexplained = (pairing.unmatched - pairing.borderline) / max(len(ours) + len(theirs), 1)
+        report.record(name, "share of unmatched detections", unexplained, limits.unmatched)
+        report.record(name, "box distance, px", quantile(pairing.box_px, share), limits.box_px)
+        report.record(name, "score difference", quantile(pairing.score, share), limits.score)
+        first, second = pairing.pairs[np.isin(pairing.pairs[:, 0], reference.sample)].T
+        place = np.searchsorted(reference.sample, first)
+        if reference.masks is not None and theirs.masks is not None:
+            report.count("masks", len(place))
+            lowest = 1.0 - quantile(1.0 - mask_iou(reference.masks[place], theirs.masks[second]), share)
+            report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
+        if reference.heatmaps is not None and theirs.keypoints is not None:
+            points = theirs.keypoints[second]
+            judged = keypoint_loss(reference.heatmaps[place], theirs.boxes[second], points[..., :2])
+            record_keypoints(report, name, judged, points[..., 2], reference.by_probability, limits)
+
+
+def record_keypoints(
+    report: ParityReport,
+    name: str,
+    judged: KeypointLoss,
+    scores: npt.NDArray[np.float32],
+    by_probability: bool,
+    limits: Tolerances,
+) -> None:
+    """Keypoints with their `scores` [N, K] as stage `name`; the distance to the maximum is reported, not judged."""
+    report.count("keypoints", len(scores))
+    expected, spread = (np.exp(judged.value), 1.0) if by_probability else (judged.value, judged.spread)
+    difference = np.abs(scores - expected) / spread
+    report.record(name, "heatmap loss at keypoint", quantile(judged.loss, limits.share), limits.keypoint_loss)
+    report.record(name, "keypoint off its grid, px", quantile(judged.off_grid_px, limits.share), GRID_PX)
+    report.record(name, "keypoint score difference", quantile(difference, limits.share), limits.keypoint_loss)
+    report.record(name, "keypoint to maximum, px", quantile(judged.distance_px, 1.0), None)
