@@ -178,12 +178,14 @@ def _tensor(value: object) -> Tensor:
     return value
 
 
-def random_detector(task: Task, image_size: tuple[int, int], plan: CompressionPlan | None = None) -> FasterRCNN:
-    """A detector with calibrated random weights, always the same, for images of (height, width); in eval mode."""
+def random_detector(
+    task: Task, image_size: tuple[int, int], plan: CompressionPlan | None = None, seed: int = 0
+) -> FasterRCNN:
+    """A detector with calibrated random weights, the same for a seed, for images of (height, width); in eval mode."""
     settings = DetectorSettings(image=ImageSettings(min_size=min(image_size), max_size=max(image_size)))
     settings = replace(settings, num_classes=2) if task == "keypoint" else settings
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = build_detector(task, settings, plan)
     scenes = [draw_scene(seed, image_size).image for seed in (1000, 1001)]
     pixels = [torch.from_numpy(scene).permute(2, 0, 1).to(torch.float32) / 255 for scene in scenes]

@@ -118,7 +118,10 @@ def export_onnx(
 
 
 def describe(model: Any, contract: GraphContract) -> None:
-    """Write into an onnx_ir model who made it, what it is, what its tensors mean, its contract and a place for `signed`, in place."""
+    """Write into an onnx_ir model who made it, what it is, what its tensors mean and its contract, in place.
+
+    The digest's place is kept free for `signed`.
+    """
     names = contract.categories.name_of_label
     model.producer_name, model.producer_version = "norton_deploy", version("norton-deploy")
     model.graph.name = f"{contract.task}_detector"

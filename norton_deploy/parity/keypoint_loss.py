@@ -17,7 +17,9 @@ Values = npt.NDArray[np.float32]
 FLAT = 1e-2
 """A heatmap's range counts as at least this share of its largest absolute value; below, rounding is all there is."""
 WHOLE = 1e-3
-"""Pixels within which a box's side may have been rounded up to either of two whole numbers."""
+"""Pixels within which a box's side may have been rounded up to either of two whole numbers ..."""
+EXACT_PX = 0.02
+"""... and the one that fits all keypoints so well is the one that was used."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,13 @@ def keypoint_loss(heatmaps: Values, boxes: Values, points: Values) -> KeypointLo
 def _pixels(at: Values, low: np.float32, high: np.float32) -> tuple[npt.NDArray[np.int64], int, Values]:
     """Pixel of each coordinate on an axis of a box, how many pixels the axis has, and distances to their centres."""
     length = max(float(high - low), 1.0)
-    best: tuple[npt.NDArray[np.int64], int, Values] | None = None
-    for count in sorted({int(np.ceil(length - WHOLE)), int(np.ceil(length)), int(np.ceil(length + WHOLE))}):
+    fits = []
+    for count in dict.fromkeys(int(np.ceil(length + rounding)) for rounding in (0, -WHOLE, WHOLE)):
         position = (at - low) * (count / length) - 0.5
         pixel = np.rint(position).clip(0, count - 1).astype(np.int64)
         off = np.abs(position - pixel).astype(np.float32) * np.float32(length / count)
-        if best is None or off.max() < best[2].max():
-            best = pixel, count, off
-    assert best is not None
-    return best
+        fits.append((pixel, count, off))
+    return next((fit for fit in fits if fit[2].max() < EXACT_PX), fits[0])
 
 
 @lru_cache(maxsize=256)
