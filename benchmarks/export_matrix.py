@@ -40,6 +40,8 @@ class Settings:
     """Height and width of the graphs."""
     seeds: int = 3
     """Random detectors of each kind."""
+    most: int | None = None
+    """Stop after so many exports; starting again continues."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class Source:
 
 def main(settings: Settings) -> int:
     """Run the missing cells; status 1 if any export was refused."""
-    results = ResultCells(settings.out, settings_of(settings, "seeds"), report)
-    return results.measure_all({source.name: partial(export, source, settings) for source in sources(settings.seeds)})
+    results = ResultCells(settings.out, settings_of(settings, "seeds", "most"), report)
+    missing = [source for source in sources(settings.seeds) if source.name not in results.cells]
+    return results.measure_all({source.name: partial(export, source, settings) for source in missing[: settings.most]})
 
 
 def sources(seeds: int) -> Iterator[Source]:
