@@ -14,6 +14,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.parity.export_checked import SCENES, Export, ExportOptions, export_checked, open_detector
+from norton_deploy.parity.verification import reference_path
 from norton_deploy.structures import Task
 
 FIRST = (
@@ -78,6 +79,7 @@ def run_export(settings: Settings, out: Path) -> Export:
         raise UserError("parity_images: every export is compared on at least 1 image")
     refuse_same_file(out, None if settings.model is None else Path(settings.model))
     check_output_file(out, "--out", ".onnx", overwrite=settings.overwrite)
+    check_output_file(reference_path(out), "--out", overwrite=settings.overwrite)
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     if settings.artefact is not None:
         check_artefact_folder(settings.artefact, overwrite=settings.overwrite)

@@ -19,6 +19,7 @@ from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.export.contract import Target
 from norton_deploy.export.tensorrt_build import Engine, build_or_explain, manifest_path
 from norton_deploy.files import check_output_file
+from norton_deploy.parity.engine_check import check_engine
 
 ENGINE_NOT_BUILT = 3
 FIRST = (
@@ -62,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if graph is None:
         graph = settings.out.with_suffix(".onnx")
         report = export_onnx.run_export(replace(settings, target="tensorrt"), graph).to_dict()
-    build = build_or_explain(
+    built = build_or_explain(
         graph, settings.out, engine=settings.engine, compute_capability=settings.compute_capability
     )
+    build = check_engine(built, report=lambda message: print(message, file=sys.stderr))
     print(build.text(), file=sys.stderr)
     if settings.artefact is not None:
-        built = graph if build.manifest is None else settings.out
-        write_artefact(settings.artefact, built, overwrite=settings.overwrite)
+        model = graph if build.manifest is None else settings.out
+        write_artefact(settings.artefact, model, overwrite=settings.overwrite)
     write_json(report | build.to_dict(), settings.json)
     return 0 if build.manifest is not None else ENGINE_NOT_BUILT

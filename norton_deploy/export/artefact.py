@@ -91,6 +91,9 @@ def write_artefact(folder: str | Path, model: str | Path, *, overwrite: bool = F
             shutil.copyfile(manifest_path(source.file), manifest_path(out / name))
         else:
             shutil.copytree(TEMPLATES / "python", out / "python", ignore=shutil.ignore_patterns("__pycache__"))
+        references = source.file.with_suffix(".reference.npz")
+        if references.is_file():
+            shutil.copyfile(references, out / "model.reference.npz")
         (out / CONTRACT_FILE).write_text(json.dumps(source.contract.to_json(), indent=2) + "\n")
         (out / "labels.txt").write_text("\n".join(label_lines(source.contract)) + "\n")
         shutil.copytree(TEMPLATES / "cpp", out / "cpp")
@@ -167,6 +170,7 @@ FILES = {
     "model.onnx": "the graph; `load_predictor` of norton_deploy opens it, or this folder",
     "model.engine": "the engine, for the GPU and the version that `model.engine.json` names",
     "model.engine.json": "what the engine was built by and for, and its SHA-256",
+    "model.reference.npz": "images and what is in them; `norton verify_engine` compares",
     CONTRACT_FILE: "what goes in and comes out, for programs",
     "labels.txt": "the names of the labels",
     "python": "a client that needs ONNX Runtime and NumPy (Pillow reads the picture)",

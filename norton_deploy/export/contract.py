@@ -18,7 +18,7 @@ INPUT_NAME = "images"
 FLAGS = ("nms_converged", "candidates_complete")
 Target = Literal["onnxruntime", "tensorrt"]
 InputDtype = Literal["uint8", "float32"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "tf32"]
 Resize = Literal["letterbox", "none", "graph"]
 TASK_OUTPUT: dict[Task, tuple[str, ...]] = {"box": (), "mask": ("masks",), "keypoint": ("keypoints",)}
 
@@ -47,7 +47,7 @@ class GraphContract:
         input_dtype: "uint8" ([B, H, W, 3] RGB) or "float32" ([B, 3, H, W] RGB, 0..1).
         outputs: its outputs, in the graph's order.
         target: the engine that it was made for.
-        precision: fp32 or fp16.
+        precision: fp32, fp16, or tf32: a graph in fp32 whose engine may round factors to 10 bits of mantissa.
         resize: "letterbox": images of another size may be letterboxed by the caller; "graph": they must have
             `input_size`, which the graph letterboxes into `image_size`; "none": they must have `image_size`.
         weights_sha256: digest of the weights that the graph was made from, "" if not recorded.

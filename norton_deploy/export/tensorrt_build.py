@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError
-from norton_deploy.export.contract import GraphContract
+from norton_deploy.export.contract import GraphContract, Precision
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.files import atomic_write, read_json, sha256_of
 
@@ -27,6 +27,7 @@ Engine = Literal["tensorrt", "tensorrt-rtx"]
 MODULE_OF_ENGINE: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 MANIFEST_FORMAT = 2
 PORTABLE = "portable"
+NOT_RUN = "built, not run"
 
 
 class EngineUnavailableError(Exception):
@@ -44,6 +45,7 @@ class EngineManifest:
         norton_deploy_version: of this package.
         graph_sha256, engine_sha256: digests of the files.
         contract: of the graph.
+        checked: what is known of the engine itself, in words.
     """
 
     engine: Engine
@@ -53,6 +55,12 @@ class EngineManifest:
     graph_sha256: str
     engine_sha256: str
     contract: GraphContract
+    checked: str = NOT_RUN
+
+    def write(self, engine_path: str | Path) -> None:
+        """Write it beside its engine, whole or not at all."""
+        with atomic_write(manifest_path(engine_path), "w") as stream:
+            stream.write(json.dumps(self.to_json(), indent=2) + "\n")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; `load` reads them."""
@@ -118,7 +126,7 @@ class EngineBuild:
             )
         return (
             f"{self.file}: {self.engine} {self.manifest.engine_version} for compute capability "
-            f"{self.manifest.compute_capability}, built in {self.build_s:.0f} s; not run here"
+            f"{self.manifest.compute_capability}, built in {self.build_s:.0f} s; {self.manifest.checked}"
         )
 
 
@@ -165,7 +173,8 @@ def build_engine(
     if engine == "tensorrt":
         require_gpu(compute_capability)
     log = _logger(package)
-    plan = _build(package, log, Path(onnx_path), compute_capability if engine == "tensorrt-rtx" else None)
+    capability = compute_capability if engine == "tensorrt-rtx" else None
+    plan = _build(package, log, Path(onnx_path), capability, contract.precision)
     with atomic_write(engine_path) as stream:
         stream.write(plan)
     manifest = EngineManifest(
@@ -177,8 +186,7 @@ def build_engine(
         engine_sha256=sha256_of(engine_path),
         contract=contract,
     )
-    with atomic_write(manifest_path(engine_path), "w") as stream:
-        stream.write(json.dumps(manifest.to_json(), indent=2) + "\n")
+    manifest.write(engine_path)
     return manifest
 
 
@@ -249,7 +257,9 @@ def _logger(package: ModuleType) -> Any:
     return KeptErrors()
 
 
-def _build(package: ModuleType, log: Any, onnx_path: Path, compute_capability: str | None) -> bytes:
+def _build(
+    package: ModuleType, log: Any, onnx_path: Path, compute_capability: str | None, precision: Precision
+) -> bytes:
     """Parse and compile; the serialized engine."""
     builder = package.Builder(log)
     strongly_typed = 1 << int(package.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -259,6 +269,8 @@ def _build(package: ModuleType, log: Any, onnx_path: Path, compute_capability: s
         problem = parser.get_error(0).desc() if parser.num_errors else "; ".join(log.errors[:1])
         raise UserError(f"{onnx_path}: {package.__name__} cannot parse it: {' '.join(problem.split())}")
     config = builder.create_builder_config()
+    if precision != "tf32":  # on by default: 10 bits of mantissa in every product of fp32 tensors
+        config.clear_flag(package.BuilderFlag.TF32)
     if compute_capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(package, compute_capability), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class TorchPredictor(Predictor):
             inputs = [to_unit_range(image.to(self.torch_device)) for image in inputs]
             self._synchronise()
             started = self.timing.add("copy_ms", started)
-            with torch.inference_mode():
+            with torch.inference_mode(), full_precision():
                 outputs = self.model(inputs)
             self._synchronise()
             started = self.timing.add("infer_ms", started)
@@ -136,6 +137,18 @@ class TorchPredictor(Predictor):
     def _synchronise(self) -> None:
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 means fp32: no product is rounded to TF32, as cuDNN's convolutions are by default."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class EagerStages:
         """Images uint8 [B, H, W, 3] -> detections."""
         return self._predictor(list(images))
 
+    @torch.no_grad()
     def references(self, images: npt.NDArray[np.uint8]) -> list[Reference]:
         """Images uint8 [B, H, W, 3] -> as `whole`, masks and keypoints for a sample of the detections only.
 

@@ -28,8 +28,10 @@ from norton_deploy.inference.predictor import Image
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.parity.gate import check_parity
+from norton_deploy.parity.references import Example
 from norton_deploy.parity.report import ParityReport
 from norton_deploy.parity.sampling_effect import SamplingEffect, measure_sampling_effect
+from norton_deploy.parity.verification import ReferenceFile, reference_path
 from norton_deploy.structures import Categories, Task
 
 RANDOM_SIZE = (800, 800)
@@ -52,7 +54,8 @@ class ExportOptions:
     batch: int = 1
     """Images per run."""
     precision: Precision = "fp32"
-    """fp32, or fp16 (see export/precision.py for what stays fp32)."""
+    """fp32; fp16 (see export/precision.py for what stays fp32); or, for engines, tf32: fp32 whose products the GPU may
+    round to 10 bits of mantissa."""
     max_detections: int | None = None
     """Detections per image; by default the model's own number."""
     candidates: int = 1024
@@ -119,7 +122,7 @@ def export_checked(
     eval_limit: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Export:
-    """Write `out` if, and only if, it passes the parity check.
+    """Write `out`, and reference detections beside it, if, and only if, it passes the parity check.
 
     Args:
         model: a detector in eval mode, on the CPU; not changed.
@@ -136,6 +139,8 @@ def export_checked(
     Raises:
         UserError: impossible options, or the graph differs; it then stays beside `out` as *.unchecked.onnx.
     """
+    if options.precision == "tf32" and options.target != "tensorrt":
+        raise UserError("--precision tf32: a choice of TensorRT's builder; for this target it is fp32 or fp16")
     image_size = graph_size(model, options.image_size, report)
     compared_on = images or [draw_scene(seed, options.input_size or image_size).image for seed in range(scenes)]
     adaptive = is_adaptive(model)
@@ -158,11 +163,15 @@ def export_checked(
         letterbox=options.letterbox,
     )
     exported = time.perf_counter()
-    parity = check_parity(fixed, unchecked, compared_on, precision=options.precision, categories=categories)
+    examples: list[Example] = []
+    parity = check_parity(
+        fixed, unchecked, compared_on, precision=options.precision, categories=categories, keep=examples
+    )
     compared = time.perf_counter()
     report(f"{out}: {task}, {options.precision}, {options.target}\n{parity.table()}")
     parity.require()
     os.replace(unchecked, out)
+    ReferenceFile.of(contract, options.precision, fixed, examples).save(reference_path(out))
     parity.graph = str(out)
     effect = measure_sampling_effect(model, fixed, compared_on, image_size) if adaptive else None
     if effect is not None:

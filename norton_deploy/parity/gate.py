@@ -24,10 +24,11 @@ from norton_deploy.export.static_rcnn import mask_paste_of, task_of
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image
 from norton_deploy.inference.static_graph import StaticGraphPredictor, to_graph_input
+from norton_deploy.parity.comparison import Arrays
 from norton_deploy.parity.eager_stages import EagerStages
 from norton_deploy.parity.given_heads import compare_given, on_canvas
 from norton_deploy.parity.graph_parts import CuttableGraph
-from norton_deploy.parity.references import compare_detections
+from norton_deploy.parity.references import Example, compare_detections
 from norton_deploy.parity.report import TOLERANCES, ParityReport, Tolerances
 from norton_deploy.parity.stages import (
     BOX_OUTPUTS,
@@ -57,6 +58,7 @@ def check_parity(
     categories: Categories | None = None,
     predictor: StaticGraphPredictor | None = None,
     tolerances: Tolerances | None = None,
+    keep: list[Example] | None = None,
 ) -> ParityReport:
     """Compare an exported graph, run by ONNX Runtime on the CPU, with its model in eager mode.
 
@@ -64,14 +66,15 @@ def check_parity(
         model: the detector that was exported, in eval mode, on the CPU, before any lowering; not changed.
         onnx_path: the graph.
         images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. The last batch is filled up from
-            the first images; a batch of the gate's own follows for the layers. Lists are compared where scores do not
-            tie, as on blank images. Where the graph resizes its input itself, its result is compared with the
-            predictor's letterbox, and is what eager mode is given.
+            the first images; a batch of the gate's own goes before them, for the layers. Lists are compared where
+            scores do not tie as on blank images. Where the graph resizes its input itself, its result is compared with
+            the predictor's letterbox, and is what eager mode is given.
         precision: that the graph was asked for.
         categories: of the model; None leaves the graph's unchecked.
         predictor: what runs the whole graph for the last stage, by default ONNX Runtime on the CPU; an engine that was
             built from the graph is compared by giving it here, and must then find enough in the images itself.
         tolerances: by default those of `precision`.
+        keep: gets the images and what eager mode finds in them.
 
     Raises:
         UserError: no images, a file that `export_onnx` did not write or that says other things about itself than the
@@ -84,18 +87,19 @@ def check_parity(
     shipped = predictor or OnnxRuntimePredictor(Path(onnx_path), device="cpu")
     if shipped.contract != contract:
         raise UserError(f"{shipped.name}: was not made from {onnx_path}")
-    limits = tolerances or TOLERANCES[precision]
+    limits = tolerances or TOLERANCES["fp32" if precision == "tf32" and predictor is None else precision]
     report = ParityReport(str(onnx_path), precision)
     eager = EagerStages(model, contract.image_size, contract.max_detections)
     graph = CuttableGraph(onnx_path)
+    if graph.max_detections != contract.max_detections:
+        raise UserError(f"{onnx_path}: its metadata say max_detections = {contract.max_detections}; export it again")
     layers = graph.part(
         [*(name for name in graph.stages if name not in ("heatmaps", "canvas_keypoints")), *BOX_OUTPUTS]
     )
-    filled = [*images, *islice(cycle(images), -len(images) % contract.batch), *own_scenes(contract)]
-    for start in range(0, len(filled), contract.batch):
-        frames = letterboxed(filled[start : start + contract.batch], contract.input_size)
-        fed = to_graph_input(frames, contract.input_dtype)
-        stages = layers({contract.input_name: fed})
+
+    def run_layers(frames: Image) -> tuple[Image, Arrays]:
+        """The canvas and the stages of a batch of frames, after their comparison."""
+        stages = layers({contract.input_name: to_graph_input(frames, contract.input_dtype)})
         canvas = frames
         if contract.resize == "graph":
             expected = letterboxed(list(frames), contract.image_size)
@@ -103,26 +107,33 @@ def check_parity(
             report.record("resize", "difference, levels", levels, RESIZE_LEVELS)
             canvas = stages["canvas"].astype(np.uint8)
         compare_layers(report, eager, canvas, stages, limits)
-        if start >= len(images):
-            break  # the scenes show layers; whether their lists are exact is their own affair
+        return canvas, stages
+
+    needed = ["boxes", *(name for name in ("masks", "keypoints") if name in graph.outputs)]
+    _, stages = run_layers(letterboxed(own_scenes(contract), contract.input_size))
+    if predictor is None:
+        frame = Letterbox.fit(contract.input_size, contract.image_size)
+        compare_given(report, graph, eager, stages, limits, frame)
+        needed.append("proposals")
+    filled = [*images, *islice(cycle(images), -len(images) % contract.batch)]
+    for start in range(0, len(filled), contract.batch):
+        frames = letterboxed(filled[start : start + contract.batch], contract.input_size)
+        canvas, stages = run_layers(frames)
         judged = ~tied(stages)
         compare_proposals(report, "proposals", eager, stages, limits, judged)
         compare_selection(report, "detections", eager, stages, on_canvas(stages), limits, judged)
-        outputs = shipped.run(fed)
+        outputs = shipped.run(to_graph_input(frames, contract.input_dtype))
         if contract.resize == "graph":
             outputs = to_canvas(outputs, Letterbox.fit(contract.input_size, contract.image_size))
         found = decoded(outputs, eager, contract.mask_paste)
         references = chosen(eager.references(canvas), judged)
         compare_detections(report, "final", references, chosen(found, judged), limits, **eager.cuts)
+        if keep is not None:
+            keep += map(Example, chosen(list(frames), judged), references)
         report.images += len(canvas)
         report.detections += sum(map(len, found))
         for flag in report.inexact:
             report.inexact[flag] += int(not outputs[flag].all())
-    needed = ["boxes", *(name for name in ("masks", "keypoints") if name in graph.outputs)]
-    if predictor is None:
-        frame = Letterbox.fit(contract.input_size, contract.image_size)
-        compare_given(report, graph, eager, stages, limits, frame)
-        needed.append("proposals")
     report.require_enough(*needed)
     return report
 

@@ -42,6 +42,7 @@ class CuttableGraph:
     Attributes:
         stages: names of its stage tensors, without "stage/".
         outputs: names of its outputs.
+        max_detections: rows of them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,6 +57,7 @@ class CuttableGraph:
         self._values = {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
         self.stages = [plain(name) for name in self._values if name.startswith(STAGE_PREFIX)]
         self.outputs = [value.name for value in graph.output]
+        self.max_detections = self._values["boxes"].type.tensor_type.shape.dim[1].dim_value
         if not self.stages:
             raise UserError(f"{path}: its stage tensors are gone; check the file as export_onnx wrote it")
 

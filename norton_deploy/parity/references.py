@@ -36,6 +36,14 @@ class Reference:
     by_probability: bool = False
 
 
+@dataclass(frozen=True)
+class Example:
+    """Attributes: an image of the graph's input size, uint8 RGB [H, W, 3], and what eager mode finds in it."""
+
+    frame: npt.NDArray[np.uint8]
+    reference: Reference
+
+
 def thinned(count: int) -> npt.NDArray[np.int64]:
     """At most `SAMPLE` of `count` indices, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(np.int64))
