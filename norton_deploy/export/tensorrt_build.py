@@ -268,9 +268,7 @@ def _build(
     if not parser.parse_from_file(str(onnx_path)):
         problem = parser.get_error(0).desc() if parser.num_errors else "; ".join(log.errors[:1])
         raise UserError(f"{onnx_path}: {package.__name__} cannot parse it: {' '.join(problem.split())}")
-    config = builder.create_builder_config()
-    if precision != "tf32":  # on by default: 10 bits of mantissa in every product of fp32 tensors
-        config.clear_flag(package.BuilderFlag.TF32)
+    config = builder_config(package, builder, precision)
     if compute_capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(package, compute_capability), 0)
@@ -279,6 +277,14 @@ def _build(
         problem = " ".join((log.errors or ["no reason given"])[0].split())
         raise UserError(f"{onnx_path}: {package.__name__} cannot build it: {problem}")
     return bytes(plan)
+
+
+def builder_config(package: ModuleType, builder: Any, precision: Precision) -> Any:
+    """fp32 means fp32: by default a builder rounds the factors of fp32 products to TF32's 10 bits of mantissa."""
+    config = builder.create_builder_config()
+    if precision != "tf32":
+        config.clear_flag(package.BuilderFlag.TF32)
+    return config
 
 
 def _capability(package: ModuleType, compute_capability: str) -> Any:

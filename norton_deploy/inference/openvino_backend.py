@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
+from norton_deploy.export.graph_digest import check_digest
 from norton_deploy.inference.predictor import FloatType
 from norton_deploy.inference.static_graph import Outputs, StaticGraphPredictor
 from norton_deploy.structures import METADATA_KEY
@@ -78,6 +79,8 @@ class OpenVinoPredictor(StaticGraphPredictor):
             model = core.read_model(str(path))
             if not model.has_rt_info(METADATA_PATH):
                 raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
+            if path.suffix == ".onnx":
+                check_digest(path)
             contract = GraphContract.parse(model.get_rt_info(METADATA_PATH).astype(str), str(path))
             compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:

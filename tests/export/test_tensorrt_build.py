@@ -14,6 +14,8 @@ from norton_deploy.export.tensorrt_build import (
     EngineManifest,
     EngineUnavailableError,
     build_engine,
+    builder_config,
+    engine_package,
     manifest_path,
     target_commands,
 )
@@ -98,3 +100,13 @@ def test_commands_for_the_target() -> None:
     own, nvidia = target_commands("m.onnx", "m.engine", "tensorrt")
     assert own == "python tools/export_trt.py --onnx m.onnx --engine tensorrt --out m.engine"
     assert nvidia == "trtexec --onnx=m.onnx --stronglyTyped --saveEngine=m.engine"
+
+
+@needs_rtx
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("fp16", False), ("tf32", True)])
+def test_only_tf32_may_round_products(precision: str, tf32: bool) -> None:
+    import tensorrt_rtx
+
+    package = engine_package("tensorrt-rtx")
+    config = builder_config(package, package.Builder(tensorrt_rtx.Logger()), precision)
+    assert config.get_flag(package.BuilderFlag.TF32) == tf32

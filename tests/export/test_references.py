@@ -1,19 +1,13 @@
 """What the gate takes for eager mode's detections is what torchvision's own forward finds."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
 
 from norton_deploy.parity.eager_stages import EagerStages
 from norton_deploy.parity.references import compare_detections
 from norton_deploy.parity.report import TOLERANCES, ParityReport
 from norton_deploy.structures import TASKS, Task
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
-
-from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
 
 
 @pytest.mark.parametrize("task", TASKS)
