@@ -174,7 +174,8 @@ def build_engine(
         require_gpu(compute_capability)
     log = _logger(package)
     capability = compute_capability if engine == "tensorrt-rtx" else None
-    plan = _build(package, log, Path(onnx_path), capability, contract.precision)
+    timings = Path(f"{engine_path}.timings") if engine == "tensorrt" else None
+    plan = _build(package, log, Path(onnx_path), capability, contract.precision, timings)
     with atomic_write(engine_path) as stream:
         stream.write(plan)
     manifest = EngineManifest(
@@ -258,9 +259,14 @@ def _logger(package: ModuleType) -> Any:
 
 
 def _build(
-    package: ModuleType, log: Any, onnx_path: Path, compute_capability: str | None, precision: Precision
+    package: ModuleType,
+    log: Any,
+    onnx_path: Path,
+    compute_capability: str | None,
+    precision: Precision,
+    timings: Path | None,
 ) -> bytes:
-    """Parse and compile; the serialized engine."""
+    """Parse and compile; the serialized engine. TensorRT's times of kernels are kept in `timings`."""
     builder = package.Builder(log)
     strongly_typed = 1 << int(package.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed)
@@ -268,7 +274,7 @@ def _build(
     if not parser.parse_from_file(str(onnx_path)):
         problem = parser.get_error(0).desc() if parser.num_errors else "; ".join(log.errors[:1])
         raise UserError(f"{onnx_path}: {package.__name__} cannot parse it: {' '.join(problem.split())}")
-    config = builder_config(package, builder, precision)
+    config = builder_config(package, builder, precision, timings)
     if compute_capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(package, compute_capability), 0)
@@ -276,12 +282,25 @@ def _build(
     if plan is None:
         problem = " ".join((log.errors or ["no reason given"])[0].split())
         raise UserError(f"{onnx_path}: {package.__name__} cannot build it: {problem}")
+    if timings is not None:
+        with atomic_write(timings) as stream:
+            stream.write(bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
 
 
-def builder_config(package: ModuleType, builder: Any, precision: Precision) -> Any:
-    """fp32 means fp32: by default a builder rounds the factors of fp32 products to TF32's 10 bits of mantissa."""
+def builder_config(package: ModuleType, builder: Any, precision: Precision, timings: Path | None = None) -> Any:
+    """How to build: fp32 means fp32, though a builder would round the factors of its products to TF32's 10 bits.
+
+    Args:
+        package: tensorrt or tensorrt_rtx.
+        builder: its IBuilder.
+        precision: tf32 leaves products as they are by default.
+        timings: TensorRT's times of kernels from an earlier build, if there are any.
+    """
     config = builder.create_builder_config()
+    if timings is not None:
+        known = timings.read_bytes() if timings.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(known), False)
     if precision != "tf32":
         config.clear_flag(package.BuilderFlag.TF32)
     return config

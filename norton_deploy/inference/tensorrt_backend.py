@@ -6,6 +6,7 @@ first CUDA call. Buffers live in torch's CUDA memory, so nothing but torch and T
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ import torch
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.tensorrt_build import PORTABLE, EngineManifest, EngineUnavailableError, engine_package
+from norton_deploy.files import atomic_write
 from norton_deploy.inference.static_graph import Outputs, StaticGraphPredictor
 from norton_deploy.inference.torch_backend import choose_device
 
+logger = logging.getLogger(__name__)
 TORCH_DTYPES = {
     "uint8": torch.uint8,
     "bool": torch.bool,
@@ -30,6 +33,10 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+
+
+WARM_UP_S = 0.3
+"""A GPU at rest needs some tenths of a second to reach its clocks; two calls do not take that long."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,62 @@ def plan_buffers(engine: Any, package: ModuleType, contract: GraphContract, sour
     return plans
 
 
+def same_results(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two runs on one input agree, but for sums in another order."""
+    return torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-3)
+
+
+def make_context(engine: Any, package: ModuleType, path: Path) -> tuple[Any, Any]:
+    """An engine's execution context, and TensorRT-RTX's runtime cache (None for TensorRT), filled from `cache_path`.
+
+    TensorRT-RTX compiles its kernels at the first run; with the cache only once on a machine. A cache of another
+    version or GPU is not taken, and made anew.
+
+    Raises:
+        UserError: the engine gives no context, as when memory is short.
+    """
+    cache = None
+    if hasattr(package, "CudaGraphStrategy"):
+        config = engine.create_runtime_config()
+        config.cuda_graph_strategy = package.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        cache = config.create_runtime_cache()
+        if cache_path(path).is_file():
+            cache.deserialize(cache_path(path).read_bytes())
+        config.set_runtime_cache(cache)
+        context = engine.create_execution_context(config)
+    else:
+        context = engine.create_execution_context()
+    if context is None:
+        raise UserError(
+            f"{path}: {package.__name__} made no execution context; is there enough free GPU memory for "
+            f"{engine.device_memory_size_v2 / 2**20:.0f} MiB of activations?"
+        )
+    return context, cache
+
+
+def cache_path(engine_path: Path) -> Path:
+    """TensorRT-RTX's kernels for `model.engine` on this machine are kept in `model.engine.cache`."""
+    return Path(f"{engine_path}.cache")
+
+
+def save_cache(cache: Any, engine_path: Path) -> None:
+    """Keep compiled kernels for the next start; a folder that cannot be written to only costs that start's time."""
+    target, content = cache_path(engine_path), bytes(cache.serialize())
+    if not content or (target.is_file() and target.read_bytes() == content):
+        return
+    try:
+        with atomic_write(target) as stream:
+            stream.write(content)
+    except UserError as error:
+        logger.info("%s", error)
+
+
 class TensorRTPredictor(StaticGraphPredictor):
     """An engine with fixed device buffers, pinned host buffers, one stream and, where possible, a CUDA graph.
 
-    TensorRT-RTX captures the graph itself; with TensorRT it is captured through torch after a first ordinary
-    run. If the capture fails, runs stay ordinary launches and `device` says so.
+    TensorRT-RTX captures the graph itself, where the engine's stream can be captured; with TensorRT it is captured
+    through torch after a first ordinary run, and kept if a replay gives that run's results. Otherwise runs stay
+    ordinary launches; `device` says which.
     """
 
     backend = "tensorrt"
@@ -149,13 +207,7 @@ class TensorRTPredictor(StaticGraphPredictor):
         if self._engine is None:
             raise UserError(f"{path}: {package.__name__} cannot deserialise this engine; build it on this machine")
         plans = plan_buffers(self._engine, package, self.contract, str(path))
-        captures_itself = hasattr(package, "CudaGraphStrategy")
-        if captures_itself:
-            config = self._engine.create_runtime_config()
-            config.cuda_graph_strategy = package.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            self._context = self._engine.create_execution_context(config)
-        else:
-            self._context = self._engine.create_execution_context()
+        self._context, cache = make_context(self._engine, package, path)
         self._stream = torch.cuda.Stream(self._device)
         self._on_device = {
             plan.name: torch.zeros(plan.shape, dtype=TORCH_DTYPES[plan.dtype], device=self._device) for plan in plans
@@ -169,10 +221,24 @@ class TensorRTPredictor(StaticGraphPredictor):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._execute()
         self._stream.synchronize()
-        self._launch = "CUDA graph by the engine" if captures_itself else self._capture()
+        if cache is None:
+            self._launch = self._capture()
+        else:
+            save_cache(cache, path)
+            capturable = self._context.is_stream_capturable(self._stream.cuda_stream)
+            self._launch = "CUDA graph by the engine" if capturable else "no CUDA graph (its stream cannot be captured)"
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run until the clocks are up."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < WARM_UP_S:
+            self._execute()
+            self._stream.synchronize()
 
     def _capture(self) -> str:
         """Record the engine's launches once; returns how it will be launched, in words."""
+        expected = {name: self._on_device[name].clone() for name in self.contract.output_names}
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
@@ -181,6 +247,14 @@ class TensorRTPredictor(StaticGraphPredictor):
             # A loop whose length depends on data cannot be recorded; ordinary launches give the same result.
             return f"no CUDA graph ({str(error).splitlines()[0]})"
         self._graph = graph
+        for name in expected:
+            self._on_device[name].zero_()
+        torch.cuda.synchronize(self._device)
+        self._execute()
+        self._stream.synchronize()
+        if not all(same_results(values, self._on_device[name]) for name, values in expected.items()):
+            self._graph = None
+            return "no CUDA graph (a replay gave other results)"
         return "CUDA graph"
 
     def _execute(self) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,3 +111,19 @@ def test_only_tf32_may_round_products(precision: str, tf32: bool) -> None:
     package = engine_package("tensorrt-rtx")
     config = builder_config(package, package.Builder(tensorrt_rtx.Logger()), precision)
     assert config.get_flag(package.BuilderFlag.TF32) == tf32
+
+
+def test_kernel_times_of_an_earlier_build_are_used(tmp_path: Path) -> None:
+    given: list[object] = []
+    config = SimpleNamespace(
+        clear_flag=given.append,
+        create_timing_cache=lambda known: ("cache", known),
+        set_timing_cache=lambda cache, ignore_mismatch: given.append((cache, ignore_mismatch)),
+    )
+    package = SimpleNamespace(BuilderFlag=SimpleNamespace(TF32="tf32"))
+    builder = SimpleNamespace(create_builder_config=lambda: config)
+    timings = tmp_path / "m.engine.timings"
+    builder_config(package, builder, "fp32", timings)  # type: ignore[arg-type]
+    timings.write_bytes(b"times")
+    builder_config(package, builder, "tf32", timings)  # type: ignore[arg-type]
+    assert given == [(("cache", b""), False), "tf32", (("cache", b"times"), False)]

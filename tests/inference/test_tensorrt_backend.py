@@ -13,7 +13,15 @@ from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.tensorrt_build import EngineManifest, manifest_path
 from norton_deploy.files import sha256_of
 from norton_deploy.inference.loading import load_predictor
-from norton_deploy.inference.tensorrt_backend import BufferPlan, check_runtime, plan_buffers
+from norton_deploy.inference.tensorrt_backend import (
+    BufferPlan,
+    cache_path,
+    check_runtime,
+    make_context,
+    plan_buffers,
+    same_results,
+    save_cache,
+)
 
 CONTRACT = {
     "format": 2,
@@ -160,3 +168,65 @@ def test_contract_parses_back():
     assert contract.resize == "letterbox" and contract.input_size == contract.image_size
     with pytest.raises(UserError, match="not JSON"):
         GraphContract.parse("{", "c")
+
+
+class FakeCache:
+    """TensorRT-RTX's runtime cache: bytes that a run extends."""
+
+    def __init__(self, content=b""):
+        self.content = content
+
+    def deserialize(self, content):
+        self.content = bytes(content)
+
+    def serialize(self):
+        return self.content
+
+
+class FakeRtxEngine:
+    """The part of an ICudaEngine that makes a context."""
+
+    device_memory_size_v2 = 64 << 20
+
+    def __init__(self, context):
+        self.context = context
+        self.config = SimpleNamespace(create_runtime_cache=FakeCache, set_runtime_cache=self.keep)
+        self.cache = None
+
+    def keep(self, cache):
+        self.cache = cache
+
+    def create_runtime_config(self):
+        return self.config
+
+    def create_execution_context(self, *config):
+        return self.context
+
+
+RTX = SimpleNamespace(__name__="tensorrt_rtx", CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"))
+TRT = SimpleNamespace(__name__="tensorrt")
+
+
+def test_no_context_is_one_line(engine):
+    for package in (RTX, TRT):
+        with pytest.raises(UserError, match=rf"{package.__name__} made no execution context.*64 MiB"):
+            make_context(FakeRtxEngine(None), package, engine)
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(engine):
+    first = FakeRtxEngine("context")
+    context, cache = make_context(first, RTX, engine)
+    assert context == "context" and first.cache is cache and first.config.cuda_graph_strategy == "whole"
+    save_cache(cache, engine)
+    assert not cache_path(engine).exists()  # nothing was compiled
+    cache.content = b"kernels"
+    save_cache(cache, engine)
+    _, again = make_context(FakeRtxEngine("context"), RTX, engine)
+    assert again.content == b"kernels"
+    assert make_context(FakeRtxEngine("context"), TRT, engine) == ("context", None)
+
+
+def test_a_replay_must_give_the_same_results():
+    assert same_results(torch.tensor([True, False]), torch.tensor([True, False]))
+    assert not same_results(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+    assert not same_results(torch.tensor([1.0]), torch.tensor([torch.nan]))
