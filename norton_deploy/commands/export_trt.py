@@ -15,6 +15,7 @@ from tyro.conf import Suppress
 from norton_deploy.commands import export_onnx, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
+from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.export.contract import Target
 from norton_deploy.export.tensorrt_build import Engine, build_or_explain, manifest_path
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     build = check_engine(built, report=lambda message: print(message, file=sys.stderr))
     print(build.text(), file=sys.stderr)
+    if settings.eval is not None and build.manifest is not None and build.manifest.ran:
+        found = evaluate_file(settings.out, settings.eval, build.manifest.contract.task, limit=settings.eval_limit)
+        report["engine_evaluation"] = found.to_dict()
     if settings.artefact is not None:
         model = graph if build.manifest is None else settings.out
         write_artefact(settings.artefact, model, overwrite=settings.overwrite)

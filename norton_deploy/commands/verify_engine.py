@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.files import check_output_file
@@ -22,7 +20,7 @@ from norton_deploy.parity.verification import ReferenceFile, reference_path, ver
 class Settings:
     """Settings of verify_engine."""
 
-    model: Positional[Path]
+    model: Path
     """Engine (.engine) or graph (.onnx)."""
     references: Path | None = None
     """Its reference detections; by default NAME.reference.npz beside it."""

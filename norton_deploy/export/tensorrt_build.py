@@ -57,6 +57,11 @@ class EngineManifest:
     contract: GraphContract
     checked: str = NOT_RUN
 
+    @property
+    def ran(self) -> bool:
+        """Whether the engine has run and was compared."""
+        return not self.checked.startswith(NOT_RUN)
+
     def write(self, engine_path: str | Path) -> None:
         """Write it beside its engine, whole or not at all."""
         with atomic_write(manifest_path(engine_path), "w") as stream:

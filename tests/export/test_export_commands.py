@@ -63,7 +63,7 @@ def test_export_onnx_with_evaluation(checkpoint: Path, tmp_path: Path, tiny_coco
         "after": {"bbox"},
     }
     assert report["contract"]["categories"]["names"][0] == "person"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["box.onnx", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["box.onnx", "box.reference.npz", "report.json"]
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def shifted(path: Path, pixels: float) -> OnnxRuntimePredictor:
 
 
 def test_a_graph_is_verified_where_it_runs(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.run("verify_engine", [str(shipped), "--json", str(tmp_path / "report.json")]) == 0
+    assert commands.run("verify_engine", ["--model", str(shipped), "--json", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] and report["compared"] == {"boxes": 40, "masks": 40}
     assert "detects what the model detects" in capsys.readouterr().err
