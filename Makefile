@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo test test-all fuzz check format clean
 
 setup: $(INSTALLED)
 
@@ -24,6 +24,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 20 --cov norton_deploy
+
+# Ten thousand damaged and malicious files of every kind, in processes that may crash, hang or grow.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz.run --cases 10000
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -123,7 +123,10 @@ def _open_file(path: str, given: Path | Categories | None = None) -> Checkpoint:
     if path.endswith(".safetensors"):
         return load_checkpoint(path)
     tensors = current_names(read_tensors(path))
-    task, settings = identify(tensors, path)
+    try:
+        task, settings = identify(tensors, path)
+    except UserError as error:  # of settings that no model has
+        raise error if path in str(error) else UserError(f"{path}: {error}") from error
     if task == "cls":
         if given is not None:
             raise UserError(f"{path}: a classifier's weights; --categories is for a detector's")

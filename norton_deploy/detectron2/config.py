@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 
 from norton_deploy.config import flatten, from_mapping, read_yaml
-from norton_deploy.errors import UserError
-from norton_deploy.models.classifiers import Norm
+from norton_deploy.errors import UserError, shown
+from norton_deploy.models.classifiers import LARGEST_SIDE, Norm
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 
@@ -205,7 +205,7 @@ class Detectron2Config:
         for key, expected in required.items():
             if self[key] != expected:
                 raise UserError(
-                    f"{self.source}: {key} is {self[key]!r}, expected {expected!r}: only Faster, Mask and Keypoint "
+                    f"{self.source}: {key} is {shown(self[key])}, expected {expected!r}: only Faster, Mask, Keypoint "
                     "R-CNN with a ResNet-FPN backbone can be imported"
                 )
         self._one_of("MODEL.BACKBONE.NAME", {"build_resnet_fpn_backbone": 0, NORTON_BACKBONE: 0})
@@ -215,7 +215,7 @@ class Detectron2Config:
 
     def _one_of(self, key: str, known: Mapping[str, Any]) -> Any:
         if self[key] not in known:
-            raise UserError(f"{self.source}: {key} is {self[key]!r}, expected one of {', '.join(known)}")
+            raise UserError(f"{self.source}: {key} is {shown(self[key])}, expected one of {', '.join(known)}")
         return known[self[key]]
 
     def _agreed(self, keys: list[str], known: Mapping[str, Any] | None = None) -> Any:
@@ -229,6 +229,10 @@ class Detectron2Config:
         given = self["INPUT.MIN_SIZE_TRAIN"]
         sides: tuple[int, ...] = (given,) if isinstance(given, int) else given
         if self["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range":
+            if len(sides) != 2 or not 1 <= sides[0] <= sides[1] <= LARGEST_SIDE:
+                raise UserError(
+                    f"{self.source}: INPUT.MIN_SIZE_TRAIN is {sides!r}, expected a range of sides in pixels"
+                )
             return tuple(range(sides[0], sides[1] + 1))
         return sides
 
@@ -253,7 +257,21 @@ class Detectron2Config:
 def config_of(tree: Mapping[str, Any], source: str) -> Detectron2Config:
     """The configuration in nested sections, as a YAML file or Detectron2's own node has them."""
     known = {name: _plain(value) for name, value in flatten(tree).items() if name in DEFAULTS}
+    for name, value in known.items():
+        single = name == "INPUT.MIN_SIZE_TRAIN" and type(value) is int
+        if not single and not _is_like(value, DEFAULTS[name]):
+            raise UserError(f"{source}: {name} is {shown(value)}, expected something like {DEFAULTS[name]!r}")
     return Detectron2Config(DEFAULTS | known, source)
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a value is of the example's kind: a finite number, a text, or a sequence of such."""
+    if isinstance(example, tuple):
+        first = example[0] if example else ""
+        return isinstance(value, tuple) and len(value) > 0 and all(_is_like(entry, first) for entry in value)
+    if isinstance(example, bool | str):
+        return type(value) is type(example)
+    return type(value) in (int, float) and abs(value) < 2**53
 
 
 def read_config(path: str | Path) -> Detectron2Config:

@@ -23,8 +23,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.v2.functional import normalize, resize
 
-from norton_deploy.errors import UserError
-from norton_deploy.structures import ModelTask
+from norton_deploy.errors import UserError, shown
+from norton_deploy.structures import LARGEST_LABEL, ModelTask
 
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "vgg16_bn"]
 Norm = Literal["frozen", "batch", "sync", "group"]
@@ -54,8 +54,8 @@ class ClassifierSettings:
     """Standard deviation of the RGB channels, 0..1."""
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise UserError(f"num_classes: expected at least 1, got {self.num_classes}")
+        if not 1 <= self.num_classes <= LARGEST_LABEL:
+            raise UserError(f"num_classes: expected 1 to {LARGEST_LABEL}, got {shown(self.num_classes)}")
         if not all(1 <= side <= LARGEST_SIDE for side in self.image_size):
             raise UserError(f"image_size: expected 1 to {LARGEST_SIDE} pixels, got {self.image_size}")
         if not all(1e-6 <= value <= 100 for value in self.image_std):

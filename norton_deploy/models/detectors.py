@@ -13,7 +13,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import (
     BackboneSettings,
@@ -25,7 +25,7 @@ from norton_deploy.models.detector_parts import (
     require_positive,
 )
 from norton_deploy.models.detectron2_layers import NormalisedKeypointPredictor
-from norton_deploy.structures import TASKS, ModelTask
+from norton_deploy.structures import LARGEST_LABEL, TASKS, ModelTask
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,11 @@ class DetectorSettings:
     """What Detectron2 computes otherwise than torchvision."""
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise UserError(f"num_classes: expected at least 2 (background counts), got {self.num_classes}")
+        if not 2 <= self.num_classes <= LARGEST_LABEL:
+            found = shown(self.num_classes)
+            raise UserError(
+                f"num_classes: expected at least 2 (background counts), at most {LARGEST_LABEL}, got {found}"
+            )
         require_positive("", self, "num_keypoints")
 
     @property

@@ -123,6 +123,10 @@ def load_state(path: Path, identity: dict[str, Any]) -> RunState:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content.pop("format")
         state = RunState(**content)
+        if not all(type(getattr(state, name)) is int for name in ("step", "epoch", "batch", "evaluated_step")):
+            raise ValueError("counts that are no integers")
+        if not all(isinstance(getattr(state, name), dict) for name in ("metrics", "identity", "model", "optimizer")):
+            raise ValueError("parts that are no mappings")
     except Exception as error:  # torch.load has no common base class for what it raises
         raise UserError(
             f"{path}: not a whole state of a run; start a new run from the folder's last.safetensors "

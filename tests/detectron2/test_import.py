@@ -165,7 +165,7 @@ def test_configuration_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is based on itself"):
         read_config(child)
     base.write_text("MODEL: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(UserError, match=r"a.yaml: not plain YAML"):
+    with pytest.raises(UserError, match=r"a.yaml: not valid YAML"):
         read_config(child)
     with pytest.raises(UserError, match="cannot read"):
         read_config(tmp_path / "none.yaml")

@@ -1,0 +1,179 @@
+"""The long fuzz (`make fuzz`): thousands of inputs in processes of their own, which may crash, hang or grow.
+
+Inputs are made from seeds 0, 1, 2 ... of each kind. A worker says which seed comes next before it reads it; where it
+dies, is silent for longer than a case may take, or takes more memory than it may, the seed is a failure and another
+worker goes on behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from norton_deploy.config import parse_settings
+from norton_deploy.files import atomic_write
+
+SLOWEST_S = 5.0
+LARGEST_BYTES = 2 * 10**9
+START_S = 300.0
+POLL_S = 0.05
+WEIGHTS = {"coco": 4, "picture": 4, "graph": 2, "checkpoint": 1, "state_dict": 1, "names": 1, "settings": 1}
+"""Shares of the cases; every other kind has two."""
+
+
+@dataclass
+class Settings:
+    """Settings of the long fuzz."""
+
+    cases: int = 10_000
+    """Inputs of all kinds together."""
+    out: Path | None = None
+    """Write the counts as JSON here."""
+    first_seed: int = 0
+    """Seed of the first input of each kind."""
+    worker: str = ""
+    """For the runner itself: KIND FIRST LAST."""
+
+
+@dataclass
+class Outcome:
+    """Attributes: how many inputs of a kind were accepted and refused, the slowest, and what failed, by seed."""
+
+    accepted: int = 0
+    refused: int = 0
+    slowest_s: float = 0.0
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+def work(kind: str, first: int, last: int) -> None:
+    """Read the inputs of some seeds, and print a line before and after each."""
+    from tests.fuzz.inputs import MAKERS
+    from tests.fuzz.readers import try_input
+
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(first, last):
+            content = MAKERS[kind](random.Random(seed))
+            print(f"start {seed}", flush=True)
+            try:
+                result = "accepted" if try_input(kind, content, Path(folder)) else "refused"
+            except Exception:
+                result = "failed " + " | ".join(traceback.format_exc().splitlines()[-6:])
+            print(f"end {result}", flush=True)
+
+
+def lines_of(worker: subprocess.Popen[str]) -> Iterator[str | None]:
+    """The worker's lines as they come, None every `POLL_S` without one; ends with the worker."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def collect() -> None:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            lines.put(line.rstrip("\n"))
+        lines.put("")
+
+    threading.Thread(target=collect, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=POLL_S)
+        except queue.Empty:
+            yield None
+        else:
+            if not line:
+                return
+            yield line
+
+
+def watch(kind: str, first: int, last: int, outcome: Outcome) -> int:
+    """Run one worker to its end or its death; returns the seed to go on with."""
+    command = [sys.executable, "-m", "tests.fuzz.run", "--worker", f"{kind} {first} {last}"]
+    seed, started, reading = first, time.monotonic(), False
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1) as worker:
+        process = psutil.Process(worker.pid)
+        for line in lines_of(worker):
+            taken = time.monotonic() - started
+            reason = ""
+            try:
+                if process.memory_info().rss > LARGEST_BYTES:
+                    reason = f"took more than {LARGEST_BYTES / 1e9:g} GB"
+            except psutil.NoSuchProcess:
+                pass
+            if taken > (SLOWEST_S if reading else START_S):
+                reason = f"took longer than {SLOWEST_S:g} s"
+            if reason:
+                outcome.failures[seed] = reason
+                worker.kill()
+                return seed + 1
+            if line is None:
+                continue
+            event, _, rest = line.partition(" ")
+            if event == "start":
+                seed, started, reading = int(rest), time.monotonic(), True
+            elif event == "end":
+                outcome.slowest_s, reading = max(outcome.slowest_s, taken), False
+                started = time.monotonic()
+                if rest in ("accepted", "refused"):
+                    setattr(outcome, rest, getattr(outcome, rest) + 1)
+                else:
+                    outcome.failures[seed] = rest
+    if worker.returncode:
+        outcome.failures[seed] = f"the process died with status {worker.returncode}"
+        return seed + 1
+    return last
+
+
+def shares(cases: int) -> dict[str, int]:
+    """How many inputs of each kind."""
+    from tests.fuzz.inputs import MAKERS
+
+    weights = {kind: WEIGHTS.get(kind, 2) for kind in MAKERS}
+    counts = {kind: cases * weight // sum(weights.values()) for kind, weight in weights.items()}
+    counts["coco"] += cases - sum(counts.values())
+    return counts
+
+
+def main() -> int:
+    """Run; returns 1 if an input broke the promise."""
+    settings = parse_settings(Settings, prog="make fuzz", description=__doc__ or "")
+    if settings.worker:
+        kind, first, last = settings.worker.split()
+        work(kind, int(first), int(last))
+        return 0
+    from norton_deploy.reporting.provenance import provenance
+
+    cells: dict[str, Any] = {}
+    for kind, count in shares(settings.cases).items():
+        outcome, seed, last = Outcome(), settings.first_seed, settings.first_seed + count
+        while seed < last:
+            seed = watch(kind, seed, last, outcome)
+        cells[kind] = {"cases": count, "accepted": outcome.accepted, "refused": outcome.refused,
+                       "slowest_s": round(outcome.slowest_s, 2),
+                       "failures": {str(number): reason for number, reason in outcome.failures.items()}}  # fmt: skip
+        print(f"{kind}: {cells[kind]}", flush=True)
+    failures = sum(len(cell["failures"]) for cell in cells.values())
+    total = Counter({key: sum(cell[key] for cell in cells.values()) for key in ("cases", "accepted", "refused")})
+    print(f"{total['cases']} inputs: {total['accepted']} accepted, {total['refused']} refused, {failures} failures")
+    if settings.out is not None:
+        limits = {"slowest_s": SLOWEST_S, "largest_bytes": LARGEST_BYTES, "first_seed": settings.first_seed}
+        record = {"settings": limits, **total, "failures": failures, "kinds": cells, "provenance": provenance()}
+        with atomic_write(settings.out, "w") as stream:
+            json.dump(record, stream, indent=1)
+            stream.write("\n")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
