@@ -72,7 +72,7 @@ def show(models: Sequence[Tried], threshold: float, seen: Seen | None) -> list[A
     for model, detections, time_ms in zip(models, found, times_ms, strict=True):
         shown = detections[detections.scores >= threshold]
         pictures.append(draw_detections(image, shown, model.predictor.categories))
-        lines.append(f"{1e3 / time_ms:.1f} FPS ({time_ms:.0f} ms), {len(shown)} found")
+        lines.append(f"{model.name}: {1e3 / time_ms:.1f} FPS ({time_ms:.0f} ms), {len(shown)} found")
     return [*pictures, *lines]
 
 
@@ -159,7 +159,7 @@ def try_page(models: Sequence[Tried], folder: Path, threshold: float = 0.5) -> g
         for number, (column, model) in enumerate(zip(columns, models, strict=True)):
             with column:
                 picture = gradio.Image(
-                    label=model.name, interactive=False, format="jpeg", elem_id=f"{prefix}-{number}",
+                    label=model.name, show_label=False, interactive=False, format="jpeg", elem_id=f"{prefix}-{number}",
                     alt_text=f"What {model.name} finds", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 pictures.append(picture)

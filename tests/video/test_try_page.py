@@ -73,14 +73,14 @@ def test_a_picture_is_shown_by_both_models_and_follows_the_slider(
 ) -> None:
     cv2.imwrite(str(tmp_path / "a.jpg"), np.full((90, 120, 3), 90, np.uint8))
     page.set_input_files(PICTURE, str(tmp_path / "a.jpg"))
-    wait_for_lines("found", ["20.0 FPS (50 ms), 1 found", "100.0 FPS (10 ms), 1 found"])
+    wait_for_lines("found", ["Baseline: a: 20.0 FPS (50 ms), 1 found", "Model: b: 100.0 FPS (10 ms), 1 found"])
     for number in (0, 1):
         page.wait_for_function(f"document.querySelector('#found-{number} img').naturalWidth === 120")
     before = page.locator("#found-0 img").get_attribute("src")
     page.locator("#threshold input[type=range]").focus()
     for _ in range(3):  # 0.50 -> 0.35
         page.keyboard.press("ArrowLeft")
-    wait_for_lines("found", ["20.0 FPS (50 ms), 2 found", "100.0 FPS (10 ms), 1 found"])
+    wait_for_lines("found", ["Baseline: a: 20.0 FPS (50 ms), 2 found", "Model: b: 100.0 FPS (10 ms), 1 found"])
     page.wait_for_function("before => document.querySelector('#found-0 img').src !== before", arg=before)
 
 
