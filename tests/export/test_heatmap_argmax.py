@@ -1,10 +1,15 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from norton_deploy.export.heatmap_argmax import best_pixel
 from norton_deploy.export.heatmap_axis import BLOCK_HULL, PIECE_HULL, map_weights
+from norton_deploy.parity.keypoint_loss import keypoint_loss
 
 SIZE = 28
 SIDES = [(1, 1), (2, 7), (13, 200), (28, 29), (40, 60), (84, 85), (86, 300), (113, 97), (333, 250), (800, 640)]
@@ -106,3 +111,53 @@ def test_map_weights_are_the_two_resizes(source: int, target: int) -> None:
     weights = map_weights(torch.arange(float(target))[None], torch.tensor([[float(target)]]), source)[0]
     extended = F.pad(signal, (0, 0, 2, 2), mode="replicate")[0, 0]
     torch.testing.assert_close(weights @ extended, expected[0, 0], atol=1e-5, rtol=1e-5)
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Matrix products as a GPU's TF32 makes them: factors rounded to 10 bits of mantissa, sums in fp32."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            args = tuple(map(to_tf32, args))
+        return func(*args, **(kwargs or {}))
+
+
+def to_tf32(values: Tensor) -> Tensor:
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def test_rounding_to_tf32() -> None:
+    assert to_tf32(torch.tensor([1 + 2**-10, 1 + 2**-12, 1 + 3 * 2**-12])).tolist() == [1 + 2**-10, 1, 1 + 2**-10]
+
+
+@pytest.mark.parametrize("kind", ["noise", "smooth", "peaked", "far from zero"])
+def test_products_in_tf32_lose_a_thousandth_of_the_range_at_most(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(40, 5, 28, 28, generator=generator)
+    if kind == "smooth":
+        maps = F.interpolate(maps[..., :5, :5], (28, 28), mode="bicubic")
+    if kind == "peaked":
+        y, x = torch.rand(2, 40, 5, 1, 1, generator=generator) * 27
+        grid = torch.arange(28.0)
+        maps = 12 * torch.exp(-((grid[:, None] - y) ** 2 + (grid - x) ** 2) / 8) - 8
+    if kind == "far from zero":
+        maps = maps - 30
+    corners, sides = torch.rand(2, 40, 2, generator=generator) * 280
+    boxes = torch.cat([corners, corners + sides + 5], dim=1)
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    with RoundedProducts():
+        column, row, score = best_pixel(maps, width.ceil(), height.ceil(), 320)
+    points = torch.stack(
+        [
+            (column + 0.5) * (width / width.ceil())[:, None] + boxes[:, :1],
+            (row + 0.5) * (height / height.ceil())[:, None] + boxes[:, 1:2],
+        ],
+        dim=-1,
+    )
+    heatmaps = F.interpolate(maps, scale_factor=2.0, mode="bilinear", align_corners=False)
+    judged = keypoint_loss(heatmaps.numpy(), boxes.numpy(), points.numpy())
+    assert judged.loss.max() < 1e-3
+    assert (np.abs(score.numpy() - judged.value) / judged.spread).max() < 2e-3
