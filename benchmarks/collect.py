@@ -44,6 +44,7 @@ SECTIONS = {
     "rivals": "Figure 1: other decompositions and filter choices",
     "keypoint_decoding": "Keypoint decoding in graphs",
     "export_parity": "Exported graphs against eager mode",
+    "export_matrix": "Does the parity gate refuse sound exports?",
     "engine_builds": "TensorRT-RTX engines, built and not run",
     "size_buckets": "Fixed image sizes",
     "compression_time": "Time to compress a layer",

@@ -102,6 +102,8 @@ def report(results: ResultCells) -> str:
         for kind in (f"{t}, {p}, {g}, {c}" for t, p, g, c in product(TASKS, PLANS, TARGETS, PRECISIONS))
     ]
 
+    seen = [row for row in rows if row[1]]
+
     def worst(row: tuple[str, list[Cell]], stage: str) -> str:
         values = [cell["stages"][stage] for cell in row[1] if stage in cell.get("stages", {})]
         return f"{max(values):.2g}" if values else "-"
@@ -109,8 +111,9 @@ def report(results: ResultCells) -> str:
     refused = [name for name, cell in results.cells.items() if "failure" in cell]
     height, width = results.settings["image_size"]
     table = tabulate(
-        f"Sound exports refused: {len(refused)} of {len(results.cells)} at {height}x{width}, random weights",
-        rows,
+        f"Sound exports refused: {len(refused)} of {len(results.cells)} at {height}x{width}, random weights; "
+        f"{len(seen)} of {len(rows)} kinds were run",
+        seen,
         {
             "Detector, plan, target, precision": lambda row: row[0],
             "Exports": lambda row: str(len(row[1])),
