@@ -13,6 +13,8 @@ import codecs
 import io
 import math
 import pickle
+import struct
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -123,6 +125,8 @@ class _ArrayUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
+    append: Any  # of the stack, while it loads
+    read: Any
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name in the file."""
@@ -145,6 +149,16 @@ class _ArrayUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"a state for {shown(built)}")
 
     dispatch[pickle.BUILD[0]] = load_build
+
+    def load_bytearray8(self) -> None:
+        """Bytes of a stated length, which Python's own method would allocate before it looks for them."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        content = self.read(min(length, sys.maxsize))
+        if len(content) != length:
+            raise pickle.UnpicklingError("fewer bytes than it states")
+        self.append(bytearray(content))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
 def read_pickle(path: str | Path) -> Any:

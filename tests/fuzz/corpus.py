@@ -153,6 +153,7 @@ CORPUS: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
         ),
     ),
     "shared containers": ("pickle", shared_containers),
+    "pickle with bytes that are not there": ("pickle", b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b"abc."),
     "pickle with a place far away": ("pickle", b"\x80\x02Nr\xff\xff\xff\x7f0."),
 }
 """What it is -> (kind of input, its bytes)."""
