@@ -141,13 +141,16 @@ def reestimate_batch_norm(model: nn.Module, images: Iterable[Tensor], settings: 
     momenta = [layer.momentum for layer in live]
     for layer in live:
         layer.reset_running_stats()
-        layer.momentum = None  # A plain average over all batches.
         layer.train()
     network = model.get_submodule("backbone") if is_detector(model) else model
     count = 0
     stream = iter(images)
     while batch := list(islice(stream, NORM_BATCH)):
         prepared = settings.prepare(batch)
+        for layer in live:
+            layer.momentum = len(batch) / (
+                count + len(batch)
+            )  # Every image counts alike, also those of the last batch.
         # The part that all images fill: the padding of the smaller ones would count as image.
         height, width = (min(sides) for sides in zip(*prepared.image_sizes, strict=True))
         network(prepared.tensors[:, :, :height, :width])

@@ -24,6 +24,8 @@ RANK_TOLERANCE = 1e-6
 SMALL_ANGLE = 1e-5
 # Upper bound on the numbers held at once for one block of pairs (float64: 8 MiB).
 BLOCK_NUMBERS = 2**20
+DEAD = 1e-6
+"""A filter whose norm is below this fraction of its layer's largest contributes nothing."""
 SWITCHED_OFF = 1e-2
 """A filter whose norm is below this fraction of its layer's largest has been switched off by its training. No filter of
 VGG-16-BN is after training as a dense network: its smallest are at 0.08 of the largest."""
@@ -202,38 +204,42 @@ def choose_by_angles(
     *,
     weights: tuple[float, float, float] = EQUAL_WEIGHTS,
     measure: AngleMeasure = "largest",
+    dead: float = DEAD,
 ) -> Tensor:
     """The paper's choice: Algorithm 1 on the principal angles between the factors (eq. 11), summed over the layers.
+
+    Filters that do nothing go first. Angles do not see them: a filter that is zero is farther from every other than any
+    two that do something, and Algorithm 1 would keep it. A channel is dead if it is in all of the layers. If at most
+    `keep` live, the largest are kept.
 
     Args:
         layers: filters of the coupled layers, O each.
         keep: number of filters O' to keep, 1 <= O' <= O.
         weights: alpha, beta, gamma of eq. 11.
         measure: how the principal angles become one distance (`pabs_distance`).
+        dead: norm, as a fraction of the largest of its layer, below which a filter does nothing.
 
     Returns:
         Kept indices [O'], int64, ascending.
     """
-    distance = torch.stack([pabs_distance(filters, weights=weights, measure=measure) for filters in layers]).sum(dim=0)
-    return select_filters(distance, keep)
-
-
-def choose_living_by_angles(layers: Sequence[Filters], keep: int) -> Tensor:
-    """`choose_by_angles` among the filters that do something; those that were switched off go first.
-
-    For filters that were trained as factors. Weight decay on the three factors of a filter shrinks their product three
-    times as fast as decay of the product would, down to nothing where the loss does not resist. Angles do not see it:
-    filters that do something become alike, those that do nothing keep their random directions, and Algorithm 1 would
-    keep these. A channel is switched off if it is in all of the layers. If at most `keep` are left, the largest are
-    kept.
-
-    Args, Returns: see `choose_by_angles`.
-    """
     dense = [part.reconstruct() if isinstance(part, CPFactors) else part for part in layers]
     norms = [filters.detach().double().flatten(1).norm(dim=1) for filters in dense]
     size = torch.stack([norm / norm.max().clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]).amax(dim=0)
-    living = (size >= SWITCHED_OFF).nonzero().flatten()
-    if len(living) <= keep:
+    living = (size >= dead).nonzero().flatten()
+    if len(living) <= keep and len(living) < len(size):
         return size.argsort(descending=True, stable=True)[:keep].sort().values.cpu()
-    parts = [part.select_filters(living) if isinstance(part, CPFactors) else part[living] for part in layers]
-    return living.cpu()[choose_by_angles(parts, keep)]
+    if len(living) < len(size):
+        layers = [part.select_filters(living) if isinstance(part, CPFactors) else part[living] for part in layers]
+    distance = torch.stack([pabs_distance(filters, weights=weights, measure=measure) for filters in layers]).sum(dim=0)
+    return living.cpu()[select_filters(distance, keep)]
+
+
+def choose_living_by_angles(layers: Sequence[Filters], keep: int) -> Tensor:
+    """`choose_by_angles` for filters that were trained as factors, where those that were switched off go first.
+
+    Weight decay on the three factors of a filter shrinks their product three times as fast as decay of the product
+    would, down to nothing where the loss does not resist.
+
+    Args, Returns: see `choose_by_angles`.
+    """
+    return choose_by_angles(layers, keep, dead=SWITCHED_OFF)

@@ -27,7 +27,8 @@ from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batches import Batch
 from norton_deploy.training.head_imitation import HeadImitation
 
-VARIANCE_FLOOR = 1e-12
+VARIANCE_FLOOR = 1e-6
+"""Keeps the gradient of a channel that hardly varies within the size of the others'."""
 SUBSAMPLED_LEVEL = "pool"
 """The pyramid's top level, every second cell of the one below it: nothing new to imitate."""
 INPUT_FIELDS = ("image.min_size", "image.max_size", "image.mean", "image.std", "detectron2.image_resize")

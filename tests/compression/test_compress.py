@@ -239,6 +239,14 @@ def test_reestimation_gives_the_statistics_of_the_images(norm: str) -> None:
         reestimate_batch_norm(model, [], SMALL)
 
 
+def test_statistics_weigh_images_not_batches() -> None:
+    model = shake(SMALL.build("box"))
+    images = [torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(i)) * (i > 15) for i in range(18)]
+    reestimate_batch_norm(model, images, SMALL)  # sixteen black images, then two bright ones
+    stem = model.backbone.body.conv1(model.transform(images)[0].tensors)
+    torch.testing.assert_close(model.backbone.body.bn1.running_mean, stem.mean(dim=(0, 2, 3)), atol=1e-4, rtol=1e-3)
+
+
 def test_statistics_know_nothing_of_padding() -> None:
     """The first normalisation sees the convolved part that both images fill."""
     model = replace(SMALL, backbone=replace(SMALL.backbone, norm="batch")).build("box")

@@ -113,3 +113,14 @@ def test_decomposed_filters_are_switched_off_by_the_length_of_their_product() ->
     for factor in (factors.A, factors.B, factors.C):
         factor[[1, 4]] *= 0.1  # 0.001 together
     assert choose_living_by_angles([factors], 4).tolist() == [0, 2, 3, 5]
+
+
+def test_a_dead_filter_is_pruned_first() -> None:
+    for count in (8, 2):
+        vectors = filters(9, 12)
+        vectors[3] = 0
+        assert 3 not in choose_by_angles([vectors], count).tolist()
+    assert choose_by_angles([vectors], 9).tolist() == list(range(9))
+    factors = decompose_filters(filters(6, 4 * 9).view(6, 4, 3, 3), 2)
+    factors.C[2] *= 1e-9
+    assert choose_by_angles([factors], 5).tolist() == [0, 1, 3, 4, 5]

@@ -70,8 +70,8 @@ def test_constant_channels_have_a_loss_and_a_finite_gradient():
     student = torch.cat([teacher[:, :1], torch.ones(2, 1, 4, 4)], dim=1).requires_grad_()
     loss = correlation_loss(student, teacher)
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(0.25)  # mean of 0 and 0.5
-    assert torch.isfinite(student.grad).all()
+    assert float(loss.detach()) == pytest.approx(0.25, abs=1e-5)  # mean of 0 and 0.5
+    assert float(student.grad.abs().max()) < 1e3
     assert float(correlation_loss(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))) == 0
 
 

@@ -1,0 +1,155 @@
+"""What filters keep that share factors: every form of the family on one trained classifier, at the MACs of rank 1.
+
+Each layer gets the ranks whose MACs come closest from below to those of the filters' CPD at rank 1. Measured is top-1
+as decomposed, from the bare weights, and after the fit to unlabelled images; nothing is trained. A cell that is in the
+results file is not run again.
+
+    python benchmarks/shared_factors.py --model runs/cifar_gpu/dense-0.safetensors --data runs/cifar
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from benchmarks.lib.cells import RESULTS, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, network_nmse, percent
+from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within
+from norton_deploy.compression.calibration import make_probes
+from norton_deploy.compression.compress import compress_with_kept
+from norton_deploy.compression.factored_conv import Decomposed
+from norton_deploy.compression.refit import refit
+from norton_deploy.data.image_folder import read_images
+from norton_deploy.files import sha256_of
+from norton_deploy.method.plan import CompressionPlan, Coupling
+
+CLUSTERS = (16, 4)
+FORMS = {"filter": "filter CPD (the paper's)", "tucker": "Tucker-2", "layer_cp": "layer CPD"} | {
+    f"coupled {count}": f"coupled, {count} clusters" for count in CLUSTERS
+}
+PROBE_BATCH = 250
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of benchmarks/shared_factors.py."""
+
+    model: Path
+    """Checkpoint of the trained dense classifier."""
+    data: Path
+    """Folder with train/CLASS/* and test/CLASS/* (or val/)."""
+    forms: tuple[str, ...] = tuple(FORMS)
+    """Which forms."""
+    images: int = 2000
+    """Unlabelled training images for the fit."""
+    seed: int = 0
+    """Seed of decomposition and of the choice of positions."""
+    workers: int = 1
+    """Processes that read images."""
+    out: Path = RESULTS / "shared_factors.json"
+    """Results file; a Markdown table is written beside it."""
+
+
+def main(settings: Settings) -> int:
+    """Measure what is missing."""
+    runs = Path("runs/shared_factors")
+    recovery = Recovery(RecoverySettings(model=settings.model, data=settings.data, runs=runs, workers=settings.workers))
+    key = {
+        **settings_of(settings, "forms", "workers", "model"),
+        "model_sha256": sha256_of(settings.model),
+        "architecture": recovery.settings.architecture,
+        "test_images": len(recovery.val),
+        "dense_macs": recovery.before.macs,
+    }
+    results = ResultCells(settings.out, key, report)
+    results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
+    return results.measure_all({form: partial(measure, recovery, settings, form) for form in settings.forms})
+
+
+def measure(recovery: Recovery, settings: Settings, form: str) -> dict[str, Any]:
+    """One form: its error on the weights, top-1 from the bare weights and fitted to data, and what each takes."""
+    dense = recovery.dense
+    started = time.perf_counter()
+    found = compress_with_kept(dense, plan_of(recovery, form), seed=settings.seed)
+    decompose_s = time.perf_counter() - started
+    figures: dict[str, Any] = {**recovery.complexity(found.model), "decompose_s": round(decompose_s, 1)}
+    errors = {}
+    for name, layer in found.model.named_modules():
+        if isinstance(layer, Decomposed):
+            conv: Any = dense.get_submodule(name)
+            weight = conv.weight.detach()
+            inputs, outputs = (found.kept.get(side) for side in (reader_of(name, dense), name))
+            weight = weight if inputs is None else weight[:, inputs]
+            weight = weight if outputs is None else weight[outputs]
+            errors[name] = float((layer.dense_weight() - weight).square().sum() / weight.square().sum())
+    figures |= network_nmse(dense, errors)
+    figures["top1_decomposed"] = recovery.top1(found.model)
+    started = time.perf_counter()
+    images = read_images(settings.data / "train", settings.images)
+    probes = list(make_probes(dense, images, recovery.settings, batch=PROBE_BATCH))
+    refit(found.model, dense, found.kept, probes, seed=settings.seed)
+    figures["fit_s"] = round(time.perf_counter() - started, 1)
+    return {**figures, "top1_fitted": recovery.top1(found.model)}
+
+
+def reader_of(name: str, dense: nn.Module) -> str:
+    """The layer whose channels a layer of a chain reads; "" for the first."""
+    convolutions = [other for other, layer in dense.named_modules() if isinstance(layer, nn.Conv2d)]
+    position = convolutions.index(name)
+    return convolutions[position - 1] if position else ""
+
+
+def plan_of(recovery: Recovery, form: str) -> CompressionPlan:
+    """The form in every convolution at the MACs of rank 1; where it has none so small, the filters' CPD."""
+    convolutions = {n: layer for n, layer in recovery.dense.named_modules() if isinstance(layer, nn.Conv2d)}
+    sections: dict[str, dict[str, Any]] = {"ranks": {}, "tucker": {}, "layer_cp": {}, "coupled": {}}
+    sizes = map_sizes(recovery.dense, convolutions, recovery.settings.image_size)
+    for name, (input_size, output_size) in sizes.items():
+        weight = convolutions[name].weight
+        count, channels, kernel_h, kernel_w = weight.shape
+        kernel = kernel_h, kernel_w
+        budget = chain_macs(chain("filter", count, channels, (1,)), kernel, input_size, output_size)
+        if form == "tucker":
+            output_rank, input_rank = ranks_within("tucker2", weight, budget, input_size, output_size)
+            sections["tucker"][name] = input_rank, output_rank
+        elif form == "layer_cp":
+            (sections["layer_cp"][name],) = ranks_within("reshaped", weight, budget, input_size, output_size)
+        elif form.startswith("coupled"):
+            clusters = int(form.split()[1])
+            pixels_in, pixels_out = input_size[0] * input_size[1], output_size[0] * output_size[1]
+            rank = budget // (clusters * channels * pixels_in + count * kernel_h * kernel_w * pixels_out)
+            if rank:
+                sections["coupled"][name] = Coupling(min(rank, channels), clusters)
+            else:
+                sections["ranks"][name] = 1
+        else:
+            sections["ranks"][name] = 1
+    return CompressionPlan(recovery.settings.architecture, **sections)
+
+
+def report(results: ResultCells) -> str:
+    """A row per form."""
+    cells, settings = results.cells, results.settings
+    return page(
+        tabulate(
+            f"{settings['architecture']} at the MACs of rank 1, untrained: dense {percent(cells['dense']['top1'])} %"
+            f", {settings['test_images']} test images; fitted to {settings['images']} unlabelled training images",
+            [(form, cells[form]) for form in FORMS if form in cells],
+            {
+                "Form": lambda row: FORMS[row[0]],
+                "MACs": lambda row: f"{row[1]['macs'] / 1e6:.2f}M",
+                "Params": lambda row: f"{row[1]['params'] / 1e6:.2f}M",
+                "NMSE mean / total": lambda row: f"{row[1]['nmse_mean']:.3f} / {row[1]['nmse_total']:.3f}",
+                "As decomposed %": lambda row: percent(row[1]["top1_decomposed"]),
+                "Fitted to data %": lambda row: percent(row[1]["top1_fitted"]),
+                "Decompose / fit s": lambda row: f"{row[1]['decompose_s']:.0f} / {row[1]['fit_s']:.0f}",
+            },
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(Settings, main)
