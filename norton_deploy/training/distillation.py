@@ -27,7 +27,7 @@ from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batches import Batch
 from norton_deploy.training.head_imitation import HeadImitation
 
-VARIANCE_FLOOR = 1e-6
+VARIANCE_FLOOR = 1e-7
 """Keeps the gradient of a channel that hardly varies within the size of the others'."""
 SUBSAMPLED_LEVEL = "pool"
 """The pyramid's top level, every second cell of the one below it: nothing new to imitate."""
