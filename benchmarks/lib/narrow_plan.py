@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint
-from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
+from norton_deploy.checkpoints.compress_checkpoint import Choice, compress_checkpoint
 from norton_deploy.compression.channel_groups import channel_groups, output_width
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.data.image_folder import read_images
@@ -54,7 +54,14 @@ def _widths(layer: nn.Module) -> tuple[int, int]:
 
 
 def compress_narrow(
-    dense: Checkpoint, source: Path, plan: CompressionPlan, images: Path, *, refit: int = 64, reestimate: int = 256
+    dense: Checkpoint,
+    source: Path,
+    plan: CompressionPlan,
+    images: Path,
+    *,
+    refit: int = 64,
+    reestimate: int = 256,
+    choose: Choice = "angles",
 ) -> Checkpoint:
     """A trained detector compressed by a plan in its widths, and recovered on so many unlabelled images.
 
@@ -65,6 +72,7 @@ def compress_narrow(
         images: folder of training images.
         refit: images of the layer-wise least squares; 0 leaves it out.
         reestimate: images of new BatchNorm statistics; 0 leaves them.
+        choose: the filters that survive (`compress_checkpoint`).
     """
     full = DetectorSettings(num_classes=dense.header.detector.num_classes).build(dense.header.task)
     return compress_checkpoint(
@@ -72,6 +80,7 @@ def compress_narrow(
         narrow_plan(plan, dense.model, full),
         command=provenance()["command"],
         source=source,
+        choose=choose,
         refit_images=list(read_images(images, refit)) if refit else None,
         reestimate_images=list(read_images(images, reestimate)) if reestimate else None,
     )

@@ -3,18 +3,22 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint
 from norton_deploy.compression.calibration import make_probes, reestimate_batch_norm
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
+from norton_deploy.compression.channel_harm import choose_by_harm
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.refit import refit
 from norton_deploy.errors import UserError
 from norton_deploy.method.filter_selection import AngleMeasure, choose_by_angles
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
+
+Choice = Literal["angles", "harm"]
 
 
 def compress_checkpoint(
@@ -26,6 +30,7 @@ def compress_checkpoint(
     seed: int = 0,
     starts: int = 4,
     measure: AngleMeasure = "largest",
+    choose: Choice = "angles",
     refit_images: Iterable[Tensor] | None = None,
     refit_side: int | None = None,
     reestimate_images: Iterable[Tensor] | None = None,
@@ -41,6 +46,8 @@ def compress_checkpoint(
         seed: of the decomposition's random starts and of the refit's choice of positions.
         starts: starts per decomposition; the best is kept per filter.
         measure: how the principal angles of two factors become one distance (`pabs_distance`).
+        choose: the filters that survive: by the "angles" between their factors (eq. 11, Algorithm 1), or those whose
+            loss does least "harm" to the next layers on the refit's images (`choose_by_harm`).
         refit_images: unlabelled images on which every layer is refitted to the dense one's outputs (`refit`);
             float [3, H, W], 0..1 RGB, of any sizes; they stay in memory. None leaves the refit out.
         refit_side: short side of those images in pixels, at most; None: the detector's own.
@@ -61,22 +68,27 @@ def compress_checkpoint(
     if plan.architecture not in (settings.architecture, WHOLE_DETECTOR):
         raise UserError(f"{plan.source}: a plan for {plan.architecture}, and the model is a {settings.architecture}")
     report = progress or (lambda stage, layer, layers: None)
+    if choose == "harm" and refit_images is None:
+        raise UserError("filters are chosen by harm on the images of the refit: give some")
+    probes = []
+    if refit_images is not None:
+        seen = settings
+        if refit_side is not None and isinstance(settings, DetectorSettings):
+            seen = settings.with_short_side(refit_side)
+        for probe in make_probes(dense.model, refit_images, seen):
+            probes.append(probe)
+            report("look at images", str(len(probes)), 0)
     compressed = compress_with_kept(
         dense.model,
         plan,
         seed=seed,
         starts=starts,
         choose=partial(choose_by_angles, measure=measure),
+        chosen=choose_by_harm(dense.model, plan, probes, seed=seed) if choose == "harm" else None,
         progress=partial(report, "compress"),
     )
     small, kept = compressed.model, compressed.kept
-    if refit_images is not None:
-        if refit_side is not None and isinstance(settings, DetectorSettings):
-            settings = settings.with_short_side(refit_side)
-        probes = []
-        for probe in make_probes(dense.model, refit_images, settings):
-            probes.append(probe)
-            report("look at images", str(len(probes)), 0)
+    if probes:
         refit(small, dense.model, kept, probes, seed=seed, progress=partial(report, "refit"))
     if reestimate_images is not None:
         reestimate_batch_norm(small, reestimate_images, settings)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from norton_deploy.checkpoints.checkpoint import save_checkpoint
-from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
+from norton_deploy.checkpoints.compress_checkpoint import Choice, compress_checkpoint
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
@@ -40,6 +40,9 @@ class Settings:
     """Categories of a .pth file: a COCO annotation file or a list of names, one a line."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels of the images that the detector is for; by default its own (of a .pth 800, 1333)."""
+    choose: Choice = "angles"
+    """Which filters survive: by the angles between their factors, as in the paper, or by what the next layers lose on
+    the images of --refit (harm)."""
     measure: AngleMeasure = "largest"
     """How the principal angles of two factors become one distance."""
     starts: int = 4
@@ -82,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=settings.seed,
             starts=settings.starts,
             measure=settings.measure,
+            choose=settings.choose,
             refit_images=_images(settings.refit, settings.refit_images),
             refit_side=settings.refit_side,
             reestimate_images=_images(settings.reestimate, settings.reestimate_images),

@@ -77,6 +77,7 @@ def compress_with_kept(
     seed: int = 0,
     starts: int = 4,
     choose: FilterChoice = choose_by_angles,
+    chosen: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
     """Compress a copy of a dense model.
@@ -98,6 +99,7 @@ def compress_with_kept(
         seed: seed of the decomposition's random starts.
         starts: starts per decomposition; the best is kept per filter.
         choose: which filters of a group survive: by default eq. 11 and Algorithm 1.
+        chosen: group -> the filters that survive, of groups that are not left to `choose` (`choose_by_harm`).
         progress: told of each layer or group.
 
     Raises:
@@ -105,16 +107,18 @@ def compress_with_kept(
     """
     plan = fit_plan(model, plan)
     small, groups = copy.deepcopy(model), channel_groups(model)
-    steps = len(plan.decomposed) + len(plan.keep)
+    steps = len(plan.decomposed) + len(plan.keep.keys() - (chosen or {}).keys())
     report = progress or (lambda name, steps: None)
     kept = _cluster_orders(model, groups, plan)
     _cut_groups(small, groups, kept)
     for name in plan.decomposed:
         small.set_submodule(name, _decompose(_convolution(small, name), plan, name, seed, starts))
         report(name, steps)
-    chosen = _chosen_filters(small, groups, plan.keep, choose, lambda name: report(name, steps))
-    _cut_groups(small, groups, chosen)
-    kept |= {name: kept[name][index] if name in kept else index for name, index in chosen.items()}
+    known = chosen or {}
+    rest = {name: count for name, count in plan.keep.items() if name not in known}
+    survivors = {**known, **_chosen_filters(small, groups, rest, choose, lambda name: report(name, steps))}
+    _cut_groups(small, groups, survivors)
+    kept |= {name: kept[name][index] if name in kept else index for name, index in survivors.items()}
     for name, layer in model.named_modules():
         if any(not parameter.requires_grad for parameter in layer.parameters(recurse=False)):
             small.get_submodule(name).requires_grad_(False)

@@ -1,0 +1,118 @@
+"""Which channels of a group the next layers miss least, when they may make up for the others from those that are left.
+
+Angles between filters (eq. 11) ask which filters are alike. This asks what the readers of the channels lose on a few
+unlabelled images: with the second moments M of the channels and T = sum of W^T W of the readers' kernels, keeping the
+set S and predicting the others from it by least squares loses tr(T (M - M[:, S] M[S, S]^-1 M[S, :])), and the refit
+does exactly that. Channels are taken greedily, each time the one that lowers the loss most.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from norton_deploy.compression.calibration import Probe, run_stages
+from norton_deploy.compression.channel_groups import ChannelGroup, Reader, channel_groups, output_width
+from norton_deploy.compression.fit_plan import fit_plan
+from norton_deploy.method.plan import CompressionPlan
+
+POSITIONS = 2048
+"""Of the channels, taken from each call of a reader."""
+RIDGE = 1e-6
+"""Of the mean second moment: channels that repeat each other are not told apart below it."""
+
+
+@torch.no_grad()
+def choose_by_harm(
+    dense: nn.Module, plan: CompressionPlan, probes: Sequence[Probe], *, seed: int = 0
+) -> dict[str, Tensor]:
+    """The channels to keep of every group that the plan narrows, but for those with coupled layers.
+
+    Args:
+        dense: classifier or detector, in evaluation mode.
+        plan: says how many channels each group keeps.
+        probes: batches of images (`make_probes`).
+        seed: of the choice of positions.
+
+    Returns:
+        Group -> kept channels [O'], int64, ascending.
+    """
+    plan = fit_plan(dense, plan)
+    groups = {
+        name: group
+        for name, group in channel_groups(dense).items()
+        if plan.keep.get(name, 0)
+        and plan.keep[name] < output_width(dense.get_submodule(group.producers[0]))
+        and not any(producer in plan.coupled for producer in group.producers)
+    }
+    moments = _channel_moments(dense, groups, probes, seed)
+    return {
+        name: greedy_channels(moments[name], _reader_metric(dense, group), plan.keep[name])
+        for name, group in groups.items()
+    }
+
+
+def greedy_channels(moments: Tensor, metric: Tensor, keep: int) -> Tensor:
+    """The `keep` channels from which the others are predicted with least loss, greedily.
+
+    Args:
+        moments: M [C, C], second moments of the channels.
+        metric: T [C, C], what an error of the channels costs.
+        keep: 1 to C.
+
+    Returns:
+        [keep] int64, ascending.
+    """
+    rest = moments.double() + RIDGE * moments.diagonal().mean().double() * torch.eye(len(moments), dtype=torch.float64)
+    cost = metric.double() @ rest  # T times what is not predicted yet
+    chosen = torch.zeros(len(rest), dtype=torch.bool)
+    for _ in range(keep):
+        # taking channel j predicts rest[:, j] rest[j, :] / rest[j, j] of what is left
+        gain = torch.einsum("ij,ij->j", rest, cost) / rest.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+        best = int(gain.masked_fill(chosen, -1).argmax())
+        chosen[best] = True
+        scale = 1 / rest[best, best]
+        column, priced = rest[:, best].clone(), cost[:, best].clone()
+        rest -= torch.outer(column, column) * scale
+        cost -= torch.outer(priced, column) * scale
+    return chosen.nonzero().flatten()
+
+
+def _channel_moments(
+    dense: nn.Module, groups: Mapping[str, ChannelGroup], probes: Sequence[Probe], seed: int
+) -> dict[str, Tensor]:
+    """M of every group, from what its readers read."""
+    generator = torch.Generator().manual_seed(seed)
+    moments: dict[str, Tensor] = {}
+
+    def add(name: str, reader: Reader, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        rows = x.movedim(1, -1).flatten(0, -2) if x.ndim == 4 else x.unflatten(1, (-1, reader.columns)).mT.flatten(0, 1)
+        rows = rows[torch.randperm(len(rows), generator=generator)[:POSITIONS]]
+        moments[name] = moments.get(name, torch.zeros(())) + rows.mT @ rows
+
+    with ExitStack() as hooks:
+        for name, group in groups.items():
+            for reader in group.readers:
+                layer = dense.get_submodule(reader.layer)
+                hooks.enter_context(layer.register_forward_pre_hook(partial(add, name, reader)))
+        for probe in probes:
+            run_stages(dense, probe)
+    return moments
+
+
+def _reader_metric(dense: nn.Module, group: ChannelGroup) -> Tensor:
+    """T of a group, each reader's share of like size."""
+    total = torch.zeros(())
+    for reader in group.readers:
+        layer = dense.get_submodule(reader.layer)
+        weight = cast(Tensor, layer.weight).detach()
+        if isinstance(layer, nn.ConvTranspose2d):
+            weight = weight.transpose(0, 1)
+        kernels = weight.flatten(1).unflatten(1, (-1, weight[0].numel() // (weight.shape[1] // reader.columns)))
+        metric = torch.einsum("oik,ojk->ij", kernels, kernels)
+        total = total + metric / metric.diagonal().sum().clamp_min(torch.finfo(metric.dtype).tiny)
+    return total
