@@ -105,7 +105,7 @@ def reader_of(name: str, dense: nn.Module) -> str:
 def plan_of(recovery: Recovery, form: str) -> CompressionPlan:
     """The form in every convolution at the MACs of rank 1; where it has none so small, the filters' CPD."""
     convolutions = {n: layer for n, layer in recovery.dense.named_modules() if isinstance(layer, nn.Conv2d)}
-    sections: dict[str, dict[str, Any]] = {"ranks": {}, "tucker": {}, "layer_cp": {}, "coupled": {}}
+    sections: dict[str, Any] = {"ranks": {}, "tucker": {}, "layer_cp": {}, "coupled": {}}
     sizes = map_sizes(recovery.dense, convolutions, recovery.settings.image_size)
     for name, (input_size, output_size) in sizes.items():
         weight = convolutions[name].weight

@@ -17,6 +17,7 @@ from norton_deploy.checkpoints.checkpoint import (
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.compression.calibration import make_probes, reestimate_batch_norm
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
+from norton_deploy.compression.channel_harm import choose_by_harm
 from norton_deploy.compression.compress import compress, compress_with_kept
 from norton_deploy.compression.refit import refit
 from norton_deploy.cost.complexity import complexity_of, count_complexity
@@ -44,6 +45,17 @@ def dense() -> Checkpoint:
 
 def images(count: int = 4) -> list[Tensor]:
     return [torch.rand(3, 40, 36, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+def test_filters_are_chosen_by_harm_on_the_images_of_the_refit(dense: Checkpoint) -> None:
+    with pytest.raises(UserError, match="by harm on the images of the refit"):
+        compress_checkpoint(dense, PLAN, command="", choose="harm", starts=1)
+    probes = list(make_probes(dense.model, images(), SETTINGS))
+    chosen = choose_by_harm(dense.model, PLAN, probes)
+    by_hand = compress_with_kept(dense.model, PLAN, starts=1, chosen=chosen)
+    refit(by_hand.model, dense.model, by_hand.kept, probes)
+    found = compress_checkpoint(dense, PLAN, command="", choose="harm", starts=1, refit_images=images())
+    assert tensors_digest(found.model.state_dict()) == tensors_digest(by_hand.model.state_dict())
 
 
 def test_it_compresses_refits_reestimates_and_writes_its_lineage(dense: Checkpoint, tmp_path: Path) -> None:

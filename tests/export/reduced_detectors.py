@@ -15,6 +15,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.factored_conv import FactoredConv
+from norton_deploy.method.coupled import decompose_coupled
+from norton_deploy.method.layer_factors import Tucker2, decompose_layer
 from norton_deploy.structures import Task
 
 IMAGE_SIZE = (120, 150)
@@ -82,13 +85,23 @@ def reduced_detector(task: Task, num_classes: int = 6, frozen: bool = False, **c
 
 @cache
 def compressed_detector(task: Task) -> FasterRCNN:
-    """`reduced_detector` with every 3x3 convolution of its body's second to fourth stage as a rank-2 CPDBlock."""
+    """`reduced_detector` with the 3x3 convolutions of its body's last three stages decomposed.
+
+    Those of the first of the three share their factors.
+    """
     torch.manual_seed(7)
     model = copy.deepcopy(reduced_detector(task))
-    for stage in ("layer2", "layer3", "layer4"):
+    for stage in ("layer3", "layer4"):
         for block in model.backbone.body[stage]:
             block.conv1 = CPDBlock.from_conv(block.conv1, 2, starts=1)
             block.conv2 = CPDBlock.from_conv(block.conv2, 2, starts=1)
+    cluster = torch.arange(8).repeat_interleave(16)
+    for block in model.backbone.body.layer2:
+        tucker = decompose_layer(block.conv1.weight, "tucker2", (32, 24))
+        assert isinstance(tucker, Tucker2)
+        block.conv1 = FactoredConv.from_factors(tucker, block.conv1)
+        coupled = decompose_coupled(block.conv2.weight, 8, 8, cluster=cluster)
+        block.conv2 = FactoredConv.from_factors(coupled, block.conv2)
     calibrate(model)
     return model
 

@@ -7,6 +7,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.compression.factored_conv import FactoredConv
 from norton_deploy.compression.lowering import Form, lower_model, quickest_forms
 from norton_deploy.errors import UserError
 
@@ -17,10 +18,10 @@ def test_compressed_detector_keeps_its_outputs_and_loses_its_blocks(form: Form) 
     model = compressed_detector("box")
     lowered = lower_model(model, form)
     kinds = {type(module) for module in lowered.modules()}
-    assert not kinds & {CPDBlock, nn.BatchNorm2d, FrozenBatchNorm2d}
+    assert not kinds & {CPDBlock, FactoredConv, nn.BatchNorm2d, FrozenBatchNorm2d}
     assert any(isinstance(module, CPDBlock) for module in model.modules())
     groups = {module.groups for module in lowered.modules() if isinstance(module, nn.Conv2d)}
-    assert (groups == {1}) == (form == "dense")
+    assert (groups == {1, 8}) == (form == "dense")  # eight clusters of coupled filters
     images = as_model_input(blobs(2))
     batch = model.transform(images)[0].tensors
     for expected, found in zip(model.backbone(batch).values(), lowered.backbone(batch).values(), strict=True):
