@@ -1,0 +1,96 @@
+"""The model that is deployed, as one checkpoint that knows its categories and image size; and what stands for dense."""
+
+from pathlib import Path
+
+from norton_deploy.checkpoints.checkpoint import Checkpoint, read_header
+from norton_deploy.checkpoints.open_model import names_no_categories, open_model, with_image_size
+from norton_deploy.data.coco_index import annotation_file
+from norton_deploy.deployment.request import DeployRequest
+from norton_deploy.detectron2.checkpoint import import_detectron2
+from norton_deploy.errors import UserError
+from norton_deploy.inference.loading import PACKAGED_TASKS, packaged_detector
+from norton_deploy.structures import Task
+
+COMPRESSED = (
+    "The model is compressed already: nothing was planned, compressed or fine-tuned. Dense stands for the same "
+    "detector with every CPDBlock multiplied out to one ordinary convolution. That changes no result, and what was "
+    "pruned away is missing from both, so the speed-up is that of the factors alone; give --baseline to compare with "
+    "the original."
+)
+COMPRESSED_WITH_BASELINE = (
+    "The model is compressed already: nothing was planned, compressed or fine-tuned; dense is the given baseline."
+)
+PACKAGED = (
+    "The model is the package's own small detector, trained on drawn scenes, and so are the data: this shows that the "
+    "way to an engine works, and says nothing about other models."
+)
+
+
+def source_file(request: DeployRequest) -> Path:
+    """The model file that was asked for, the packaged one without --model.
+
+    Raises:
+        UserError: the file is missing, or this task has no packaged detector.
+    """
+    if request.model is not None:
+        if not request.model.is_file():
+            raise UserError(f"--model {request.model}: no such file")
+        return request.model
+    if request.task not in PACKAGED_TASKS:
+        raise UserError(f"--task {request.task}: no packaged detector; give --model, or --task {PACKAGED_TASKS[0]}")
+    file, here = packaged_detector(request.task), Path.cwd()
+    return file.relative_to(here) if file.is_relative_to(here) else file
+
+
+def is_checkpoint(file: Path) -> bool:
+    """Whether it can be used as it is."""
+    return file.suffix == ".safetensors"
+
+
+def open_source(request: DeployRequest, file: Path) -> Checkpoint:
+    """Open any kind of model for the images that were asked for.
+
+    Raises:
+        UserError: it cannot be read, is no detector, or for another task or image size.
+    """
+    categories = request.categories
+    if file.suffix in (".yaml", ".yml"):
+        assert request.weights is not None  # the request was checked
+        opened = import_detectron2(file, request.weights, categories or _datas_own(request, "box"))
+    else:
+        if categories is None and names_no_categories(file):
+            categories = _datas_own(request, request.task or "box")
+        opened = open_model(str(file), categories=categories)
+    if opened.header.task == "cls":
+        raise UserError(f"{file}: a classifier; detectors are deployed")
+    if request.task not in (None, opened.header.task):
+        raise UserError(f"{file}: a detector for task '{opened.header.task}', --task is '{request.task}'")
+    return opened if request.image_size is None else with_image_size(opened, request.image_size)
+
+
+def _datas_own(request: DeployRequest, task: Task) -> Path | None:
+    return None if request.data is None else annotation_file(request.data, "val", task)
+
+
+def own_image_size(request: DeployRequest, file: Path) -> tuple[int, int]:
+    """(height, width) that the engine sees: what was asked for, or a square of the detector's short side."""
+    side = read_header(file).detector.image.min_size
+    return request.image_size or (side, side)
+
+
+def dense_of(request: DeployRequest, source: Checkpoint) -> tuple[Path | None, str]:
+    """For a compressed model: the baseline, None for the model itself multiplied out; and a note for the report.
+
+    Raises:
+        UserError: the baseline is not a dense detector of the same task and categories.
+    """
+    if request.baseline is None:
+        if request.target == "torch":
+            raise UserError("--target torch: the model is compressed already; give its dense original as --baseline")
+        return None, COMPRESSED
+    baseline = read_header(request.baseline)
+    if baseline.plan is not None:
+        raise UserError(f"--baseline {request.baseline}: is compressed itself; give the dense original")
+    if (baseline.task, baseline.categories) != (source.header.task, source.header.categories):
+        raise UserError(f"--baseline {request.baseline}: another task or other categories than the model")
+    return request.baseline, COMPRESSED_WITH_BASELINE

@@ -1,0 +1,145 @@
+"""From a detector to the report on tiny data: every step, killed and gone on with, and the commands that it prints."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from norton_deploy.commands import run
+from norton_deploy.config import parse_settings
+from norton_deploy.data.synthetic import CATEGORIES
+from norton_deploy.deployment.compare import CompareRequest, compare
+from norton_deploy.deployment.deploy import deploy
+from norton_deploy.deployment.request import DeployRequest, EngineTarget
+from norton_deploy.errors import UserError
+from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.reporting.deployment import Deployment
+
+PLAN = "architecture: rcnn\nranks:\n  backbone.body.layer4.1.conv2: 1\nkeep:\n  backbone.body.layer4.0.conv1: 256\n"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small torchvision detector of the embedded categories with random weights, as a .pth; and a plan for it."""
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    settings = DetectorSettings(
+        num_classes=1 + len(CATEGORIES), backbone=BackboneSettings("resnet18", fpn_channels=16),
+        roi=RoiSettings(box_features=16),
+    )  # fmt: skip
+    torch.save(settings.build("box").state_dict(), folder / "own.pth")
+    (folder / "plan.yaml").write_text(PLAN)
+    return folder / "own.pth"
+
+
+def request_for(own: Path, data: Path, out: Path, **changes: Any) -> DeployRequest:
+    values = {"task": "box", "model": own, "data": data, "image_size": (128, 128), "quick": True, "images": 2,
+              "target": "torch", "refit_images": 2, "batch_size": 1, "plan": own.with_name("plan.yaml")}  # fmt: skip
+    return DeployRequest(out=out, **(values | changes))
+
+
+def check_commands(made: Deployment) -> None:
+    """Every printed command is one that its tool understands."""
+    for step in made.steps:
+        words = shlex.split(step.command)
+        name = Path(words[0]).stem
+        parse_settings(import_module(f"norton_deploy.commands.{name}").Settings, words[1:], prog=name, description="")
+
+
+def test_all_steps_and_what_an_interruption_leaves(own: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    out, said = tmp_path / "run", list[str]()
+    request = request_for(own, tiny_coco, out, finetune_steps=2)
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if "fine-tune" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        deploy(request, command="tools/deploy.py", report=stop)
+    assert not (out / "report.json").exists()
+    said.clear()
+    made = deploy(request, command="tools/deploy.py", report=said.append)
+    repeated = [line for line in said if line.endswith("done already")]
+    assert len(repeated) == 6 and "compress the model" in repeated[-1]
+    report = json.loads((out / "report.json").read_text())
+    assert report["artefact"] == "finetune/last.safetensors" and report["speedup"]["pairs"] == 12
+    assert 0 <= report["ap_dense"] <= 1 and 0 <= report["ap_small"] <= 1
+    assert (out / "report.html").is_file() and (out / "report.md").is_file()
+    assert str(tmp_path) not in report["dense"]["file"] and len(made.training) > 0
+    assert made.small.macs is not None and made.dense.macs is not None and made.small.macs < made.dense.macs
+    check_commands(made)
+    with pytest.raises(UserError, match=r"speedup = 4\.0, now it is 3"):
+        deploy(replace(request, speedup=3), command="", report=said.append)
+
+    both = CompareRequest(model=out / report["artefact"], baseline=out / "model.safetensors", data=tiny_coco,
+                          out=tmp_path / "compared", images=2, rounds=2)  # fmt: skip
+    compared = compare(both, command="tools/compare.py", report=said.append)
+    assert compared.speedup is not None and compared.speedup.pairs == 2
+    assert compared.dense.scores["bbox"].metrics == made.dense.scores["bbox"].metrics
+    check_commands(compared)
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", "from norton_deploy.commands import run; import sys; sys.exit(run('deploy'))",
+               "--task", "mask", "--quick", "--images", "2", "--out", str(out)]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "latency of the dense model" in line:
+            time.sleep(0.2)
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    done = json.loads((out / "deploy.json").read_text())["cells"]
+    assert {"export-dense", "ap-dense"} <= done.keys() and "export-small" not in done
+    written = (out / "dense.onnx").stat().st_mtime_ns
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("done already") == len(done) and (out / "dense.onnx").stat().st_mtime_ns == written
+    report = json.loads((out / "report.json").read_text())
+    assert report["ap_dense"] == report["ap_small"] and report["artefact"] == "artefact/model.onnx"
+    assert any("compressed already" in note for note in report["notes"])
+    assert (out / "artefact" / "python" / "detect.py").is_file()
+    check_commands(Deployment.from_json(out / "report.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "--model or --task"),
+        ("--model own.pth", "--data: needed with --model"),
+        ("--model c.yaml --data d", "--weights: goes with Detectron2's configuration"),
+        ("--task mask --speedup 1", "--speedup: expected more than 1, got 1"),
+        ("--task mask --target tensorflow", "--target tensorflow: expected one of onnxruntime"),
+        ("--task mask --target torch:86", "--target torch:86: expected one of"),
+        ("--task box", "--task box: no packaged detector"),
+        ("--model nothing.pth --data d", "--model nothing.pth: no such file"),
+        ("--task mask --images 0", "--images: expected at least 1, got 0"),
+    ],
+)
+def test_mistakes(arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("deploy", [*arguments.split(), "--out", str(tmp_path / "run")]) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_targets() -> None:
+    rtx = EngineTarget.parse("tensorrt-rtx:86")
+    assert (rtx.backend, rtx.graph, rtx.engine, rtx.compute_capability) == (
+        "onnxruntime", "tensorrt", "tensorrt-rtx", "86",
+    )  # fmt: skip
+    assert EngineTarget.parse("openvino").backend == "openvino"
+    assert EngineTarget.parse("torch").graph is None
