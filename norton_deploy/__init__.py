@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from norton_deploy.compression.compress import build_classifier, build_detector, compress
     from norton_deploy.compression.cpd_block import CPDBlock
     from norton_deploy.cost.complexity import count_complexity
+    from norton_deploy.deployment.deploy import deploy
+    from norton_deploy.deployment.request import DeployRequest
     from norton_deploy.errors import UserError
     from norton_deploy.inference.loading import load_predictor
     from norton_deploy.method.coupled import CoupledFactors, decompose_coupled
@@ -32,6 +34,7 @@ _HOME = {
     "CheckpointHeader": "checkpoints.checkpoint",
     "CompressionPlan": "method.plan",
     "CoupledFactors": "method.coupled",
+    "DeployRequest": "deployment.request",
     "Detections": "structures",
     "DetectorSettings": "models.detectors",
     "UserError": "errors",
@@ -41,6 +44,7 @@ _HOME = {
     "count_complexity": "cost.complexity",
     "decompose_coupled": "method.coupled",
     "decompose_filters": "method.cp",
+    "deploy": "deployment.deploy",
     "load_checkpoint": "checkpoints.checkpoint",
     "load_predictor": "inference.loading",
     "pabs_distance": "method.filter_selection",
@@ -55,6 +59,7 @@ __all__ = [
     "CheckpointHeader",
     "CompressionPlan",
     "CoupledFactors",
+    "DeployRequest",
     "Detections",
     "DetectorSettings",
     "UserError",
@@ -64,6 +69,7 @@ __all__ = [
     "count_complexity",
     "decompose_coupled",
     "decompose_filters",
+    "deploy",
     "load_checkpoint",
     "load_predictor",
     "pabs_distance",

@@ -60,7 +60,7 @@ class Estimates:
     def compress(self, effort: Effort) -> float:
         """Decomposition, and a refit that sees its images some times for each layer."""
         scale = min(1.0, effort.refit_side / self.short_side) ** 2
-        return 20 + (30 + 30 * effort.refit_images * self.call_s * scale if effort.refit_images else 0)
+        return 20 + (60 + 5 * effort.refit_images * self.call_s * scale if effort.refit_images else 0)
 
     def finetune(self, steps: int, batch_size: int) -> float:
         """Training: the small model forwards and backwards, the dense one forwards."""
