@@ -3,7 +3,6 @@
 Every step is one of the other commands, printed before it runs; a step that is done is not repeated.
 """
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from norton_deploy.commands import INTERRUPTED, command_line, run, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
-from norton_deploy.files import sha256_of
+from norton_deploy.files import read_json, sha256_of
 from norton_deploy.reporting.demo import write_demo_report
 from norton_deploy.structures import Task
 
@@ -80,8 +79,9 @@ class Step:
             if argument.endswith(".yaml") and option != "--out" and Path(argument).is_file()
         }
         if record.is_file() and product.exists():
-            before = json.loads(record.read_text())
-            if before["command"] != command or before.get("contents", contents) != contents:
+            before = read_json(record, "a step's record")
+            same = isinstance(before, dict) and before.get("command") == command
+            if not same or before.get("contents", contents) != contents:
                 raise UserError(
                     f"{product}: was made by another command or other YAML files (see {record}); choose another "
                     f"folder, or delete {root}"

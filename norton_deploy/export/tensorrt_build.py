@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -242,10 +243,12 @@ def require_gpu(compute_capability: str | None) -> None:
 
 def target_commands(onnx_path: str | Path, engine_path: str | Path, engine: Engine) -> list[str]:
     """The commands that finish on the target: this package's, and NVIDIA's own tool."""
-    own = f"python tools/export_trt.py --onnx {onnx_path} --engine {engine} --out {engine_path}"
-    if engine == "tensorrt-rtx":
-        return [own, f"tensorrt_rtx --onnx={onnx_path} --saveEngine={engine_path}"]
-    return [own, f"trtexec --onnx={onnx_path} --stronglyTyped --saveEngine={engine_path}"]
+    graph, out = str(onnx_path), str(engine_path)
+    own = ["python", "tools/export_trt.py", "--onnx", graph, "--engine", engine, "--out", out]
+    tool = ["tensorrt_rtx", f"--onnx={graph}"]
+    if engine == "tensorrt":
+        tool = ["trtexec", f"--onnx={graph}", "--stronglyTyped"]
+    return [shlex.join(own), shlex.join([*tool, f"--saveEngine={out}"])]
 
 
 def _logger(package: ModuleType) -> Any:
