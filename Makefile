@@ -10,7 +10,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[explain,export,openvino,rtx,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[docs,explain,export,openvino,rtx,serve,dev]'
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps grad-cam tritonclient
 	touch $@
 

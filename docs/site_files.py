@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return match[1] + posixpath.relpath(target, posixpath.dirname(uri) or ".")
 
-    return LINK.sub(inside, markdown).replace("](README.md", "](index.md")
+    return LINK.sub(inside, markdown)
 
 
 def _outside(uri: str, link: str) -> str | None:
