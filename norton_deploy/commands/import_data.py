@@ -7,6 +7,7 @@ from pathlib import Path
 
 from norton_deploy.config import parse_settings
 from norton_deploy.data.import_layout import Layout, import_dataset
+from norton_deploy.files import check_output_folder
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="import_data", description=__doc__ or "")
+    check_output_folder(settings.out)
     counts = import_dataset(settings.layout, settings.train, settings.val, settings.out, names=settings.names)
     for split, (images, objects) in counts.items():
         print(f"{settings.out}: {split}, {images} images, {objects} objects", file=sys.stderr)
