@@ -124,7 +124,7 @@ def test_boxes_in_the_wrong_pixels_are_noticed(export: Export, tmp_path: Path) -
     factors = next(entry for entry in model.graph.initializer if "to_frame" in entry.name)
     factors.CopyFrom(numpy_helper.from_array(np.ones(4, np.float32), factors.name))
     save_signed(model, tmp_path / "unscaled.onnx")
-    with pytest.raises(UserError, match="first in stage 'final'"):
+    with pytest.raises(UserError, match="first in stage 'given frame'"):
         check_parity(
             reduced_detector("box"), tmp_path / "unscaled.onnx", list(blobs(2, FRAME_SIZE, seed=5).numpy())
         ).require()
