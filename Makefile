@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --no-deps grad-cam tritonclient
 	touch $@
 
-# The whole experiment on the embedded data: runs/demo/report.md. It resumes where it was stopped.
+# The whole experiment on the embedded data: runs/demo/report.html. It resumes where it was stopped.
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py --out runs/demo
 

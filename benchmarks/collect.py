@@ -13,7 +13,8 @@ import yaml
 
 from benchmarks.lib.cells import RESULTS, run
 from norton_deploy.files import atomic_write
-from norton_deploy.reporting.detector_table import DetectorRow, detector_table
+from norton_deploy.reporting.deployment import Deployment
+from norton_deploy.reporting.deployment_report import models_table
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRODUCTION = """\
@@ -86,7 +87,7 @@ def section(name: str, heading: str) -> str:
     """Heading, where the figures come from, tables and pictures of one result file."""
     results = json.loads((RESULTS / f"{name}.json").read_text())
     written = RESULTS / f"{name}.md"
-    body = demo_table(results) if name == "demo" else written.read_text()
+    body = demo_table(RESULTS / "demo.json") if name == "demo" else written.read_text()
     note = f"\n\n{NOTES[name]}" if name in NOTES else ""
     return f"## {heading}\n\n{origin(name, results)}{note}\n\n{fit(body)}\n"
 
@@ -132,28 +133,11 @@ def fit(body: str) -> str:
     return re.sub(r"\]\((?!http)([^)/]+)\)", r"](../benchmarks/results/\1)", "\n".join(lines).strip())
 
 
-def demo_table(results: dict[str, Any]) -> str:
+def demo_table(path: Path) -> str:
     """The demo's two rows in the form of Table III, and the paired verdict."""
-    dense = results["complexity"]["dense"]
-    rows = []
-    for name, metrics in results["metrics"].items():
-        own = results["complexity"][name]
-        rows.append(
-            DetectorRow(
-                model=name,
-                runs_on="torch eager",
-                macs=own["macs"],
-                params=own["params"],
-                dense_macs=dense["macs"],
-                dense_params=dense["params"],
-                fps=results["latency"][name]["fps"],
-                latency_ms=results["latency"][name]["p50_ms"],
-                ap=metrics["bbox"]["AP"],
-                ar=metrics["bbox"]["AR100"],
-            )
-        )
-    table = detector_table(rows, f"{results['held_out_images']} held-out drawn images", paper=results["task"])
-    return f"{table.to_markdown()}\n\nNORTON against dense: {results['speedup']['verdict']}."
+    demo = Deployment.from_json(path)
+    assert demo.speedup is not None
+    return f"{models_table(demo).to_markdown()}\n\nNORTON against dense: {demo.speedup.verdict}."
 
 
 if __name__ == "__main__":

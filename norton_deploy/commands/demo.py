@@ -98,7 +98,7 @@ class Step:
         if status:
             raise UserError(f"failed: {command}")
         seconds = round(time.perf_counter() - started, 1)
-        write_json({"command": command, "contents": contents, "seconds": seconds}, record)
+        write_json({"title": self.title, "command": command, "contents": contents, "seconds": seconds}, record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps, started = demo_steps(settings), time.perf_counter()
     for number, step in enumerate(steps, start=1):
         replace(step, title=f"[{number}/{len(steps) + 1}] {step.title}").run(settings.out)
-    print(f"\n[{len(steps) + 1}/{len(steps) + 1}] latency, pictures, report", flush=True)
+    print(f"\n[{len(steps) + 1}/{len(steps) + 1}] AP, latency, report", flush=True)
     report = write_demo_report(
         settings.out,
         settings.task,

@@ -67,15 +67,13 @@ def write_report(folder: Path, deployment: Deployment) -> Path:
 def deployment_report(folder: Path, deployment: Deployment) -> Report:
     """The blocks of the page; the charts among them are drawn into `folder`/pictures."""
     pictures = folder / "pictures"
-    evaluated = f", {deployment.images} held-out images" if deployment.images else ""
-    caption = f"The form of the paper's Table III: {deployment.data}{evaluated}" if deployment.data else ""
     models = (deployment.dense, *deployment.others, deployment.small)
     blocks: list[Block] = [
         Paragraph(verdict(deployment), "lead"),
         *([Figures(tiles)] if (tiles := first_figures(deployment)) else []),
         *(Paragraph(note, "note") for note in deployment.notes),
         Heading("Beside the paper"),
-        detector_table([_row(model, deployment) for model in models], caption, paper=deployment.task),
+        models_table(deployment),
         Paragraph(PAPER),
         *_accuracy(deployment, pictures),
         *_compared(deployment, folder),
@@ -142,6 +140,13 @@ def first_figures(deployment: Deployment) -> tuple[tuple[str, str, str], ...]:
         change = f"{100 * (small.file_bytes / dense.file_bytes - 1):+.0f} %".replace("-", "−")
         tiles.append((_megabytes(small.file_bytes), "File", f"{dense.name} {_megabytes(dense.file_bytes)}: {change}"))
     return tuple(tiles)
+
+
+def models_table(deployment: Deployment) -> Table:
+    """All models in Table III's form, and the paper's two rows."""
+    data = f": {deployment.data}, {deployment.images} held-out images" if deployment.images else ""
+    rows = [_row(model, deployment) for model in (deployment.dense, *deployment.others, deployment.small)]
+    return detector_table(rows, f"The form of the paper's Table III{data}", paper=deployment.task)
 
 
 def _row(model: ModelRecord, deployment: Deployment) -> DetectorRow:
