@@ -20,6 +20,7 @@ from norton_deploy.data.image_folder import read_images
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.method.filter_selection import AngleMeasure
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.progress import progress_bar
 
 FIRST = ("model", "weights", "categories", "image-size", "refit", "refit-images", "overwrite", "json")
 
@@ -126,6 +127,6 @@ class LayerBars(ExitStack):
     def advance(self, stage: str, layer: str, layers: int) -> None:
         """One layer of a stage is done."""
         if stage not in self.bars:
-            self.bars[stage] = self.enter_context(tqdm(total=layers, desc=stage, unit="layer", disable=None))
+            self.bars[stage] = self.enter_context(progress_bar(total=layers, desc=stage, unit="layer"))
         self.bars[stage].set_postfix_str(layer)
         self.bars[stage].update()

@@ -12,6 +12,7 @@ from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.form_tuning import CPU, TimingTable
 from norton_deploy.files import check_output_file
+from norton_deploy.progress import progress_bar
 from norton_deploy.reporting.plan_report import verdict, write_plan_report
 from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, file in (("--out", out), ("--report", report), ("--picture", picture)):
         check_output_file(file, option, overwrite=settings.overwrite)
     table = TimingTable(out.with_suffix(".times.json"), machine_values(origin), settings.provider)
-    with tqdm(desc="sensitivity", unit="choice", disable=None) as bar:
+    with progress_bar(desc="sensitivity", unit="choice") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import read_picture
 from norton_deploy.errors import UserError
 from norton_deploy.files import new_folder, path_component
+from norton_deploy.progress import progress_bar
 from norton_deploy.structures import Categories
 
 Style = Literal["cifar", "imagenet"]
@@ -223,7 +223,7 @@ def write_crops(
             dataset = CocoDetection(coco_root, split, "box", keep_empty=False, skip_bad=skip_bad)
             folder_of_label = _class_folders(dataset.categories, coco_root)
             counts[split] = 0
-            for index in tqdm(range(len(dataset)), desc=f"{split} crops", unit="image", disable=not progress):
+            for index in progress_bar(range(len(dataset)), desc=f"{split} crops", unit="image", show=progress):
                 target = dataset.target(index)
                 boxes = target["boxes"].numpy()
                 large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).max(axis=1) >= smallest_side)

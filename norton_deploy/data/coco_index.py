@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from norton_deploy.data.coco_entries import (
     BadEntryError,
@@ -25,6 +24,7 @@ from norton_deploy.data.coco_entries import (
 from norton_deploy.data.image_file import check_decodes, read_image, sizes_of
 from norton_deploy.errors import UserError
 from norton_deploy.files import path_below, read_json
+from norton_deploy.progress import progress_bar
 from norton_deploy.structures import Task
 
 Split = Literal["train", "val"]
@@ -138,7 +138,7 @@ def _images_with_files(entries: list[Entry], folder: Path, complaints: _Complain
 
     listed = list(images.values())
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        bar = tqdm(pool.map(failure, listed), total=len(listed), desc=f"checking {folder.name}", disable=None)
+        bar = progress_bar(pool.map(failure, listed), total=len(listed), desc=f"checking {folder.name}", unit="image")
         for entry, reason in zip(listed, bar, strict=True):
             if reason is not None:
                 complaints.add("image", entry["id"], reason)

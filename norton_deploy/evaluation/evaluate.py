@@ -12,7 +12,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from norton_deploy.checkpoints.open_model import names_no_categories
 from norton_deploy.compression.lowering import lower_model, quickest_forms
@@ -34,6 +33,7 @@ from norton_deploy.evaluation.coco_metrics import (
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.predictor import Backend, Image, Predictor
+from norton_deploy.progress import progress_bar
 from norton_deploy.structures import Categories, Detections, Task
 
 # images: uint8 RGB [H, W, 3] of any sizes -> one Detections per image, in its pixels
@@ -122,8 +122,8 @@ def evaluate_detector(
     indices = chosen[state.process_index :: state.num_processes]
     loader = DataLoader(_Pixels(dataset), batch_size, sampler=indices, num_workers=workers, collate_fn=list)
     own: list[dict[str, Any]] = []
-    hidden = not (progress and state.is_main_process)
-    with tqdm(None, "evaluating", len(indices), False, unit="image", dynamic_ncols=True, disable=hidden) as bar:
+    show = progress and state.is_main_process
+    with progress_bar(desc="evaluating", total=len(indices), unit="image", show=show) as bar:
         for batch in one_line_errors(loader):
             found = detect([pixels for _, pixels in batch])
             for (image_id, _), detections in zip(batch, found, strict=True):
@@ -253,8 +253,8 @@ def evaluate_classifier(
     own = Subset(dataset, range(state.process_index, len(dataset), state.num_processes))
     hits = torch.zeros(2, dtype=torch.int64)
     loader = DataLoader(own, batch_size, num_workers=workers)
-    hidden = not (progress and state.is_main_process)
-    bar = tqdm(one_line_errors(loader), "evaluating", len(loader), leave=False, dynamic_ncols=True, disable=hidden)
+    show = progress and state.is_main_process
+    bar = progress_bar(one_line_errors(loader), desc="evaluating", total=len(loader), unit="batch", show=show)
     for images, labels, _ in bar:
         logits = model(images.to(device))
         ranking = logits.topk(min(5, logits.shape[1])).indices.cpu()

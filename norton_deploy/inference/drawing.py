@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 import cv2
 import numpy as np
 import supervision as sv
-from tqdm import tqdm
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.progress import progress_bar
 from norton_deploy.structures import Categories, Detections
 
 COCO_KEYPOINTS = 17
@@ -154,7 +153,7 @@ def annotate_images(
     bad: list[UserError] = []
     names = predictor.categories
     try:
-        for image_id, file in zip(image_ids(files), tqdm(files, unit="image", file=sys.stderr), strict=True):
+        for image_id, file in zip(image_ids(files), progress_bar(files, desc="detecting", unit="image"), strict=True):
             try:
                 [(image, detections)] = predictor.predict_files([file])
             except UserError as error:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
+from norton_deploy.progress import progress_bar
 from norton_deploy.training.batches import Batch, EpochLoader
 from norton_deploy.training.forms import recompose_blocks, use_cpu_forms
 from norton_deploy.training.run_folder import RunFolder, RunLog, RunState, load_state, save_state, seed_step
@@ -146,10 +147,8 @@ class Trainer:
                 self.announce(f"continues at step {self.step} ({where})")
         if len(set(gather_object([self.step]))) > 1:
             raise UserError(f"{self.folder.root}: not every process sees its state; put --out on a shared disk")
-        hidden = not (main and self.settings.progress)
-        bar = tqdm(
-            None, "training", self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden
-        )
+        show = main and self.settings.progress
+        bar = progress_bar(desc="training", total=self.total_steps, initial=self.step, unit="step", show=show)
         log = RunLog(self.folder, first_step=self.step, enabled=main)
         with log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
             while self.step < self.total_steps:

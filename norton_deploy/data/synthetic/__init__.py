@@ -19,13 +19,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from norton_deploy.data.synthetic.people import KEYPOINTS, SKELETON
 from norton_deploy.data.synthetic.scene import PERSON, Scene, SyntheticVideo, draw_scene
 from norton_deploy.data.synthetic.shapes import SHAPES
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, new_folder
+from norton_deploy.progress import progress_bar
 
 __all__ = ["CATEGORIES", "Scene", "SyntheticVideo", "draw_scene", "write_dataset"]
 
@@ -63,13 +63,13 @@ def _write_split(
     (folder / f"{split}2017").mkdir(parents=True)
     jobs = range(count)
     arguments = ([folder] * count, [split] * count, jobs, [seed] * count, [image_sizes] * count)
-    bar: dict[str, Any] = {"total": count, "desc": f"{split} images", "unit": "image", "disable": not progress}
+    bar: dict[str, Any] = {"total": count, "desc": f"{split} images", "unit": "image", "show": progress}
     if workers > 1 and count >= _PARALLEL_FROM:
         # Not forked: a child cannot use the threads that OpenCV and OpenMP have started in its parent.
         with ProcessPoolExecutor(workers, get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
-            written = list(tqdm(pool.map(_write_image, *arguments, chunksize=8), **bar))
+            written = list(progress_bar(pool.map(_write_image, *arguments, chunksize=8), **bar))
     else:
-        written = list(tqdm(map(_write_image, *arguments), **bar))
+        written = list(progress_bar(map(_write_image, *arguments), **bar))
     images = [entry for entry, _ in written]
     annotations = [annotation for _, found in written for annotation in found]
     for number, annotation in enumerate(annotations, start=1):

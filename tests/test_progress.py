@@ -1,0 +1,21 @@
+"""Progress off a terminal is plain lines."""
+
+import pytest
+
+from norton_deploy import progress
+from norton_deploy.progress import progress_bar
+
+
+def test_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    assert list(progress_bar(range(3), desc="detecting", unit="image")) == [0, 1, 2]
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "" and "\r" not in captured.err
+    assert lines[0].startswith("detecting: 0 of 3 image, ") and lines[-1].startswith("detecting: 3 of 3 image, ")
+    assert all(line.startswith("detecting: ") for line in lines)
+
+
+def test_nothing_where_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress_bar(range(3), desc="detecting", unit="image", show=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
