@@ -20,6 +20,7 @@ WRITERS = {
     "import_data": "--layout yolo --train {data} --val {data} --out {folder}",
     "import_detectron2": "--config c.yaml --weights w.pth --out {}.safetensors",
     "import_model": "--model m.pth --out {}.safetensors",
+    "latency": "--models a.onnx b.onnx --data d --json {}",
     "make_crops": "--data {data} --out {folder}",
     "make_synthetic": "--train 1 --val 1 --out {folder}",
     "plan": "--model resnet18 --budget macs=0.5 --data d --out {}",

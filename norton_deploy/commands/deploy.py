@@ -11,6 +11,8 @@ from norton_deploy.config import parse_settings
 from norton_deploy.deployment.deploy import deploy
 from norton_deploy.deployment.request import DeployRequest
 
+FIRST = ("model", "data", "task", "speedup", "target", "image-size", "quick", "finetune-steps", "categories", "plan")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(DeployRequest):
