@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import rivals, table1_cifar, table4_rank
+from benchmarks import rivals, shared_factors, table1_cifar, table4_rank
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, network_nmse
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
@@ -69,6 +69,18 @@ def test_rivals_get_the_macs_of_the_filters_cpd(stand_in, kind: str) -> None:
 
     budget = total("filter", dict.fromkeys(convolutions, (1,)))
     assert 0.98 * budget < total(kind, ranks) <= budget
+
+
+@pytest.mark.parametrize("form", ("tucker", "coupled 16"))
+def test_shared_factors_get_the_macs_of_the_filters_cpd(stand_in, form: str) -> None:
+    model, data = stand_in
+    recovery = Recovery(RecoverySettings(model=model, data=data, runs=data / "runs"))
+    filter_macs, macs = (
+        count_complexity(apply_structure(VGG.build(), shared_factors.plan_of(recovery, kind)), (32, 32)).macs
+        for kind in ("filter", form)
+    )
+    # one grouped convolution counts Kh Kw where eq. 5 and 6 count Kh + Kw
+    assert 0.9 * filter_macs < macs <= filter_macs
 
 
 def test_both_orders_and_all_choices_give_the_plan_s_structure() -> None:
