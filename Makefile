@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup docs demo test test-all fuzz check format clean
+.PHONY: setup docs demo test test-all fuzz check format clean faults soak
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,13 @@ test-all: $(INSTALLED)
 # Ten thousand damaged and malicious files of every kind, in processes that may crash, hang or grow.
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.run --cases 10000
+
+# Fifty kills of a training run at random moments; then memory over thousands of predictions and an hour of video.
+faults: $(INSTALLED)
+	$(BIN)/python tests/faults/kill_runs.py --kills 50
+
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from norton_deploy.video.sources import FrameSource
 
 QUEUE_CAPACITY = 2
 OVERLAY_WINDOW = 60
+MEASURED_FRAMES = 10_000
 WARM_UP_SIZE = (480, 640)
 STALL_S = 1.0
 """How long the end of a run waits for a source that is still reading."""
@@ -45,12 +46,14 @@ class _Frame:
 
 @dataclass
 class _Run:
-    """What is measured while the pipeline runs; one list entry per written frame."""
+    """What is measured while the pipeline runs: counts of all frames, times of the last `MEASURED_FRAMES` written ones,
+    so that a camera may run for years."""
 
-    written_s: list[float] = field(default_factory=list)
-    latency_ms: list[float] = field(default_factory=list)
-    predict_ms: list[list[float]] = field(default_factory=list)
+    written_s: deque[float] = field(default_factory=lambda: deque(maxlen=MEASURED_FRAMES))
+    latency_ms: deque[float] = field(default_factory=lambda: deque(maxlen=MEASURED_FRAMES))
+    predict_ms: deque[list[float]] = field(default_factory=lambda: deque(maxlen=MEASURED_FRAMES))
     captured: int = 0
+    written: int = 0
     errors: list[BaseException] = field(default_factory=list)
 
 
@@ -178,6 +181,8 @@ class VideoPipeline:
     def _draw(self) -> None:
         measured = self._measured
         recent_predict_ms: deque[list[float]] = deque(maxlen=OVERLAY_WINDOW)
+        recent_latency_ms: deque[float] = deque(maxlen=OVERLAY_WINDOW)
+        recent_written_s: deque[float] = deque(maxlen=OVERLAY_WINDOW)
         first_s: float | None = None
         while (frame := self._analysed.get()) is not None:
             recent_predict_ms.append(frame.predict_ms)
@@ -185,20 +190,23 @@ class VideoPipeline:
             mean_ms = np.mean(recent_predict_ms, axis=0)
             headings = [f"{label}: {1e3 / ms:.1f} FPS" for (label, _), ms in zip(self._models, mean_ms, strict=True)]
             categories = [predictor.categories for _, predictor in self._models]
-            latency_ms = measured.latency_ms[-OVERLAY_WINDOW:]
-            fps = _rate(measured.written_s[-OVERLAY_WINDOW:])
-            canvas = compose_panels(frame.image, shown, categories, headings, fps, latency_ms)
+            fps = _rate(recent_written_s)
+            canvas = compose_panels(frame.image, shown, categories, headings, fps, list(recent_latency_ms))
             first_s = frame.captured_s if first_s is None else first_s
             self._output.write(canvas, frame.captured_s - first_s if self._source.is_live else None)
             open_window = self._window is None or self._window.show(canvas)
             now = time.perf_counter()
-            measured.written_s.append(now)
-            measured.latency_ms.append((now - frame.captured_s) * 1e3)
+            latency_ms = (now - frame.captured_s) * 1e3
+            for times in (measured.written_s, recent_written_s):
+                times.append(now)
+            for times in (measured.latency_ms, recent_latency_ms):
+                times.append(latency_ms)
+            measured.written += 1
             measured.predict_ms.append(frame.predict_ms)
             if not open_window:
                 self._ended = "window closed"
                 return
-            if self._max_frames is not None and len(measured.written_s) >= self._max_frames:
+            if self._max_frames is not None and measured.written >= self._max_frames:
                 self._ended = "frame limit"
                 return
 
@@ -207,7 +215,7 @@ class VideoPipeline:
 
         `pipeline.capture_to_display_ms` runs from the captured frame (for files: from when inference takes it
         up) to the drawn and written one, with two models both of them included; `models[].fps` is what each
-        model alone allows.
+        model alone allows. Times are of the last `MEASURED_FRAMES` frames.
         """
         measured, source = self._measured, self._source
         predict_ms = np.asarray(measured.predict_ms, float).reshape(-1, len(self._models))
@@ -217,7 +225,7 @@ class VideoPipeline:
             "ended": source.problem or self._ended,
             "frames": {
                 "captured": measured.captured,
-                "written": len(measured.written_s),
+                "written": measured.written,
                 "dropped": self._captured.dropped,
                 "corrupt": source.corrupt_frames,
             },
@@ -240,12 +248,12 @@ class VideoPipeline:
         }
 
 
-def _rate(times_s: Sequence[float]) -> float | None:
+def _rate(times_s: Sequence[float] | deque[float]) -> float | None:
     """Events per second over a list of moments, None for fewer than two."""
     return (len(times_s) - 1) / (times_s[-1] - times_s[0]) if len(times_s) > 1 else None
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+def _percentiles(values: Sequence[float] | deque[float]) -> dict[str, float] | None:
     """{"p50", "p95"} of the values, None for none."""
     if not values:
         return None
