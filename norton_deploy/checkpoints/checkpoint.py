@@ -263,9 +263,12 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     """Load a complete set of weights, strictly.
 
     Raises:
-        UserError: see `check_shapes`.
+        UserError: see `check_shapes`; or a number is not finite, and the tensor is named.
     """
     check_shapes(model, tensors, source)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: tensor '{name}' holds NaN or infinity; take the weights from before that")
     own = model.state_dict()
     known = {name: tensor for name, tensor in tensors.items() if name in own}
     model.load_state_dict(known, strict=False)

@@ -93,7 +93,13 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
             self._binding.bind_output(name, *self._device)
         self._binding.synchronize_inputs()
         started = self.timing.add("copy_ms", started)
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's own have no common base class
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{self.name}: ONNX Runtime cannot run this graph ({reason}); are the model's weights finite?"
+            ) from error
         self._binding.synchronize_outputs()
         started = self.timing.add("infer_ms", started)
         outputs = {name: value.numpy() for name, value in zip(names, self._binding.get_outputs(), strict=True)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,9 @@ class StageTiming:
 class Predictor(ABC):
     """A loaded detector; `predictor(images)` returns one `Detections` per image, in that image's pixels.
 
+    Any number of threads may call one predictor: they take turns, and what a call returned is its own (no later call
+    changes it). For two calls at the same time load two predictors.
+
     Attributes:
         name: the file it came from.
         backend: torch, onnxruntime, openvino or tensorrt.
@@ -67,7 +71,7 @@ class Predictor(ABC):
         categories: its labels, COCO ids and names.
         input_size: (height, width) of the graph's input, or None when the model takes any size.
         device: what it runs on, in words.
-        timing: stages of the last call.
+        timing: stages of the last call, whichever thread made it.
     """
 
     name: str
@@ -77,6 +81,13 @@ class Predictor(ABC):
     input_size: tuple[int, int] | None
     device: str
     timing = StageTiming()
+    _turn: threading.RLock
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        """With the lock of its calls: here, where no subclass can leave it out."""
+        predictor = super().__new__(cls)
+        predictor._turn = threading.RLock()
+        return predictor
 
     def __call__(self, images: Sequence[Image]) -> list[Detections]:
         """Detect in any number of images of any sizes.
@@ -86,14 +97,15 @@ class Predictor(ABC):
 
         Raises:
             UserError: it is no list; an image is empty, is not uint8 or not [H, W, 3], or does not fit a graph that was
-                exported without letterboxing.
+                exported without letterboxing; or the model computed numbers that are not finite.
         """
         if not isinstance(images, Sequence | np.ndarray):
             raise UserError(f"{self.name}: expected a list of images, got a {type(images).__name__}; give list(images)")
         for position, image in enumerate(images):
             _check_image(image, f"image {position + 1} of {len(images)}")
-        self.timing = StageTiming()
-        return self._detect(images)
+        with self._turn:
+            self.timing = StageTiming()
+            return self._detect(images)
 
     def predict_files(self, paths: Sequence[str | Path]) -> list[tuple[Image, Detections]]:
         """Decode files and detect in them; decoding is part of `timing`.
@@ -107,13 +119,22 @@ class Predictor(ABC):
         started = time.perf_counter()
         images = [read_image(path) for path in paths]
         decode_ms = (time.perf_counter() - started) * 1e3
-        detections = self(images)
-        self.timing.decode_ms = decode_ms
+        with self._turn:
+            detections = self(images)
+            self.timing.decode_ms = decode_ms
         return list(zip(images, detections, strict=True))
 
     @abstractmethod
     def _detect(self, images: Sequence[Image]) -> list[Detections]:
         """Detect in checked images and fill `self.timing`."""
+
+
+def not_finite(name: str, what: str) -> UserError:
+    """What to say of a model whose numbers are NaN or infinite: it would find nothing and not say why."""
+    return UserError(
+        f"{name}: {what} are not finite; its weights are broken (a training that diverged?) or its precision is too low "
+        "for them (try fp32)"
+    )
 
 
 def _check_image(image: Image, where: str) -> None:

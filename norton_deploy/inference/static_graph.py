@@ -21,11 +21,13 @@ import numpy.typing as npt
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.letterbox import Letterbox, clip_boxes, place_images
-from norton_deploy.inference.predictor import Image, Predictor, StageTiming
+from norton_deploy.inference.predictor import Image, Predictor, StageTiming, not_finite
 from norton_deploy.structures import Detections, MaskPaste
 
 logger = logging.getLogger(__name__)
 Outputs = dict[str, npt.NDArray[np.generic]]
+CHECKED = {"boxes", "scores", "keypoints"}
+"""Outputs that must be finite; masks have a hundred times as many numbers and follow from the same features."""
 PADDING = 1
 """Zeros around a mask where it is pasted at whole pixels."""
 
@@ -79,6 +81,9 @@ class StaticGraphPredictor(Predictor):
             self.timing.add("preprocess_ms", started)
             outputs = self.run(batch)
             started = time.perf_counter()
+            for name in sorted(CHECKED & outputs.keys()):
+                if not np.isfinite(outputs[name][: len(chunk)]).all():
+                    raise not_finite(self.name, f"its {name}")
             self._check_flags(outputs)
             for index, letterbox in enumerate(letterboxes):
                 labels, mask_paste = self.categories.labels, self.contract.mask_paste

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.inference.predictor import Image, Predictor, not_finite
 from norton_deploy.structures import TASKS, Categories, Detections, Task
 
 MAX_BATCH = 8
+SCORING_HEADS = ("rpn.head", "roi_heads.box_predictor")
 
 
 class TorchPredictor(Predictor):
@@ -106,7 +107,7 @@ class TorchPredictor(Predictor):
             inputs = [to_unit_range(image.to(self.torch_device)) for image in inputs]
             self._synchronise()
             started = self.timing.add("copy_ms", started)
-            with torch.inference_mode(), full_precision():
+            with torch.inference_mode(), full_precision(), self._finite_scores():
                 outputs = self.model(inputs)
             self._synchronise()
             started = self.timing.add("infer_ms", started)
@@ -114,6 +115,21 @@ class TorchPredictor(Predictor):
                 detections.append(self._to_detections(output, (image.shape[0], image.shape[1])))
             self.timing.add("postprocess_ms", started)
         return detections
+
+    @contextmanager
+    def _finite_scores(self) -> Iterator[None]:
+        """Looks at the logits of proposals and classes meanwhile: NaN among them leaves no detection and no trace."""
+
+        def check(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
+            if not all(bool(logits.isfinite().all()) for logits in _tensors(outputs[0])):
+                raise not_finite(self.name, "the scores that it computed")
+
+        handles = [self.model.get_submodule(head).register_forward_hook(check) for head in SCORING_HEADS]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _to_detections(self, output: dict[str, Tensor], image_size: tuple[int, int]) -> Detections:
         # Thresholded before the copy: a quarter of the bytes. 0.5 is torchvision's and COCO's usual cut.
@@ -177,6 +193,10 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _tensors(outputs: Tensor | list[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs
 
 
 def _batches(images: Sequence[Image]) -> Iterator[list[Image]]:
