@@ -31,7 +31,7 @@ fuzz: $(INSTALLED)
 
 # Fifty kills of a training run at random moments; then memory over thousands of predictions and an hour of video.
 faults: $(INSTALLED)
-	$(BIN)/python tests/faults/kill_runs.py --kills 50
+	PYTHONPATH=.:tests/training $(BIN)/python tests/faults/kill_runs.py --kills 50
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py

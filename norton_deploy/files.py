@@ -4,6 +4,7 @@ reading JSON, and using names as paths, that a stranger may have written."""
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -25,6 +26,15 @@ MAX_DEPTH = 100
 """Largest tree of settings, see `check_tree`."""
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
+PARTIAL = ".partial"
+"""How the names of files and folders end that are not whole yet: .NAME.XXXXXXXX.partial, beside NAME."""
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
@@ -39,7 +49,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, neighbour = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        descriptor, neighbour = tempfile.mkstemp(PARTIAL, f".{target.name}.", target.parent)
     except OSError as error:
         raise UserError(f"{target}: cannot write here ({error.strerror}); choose another place") from error
     try:
@@ -47,9 +57,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(neighbour, 0o666 & ~umask)
+        os.chmod(neighbour, 0o666 & ~_umask())
         os.replace(neighbour, target)
     except BaseException as error:
         Path(neighbour).unlink(missing_ok=True)
@@ -58,8 +66,24 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
+def remove_partials(target: Path) -> None:
+    """Remove what killed writers of `target` left beside it, files of `atomic_write` and folders of `new_folder`.
+
+    Only for what nothing else writes meanwhile. Names are matched exactly: a `.NAME.partial` of somebody else stays.
+    """
+    mark = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}")
+    if not target.parent.is_dir():
+        return
+    for path in [path for path in target.parent.iterdir() if mark.fullmatch(path.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def check_output_file(path: Path | None, option: str, suffix: str = "", *, overwrite: bool) -> None:
     """Say before the work, not after it, that a file cannot be written, or is there already; None and "-" (stdout) can.
+    What killed writers of it left is removed.
 
     Args:
         path: of the file to come.
@@ -84,6 +108,7 @@ def check_output_file(path: Path | None, option: str, suffix: str = "", *, overw
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{option} {path}: cannot write in {folder}; choose another place")
+    remove_partials(path)
 
 
 def refuse_same_file(out: Path, *inputs: Path | None) -> None:
@@ -119,21 +144,18 @@ def check_output_folder(path: Path, *, replaces: str | None = None) -> None:
 def new_folder(path: str | Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A hidden neighbour of `path` to fill; on success it is renamed to `path`, after an exception it is gone.
 
-    What an interrupted run left behind is removed first.
-
-    Args:
-        path: of the folder.
-        replaces: see `check_output_folder`.
+    What a killed run left behind is removed first.
 
     Raises:
         UserError: `path` holds something already, or its parent cannot be written to.
     """
     target = Path(path)
-    check_output_folder(target, replaces=replaces)
-    neighbour = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(neighbour, ignore_errors=True)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: holds something already; remove it or choose another folder")
     try:
-        neighbour.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(target)
+        neighbour = Path(tempfile.mkdtemp(PARTIAL, f".{target.name}.", target.parent))
     except OSError as error:
         raise UserError(f"{target}: cannot write here ({error.strerror}); choose another place") from error
     try:

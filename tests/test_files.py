@@ -34,7 +34,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_folder_that_failed(tmp_path: Path) -> None:
     target = tmp_path / "data"
     target.mkdir()
-    leftover = tmp_path / ".data.partial"
+    leftover = tmp_path / ".data.k3j_x9ab.partial"
     leftover.mkdir()
     (leftover / "old").write_text("of an interrupted run")
     with pytest.raises(ValueError), new_folder(target) as folder:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import supervision as sv
 
 from norton_deploy.errors import UserError
@@ -24,6 +25,9 @@ BAR_HEIGHT = 24
 BAR_COLOUR = (30, 30, 30)
 TEXT_COLOUR = (255, 255, 255)
 TEXT_SIZE_PX = 13
+MASK_OPACITY = 0.45
+MASK_MARGIN = 1 / 28
+"""Of a box's side: pasting widens it by one cell of the mask, half on either side; twice that is looked at."""
 
 
 def draw_detections(image: Image, detections: Detections, categories: Categories, *, scores: bool = True) -> Image:
@@ -39,17 +43,18 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
         uint8 RGB [H, W, 3]. Keypoints whose score is not positive are left out (torchvision's scores are
         logits); the skeleton's edges are COCO's and drawn for 17 keypoints only.
     """
-    # supervision draws in OpenCV's channel order.
-    scene = np.ascontiguousarray(image[:, :, ::-1])
     if len(detections) == 0:
-        return np.ascontiguousarray(scene[:, :, ::-1])
-    objects = detections.to_supervision(categories)
+        return np.ascontiguousarray(image).copy()
+    scene: Any = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR)  # as supervision draws
+    objects = replace(detections, masks=None).to_supervision(categories)
     order = {label: index for index, label in enumerate(categories.labels)}
     colours = np.array([order[int(label)] for label in detections.labels])  # COCO's ids are sparse: two might share one
     scale = max(0.4, min(image.shape[:2]) / 1000)
     thickness = max(1, round(2 * scale))
-    if objects.mask is not None:
-        scene = sv.MaskAnnotator(opacity=0.45).annotate(scene, objects, colours)
+    if detections.masks is not None:
+        palette = sv.ColorPalette.DEFAULT
+        tints = [palette.by_idx(int(colour)).as_bgr() for colour in colours]
+        paint_masks(scene, detections.masks, detections.boxes, tints)
     scene = sv.BoxAnnotator(thickness=thickness).annotate(scene, objects, colours)
     if detections.keypoints is not None:
         skeletons = _key_points(detections.keypoints, objects.class_id)
@@ -65,7 +70,34 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
         smart_position=True,  # labels at the image's edge are moved inside
     )
     scene = labeller.annotate(scene, objects, labels, colours)
-    return np.ascontiguousarray(scene[:, :, ::-1])
+    return np.asarray(cv2.cvtColor(scene, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def paint_masks(
+    scene: Image,
+    masks: npt.NDArray[np.bool_],
+    boxes: npt.NDArray[np.float32],
+    colours: Sequence[tuple[int, int, int]],
+) -> None:
+    """Tint each mask's pixels in place, the smallest object on top; nothing outside the boxes is looked at.
+
+    Args:
+        scene: uint8 [H, W, 3].
+        masks: [N, H, W]; each within its box, or as little beyond it as pasting puts there.
+        boxes: [N, 4], xyxy in pixels.
+        colours: [N], in the scene's channel order.
+    """
+    height, width = scene.shape[:2]
+    margin = MASK_MARGIN * (boxes[:, 2:] - boxes[:, :2]) + 2
+    low = np.floor(boxes[:, :2] - margin).clip(0).astype(int)
+    high = np.ceil(boxes[:, 2:] + margin).clip(0, (width, height)).astype(int)
+    regions = [(slice(y1, y2), slice(x1, x2)) for (x1, y1), (x2, y2) in zip(low, high, strict=True)]
+    parts = [mask[region].view(np.uint8) for mask, region in zip(masks, regions, strict=True)]
+    below, levels = scene.copy(), np.arange(256)[:, None]
+    for index in sorted(range(len(parts)), key=lambda index: -np.count_nonzero(parts[index])):
+        if parts[index].size:
+            tints = np.rint(levels * (1 - MASK_OPACITY) + np.array(colours[index]) * MASK_OPACITY).astype(np.uint8)
+            cv2.copyTo(cv2.LUT(below[regions[index]], tints[:, None]), parts[index], scene[regions[index]])
 
 
 def _key_points(keypoints: np.ndarray, class_id: np.ndarray | None) -> sv.KeyPoints:

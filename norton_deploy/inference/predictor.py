@@ -132,8 +132,8 @@ class Predictor(ABC):
 def not_finite(name: str, what: str) -> UserError:
     """What to say of a model whose numbers are NaN or infinite: it would find nothing and not say why."""
     return UserError(
-        f"{name}: {what} are not finite; its weights are broken (a training that diverged?) or its precision is too low "
-        "for them (try fp32)"
+        f"{name}: {what} are not finite; its weights are broken (a training that diverged?) or its precision is too "
+        "low for them (try fp32)"
     )
 
 

@@ -1,10 +1,13 @@
 """The folder of a training run: who may write there, its log, and the state from which it continues bit for bit."""
 
+import fcntl
 import json
+import os
 import random
-import shutil
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write, read_json
+from norton_deploy.files import atomic_write, read_json, remove_partials
 
 FORMAT = 1
+RUN_MARK = {"batch_size", "lr", "seed"}
+"""Settings that every run writes."""
 
 
 class RunFolder:
@@ -30,6 +35,7 @@ class RunFolder:
         log, tensorboard: JSON lines; TensorBoard's event files.
         last, best: checkpoints of the newest weights, and of those with the best evaluation.
         non_finite: the batch at which the loss stopped being finite.
+        lock: who trains here, or was the last to do so; held by the process while it does.
     """
 
     def __init__(self, root: Path) -> None:
@@ -37,15 +43,55 @@ class RunFolder:
         self.settings, self.state = root / "settings.json", root / "state.pt"
         self.log, self.tensorboard = root / "log.jsonl", root / "tensorboard"
         self.last, self.best = root / "last.safetensors", root / "best.safetensors"
-        self.non_finite = root / "non_finite.json"
+        self.non_finite, self.lock = root / "non_finite.json", root / "run.lock"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that a run writes, but for TensorBoard's events and the lock."""
+        return (self.state, self.log, self.last, self.best, self.non_finite, self.settings)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process out meanwhile.
+
+        The lock is the operating system's: one whose process died, on whatever host, holds nobody up.
+
+        Raises:
+            UserError: another process trains here (the message names it), or the folder cannot be written to.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise UserError(f"{self.lock}: cannot write here ({error.strerror}); choose another --out") from error
+        with os.fdopen(descriptor, "r+") as stream:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                holder = stream.read().strip() or "another process"
+                raise UserError(f"{self.root}: {holder} trains here; wait for it or choose another --out") from error
+            except OSError:  # a file system without locks can keep nobody out
+                pass
+            try:
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                stream.flush()
+            except OSError as error:
+                raise UserError(f"{self.lock}: cannot be written ({error.strerror})") from error
+            yield
 
     def claim(self, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Make the folder this run's own; called by the main process before anything is written.
+        """Make the folder this run's own; called by the main process, which holds it, before anything is written.
+
+        --overwrite takes what a run wrote and nothing else, and only where a run's settings lie; of TensorBoard the
+        event files, and of a link the link. What a killed run left half written goes in any case.
 
         Raises:
             UserError: a run is there already and neither `resume` nor `overwrite` is set, there is
-                nothing to resume, or what there is has other settings.
+                nothing to resume, what there is has other settings, or the files there are no run's.
         """
+        for path in self.files:
+            remove_partials(path)
         if resume:
             if not self.settings.is_file():
                 raise UserError(f"{self.root}: no run to resume here; start it without --resume")
@@ -53,20 +99,45 @@ class RunFolder:
                 check_identity(self.settings, read_json(self.settings, "the settings of a run"), settings)
             self.non_finite.unlink(missing_ok=True)
             return
-        paths = (self.state, self.log, self.tensorboard, self.last, self.best, self.non_finite, self.settings)
-        present = [path for path in paths if path.exists()]
+        present = [path for path in (*self.files, self.tensorboard) if path.exists() or path.is_symlink()]
+        if present and self.settings not in present:
+            raise UserError(
+                f"{present[0]}: is in the way and no run's ({self.settings.name} is missing); choose another --out"
+            )
         if present and not overwrite:
             raise UserError(
                 f"{self.root}: holds a run already ({present[0].name}); continue it with --resume, "
                 "replace it with --overwrite, or choose another --out"
             )
-        for path in present:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        if present:
+            read_settings(self.settings)
+            self._remove_run()
         with atomic_write(self.settings, "w") as stream:
             stream.write(json.dumps(settings, indent=2) + "\n")
+
+    def _remove_run(self) -> None:
+        """Settings last, so that what a kill leaves is still a run's."""
+        if self.tensorboard.is_symlink():
+            self.tensorboard.unlink()
+        elif self.tensorboard.is_dir():
+            for path in self.tensorboard.glob("events.out.tfevents.*"):
+                path.unlink()
+            if not any(self.tensorboard.iterdir()):
+                self.tensorboard.rmdir()
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run wrote.
+
+    Raises:
+        UserError: the file cannot be read or is no run's.
+    """
+    settings = read_json(path, "the settings of a run")
+    if not isinstance(settings, dict) or not settings.keys() >= RUN_MARK:
+        raise UserError(f"{path}: not the settings of a run (no {', '.join(sorted(RUN_MARK))}); choose another --out")
+    return settings
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -108,9 +179,17 @@ class RunState:
 
 
 def save_state(path: Path, state: RunState) -> None:
-    """Write the state whole or not at all; it holds tensors and plain containers only."""
+    """Write the state whole or not at all; it holds tensors and plain containers only.
+
+    Raises:
+        UserError: it cannot be written, on a full disk for example; the old one stays.
+    """
     with atomic_write(path) as stream:
-        torch.save({"format": FORMAT, **vars(state)}, stream)
+        try:
+            torch.save({"format": FORMAT, **vars(state)}, stream)
+        except RuntimeError as error:  # what torch makes of an OSError
+            stream.flush()  # raises what the system said, if it was that
+            raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> RunState:
@@ -128,14 +207,19 @@ def load_state(path: Path, identity: dict[str, Any]) -> RunState:
         if not all(isinstance(getattr(state, name), dict) for name in ("metrics", "identity", "model", "optimizer")):
             raise ValueError("parts that are no mappings")
     except Exception as error:  # torch.load has no common base class for what it raises
-        raise UserError(
-            f"{path}: not a whole state of a run; start a new run from the folder's last.safetensors "
-            "(--init FILE --out NEW), or replace the run with --overwrite"
-        ) from error
+        raise broken_state(path) from error
     if found != FORMAT:
         raise UserError(f"{path}: state format {found}, this version reads {FORMAT}")
     check_identity(path, state.identity, identity)
     return state
+
+
+def broken_state(path: Path) -> UserError:
+    """What to say of a state that cannot be taken up."""
+    return UserError(
+        f"{path}: not a whole state of a run; start a new run from the folder's last.safetensors "
+        "(--init FILE --out NEW), or replace the run with --overwrite"
+    )
 
 
 def check_identity(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -171,26 +255,37 @@ class RunLog:
     Args:
         folder: of the run.
         first_step: steps done before; lines of later ones are dropped.
+        evaluated_step: of the last evaluation that the state knows; later ones are made again, their lines dropped.
         enabled: False on all processes but the main one.
     """
 
-    def __init__(self, folder: RunFolder, *, first_step: int, enabled: bool) -> None:
+    def __init__(self, folder: RunFolder, *, first_step: int, evaluated_step: int, enabled: bool) -> None:
         self._stream = None
+        self._path = folder.log
         self.start_interval()
         if not enabled:
             return
         if folder.log.exists():
-            _keep_until(folder.log, first_step)
+            _keep_until(folder.log, first_step, evaluated_step)
         self._stream = open(folder.log, "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._board.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._stream is None:
+            return
+        for part in (self._stream, self._board):
+            try:
+                part.close()
+            except OSError as error:  # on a full disk closing fails once more
+                if kind is None:
+                    raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        paths = f"{self._path} or {self._board.log_dir}"
+        return UserError(f"{paths}: cannot be written ({error.strerror}); make room and go on with --resume")
 
     def start_interval(self) -> None:
         """Forget the steps since the last line."""
@@ -218,9 +313,19 @@ class RunLog:
             section: "train" or "evaluation"; also the prefix of the names in TensorBoard.
             step: steps done.
             values: numbers, or one level of dictionaries of numbers.
+
+        Raises:
+            UserError: the log or TensorBoard's events cannot be written, on a full disk for example.
         """
         if self._stream is None:
             return
+        try:
+            self._write(section, step, values)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _write(self, section: str, step: int, values: Mapping[str, Any]) -> None:
+        assert self._stream is not None
         self._stream.write(json.dumps({"section": section, "step": step, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():
@@ -243,8 +348,16 @@ def read_log(log: Path) -> tuple[dict[str, Any], ...]:
     return tuple(records)
 
 
-def _keep_until(log: Path, last_step: int) -> None:
+def _keep_until(log: Path, last_step: int, evaluated_step: int) -> None:
     """Rewrite the log without the lines of later steps, and without a last line cut off by a kill."""
-    kept = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= last_step]
+    kept = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            last = evaluated_step if record["section"] == "evaluation" else last_step
+            if record["step"] <= last:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
     with atomic_write(log, "w") as stream:
         stream.writelines(kept)

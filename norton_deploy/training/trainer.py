@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from norton_deploy.files import atomic_write
 from norton_deploy.progress import progress_bar
 from norton_deploy.training.batches import Batch, EpochLoader
 from norton_deploy.training.forms import recompose_blocks, use_cpu_forms
-from norton_deploy.training.run_folder import RunFolder, RunLog, RunState, load_state, save_state, seed_step
+from norton_deploy.training.run_folder import (
+    RunFolder,
+    RunLog,
+    RunState,
+    broken_state,
+    load_state,
+    save_state,
+    seed_step,
+)
 from norton_deploy.training.settings import TrainingSettings, build_optimizer, build_weight_average
 
 LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
@@ -115,18 +124,19 @@ class Trainer:
         Raises:
             UserError: the folder belongs to another run; and as `run`.
         """
-        settings, processes = self.settings, self.accelerator.num_processes
-        if self.accelerator.is_main_process:
-            self.folder.claim(self.identity, resume=settings.resume, overwrite=settings.overwrite)
-            for line in (*([] if settings.resume else [f"start from {origin}"]), *notes):
-                self.announce(line)
-            self.announce(
-                f"{self.total_steps} steps of {settings.batch_size * processes} images ({processes} x "
-                f"{settings.batch_size}), {self.steps_per_epoch} steps an epoch, learning rate {self.peak_lr:g}, "
-                f"on {self.accelerator.device}, precision {self.accelerator.mixed_precision}"
-            )
-        self.accelerator.wait_for_everyone()
-        return self.run()
+        settings, processes, main = self.settings, self.accelerator.num_processes, self.accelerator.is_main_process
+        with self.folder.held() if main else nullcontext():
+            if main:
+                self.folder.claim(self.identity, resume=settings.resume, overwrite=settings.overwrite)
+                for line in (*([] if settings.resume else [f"start from {origin}"]), *notes):
+                    self.announce(line)
+                self.announce(
+                    f"{self.total_steps} steps of {settings.batch_size * processes} images ({processes} x "
+                    f"{settings.batch_size}), {self.steps_per_epoch} steps an epoch, learning rate {self.peak_lr:g}, "
+                    f"on {self.accelerator.device}, precision {self.accelerator.mixed_precision}"
+                )
+            self.accelerator.wait_for_everyone()
+            return self.run()
 
     def run(self) -> TrainingResult:
         """Train to the end, from the saved state with `settings.resume`.
@@ -141,7 +151,11 @@ class Trainer:
         if self.settings.resume:
             saved = self.folder.state.exists()
             if saved:
-                self._restore(load_state(self.folder.state, self.identity))
+                state = load_state(self.folder.state, self.identity)
+                try:
+                    self._restore(state)
+                except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # as torch finds it
+                    raise broken_state(self.folder.state) from error
             if main:
                 where = f"the state in {self.folder.state}" if saved else "no state was saved yet"
                 self.announce(f"continues at step {self.step} ({where})")
@@ -149,7 +163,7 @@ class Trainer:
             raise UserError(f"{self.folder.root}: not every process sees its state; put --out on a shared disk")
         show = main and self.settings.progress
         bar = progress_bar(desc="training", total=self.total_steps, initial=self.step, unit="step", show=show)
-        log = RunLog(self.folder, first_step=self.step, enabled=main)
+        log = RunLog(self.folder, first_step=self.step, evaluated_step=self.evaluated_step, enabled=main)
         with log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
             while self.step < self.total_steps:
                 self._run_epoch(log, bar)

@@ -186,7 +186,8 @@ class VideoPipeline:
         first_s: float | None = None
         while (frame := self._analysed.get()) is not None:
             recent_predict_ms.append(frame.predict_ms)
-            shown = [found[found.scores >= self._score_threshold] for found in frame.detections]
+            # a slice: scores descend, and masks that are not drawn are never copied
+            shown = [found[: np.count_nonzero(found.scores >= self._score_threshold)] for found in frame.detections]
             mean_ms = np.mean(recent_predict_ms, axis=0)
             headings = [f"{label}: {1e3 / ms:.1f} FPS" for (label, _), ms in zip(self._models, mean_ms, strict=True)]
             categories = [predictor.categories for _, predictor in self._models]

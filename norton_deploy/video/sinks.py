@@ -103,8 +103,9 @@ class VideoFile:
         self.frames += 1
         self._last = frame
 
-    def _broken_off(self, error: OSError) -> str:
-        return f"{self.path}: cannot be written any further ({error.strerror}); what was recorded until then is in it"
+    def _broken_off(self, error: Exception) -> str:
+        reason = getattr(error, "strerror", error)
+        return f"{self.path}: cannot be written any further ({reason}); what was recorded until then is in it"
 
     def __enter__(self) -> VideoFile:
         return self
@@ -114,13 +115,13 @@ class VideoFile:
     ) -> None:
         if self._partial is None:
             return
-        problem = None
+        problem: Exception | None = None
         try:
             with self._stream:
                 self._container.mux(self._video.encode(None))
                 self._container.close()
                 os.fsync(self._stream.fileno())
-        except OSError as failure:
+        except (OSError, av.FFmpegError) as failure:  # the second after a failed write is FFmpeg's
             problem = failure
         if self.frames:
             umask = os.umask(0)

@@ -78,7 +78,7 @@ def test_log_lines(tmp_path):
 def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"section": "train", "step": 1}\n{"section": "train", "step": 3}\n{"section": "tr')
-    with RunLog(RunFolder(tmp_path), first_step=2, enabled=True) as log:
+    with RunLog(RunFolder(tmp_path), first_step=2, evaluated_step=2, enabled=True) as log:
         log.write("train", 3, {"lr": 0.5})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 

@@ -1,0 +1,47 @@
+"""Masks painted inside their boxes look as supervision blends them over the whole frame."""
+
+from pathlib import Path
+
+import numpy as np
+import supervision as sv
+
+from benchmarks import drawing
+from norton_deploy.inference.drawing import draw_detections, paint_masks
+from norton_deploy.inference.static_graph import paste_masks
+
+
+def test_masks_in_their_boxes_look_as_over_the_whole_frame():
+    found = drawing.draw_objects((300, 400), 12)
+    image = np.random.default_rng(1).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    colours = found.labels - 1
+    expected = sv.MaskAnnotator(opacity=0.45).annotate(image.copy(), found.to_supervision(drawing.CATEGORIES), colours)
+    painted = image.copy()
+    palette = sv.ColorPalette.DEFAULT
+    paint_masks(painted, found.masks, found.boxes, [palette.by_idx(int(colour)).as_bgr() for colour in colours])
+    difference = np.abs(painted.astype(int) - expected)
+    assert difference.max() <= 1 and (painted != image).any(axis=2).mean() > 0.2  # rounding apart
+
+
+def test_no_pixel_that_pasting_set_is_left_out():
+    rng = np.random.default_rng(0)
+    low = rng.uniform(-30, 180, (40, 2))
+    boxes = np.concatenate([low, low + rng.uniform(0.5, 220, (40, 2))], axis=1).astype(np.float32)
+    for mask_paste in ("whole_pixels", "subpixel"):
+        masks = paste_masks(np.ones((40, 28, 28), np.float32), boxes, (200, 200), mask_paste=mask_paste)
+        for mask, box in zip(masks, boxes, strict=True):
+            scene = np.zeros((200, 200, 3), np.uint8)
+            paint_masks(scene, mask[None], box[None], [(255, 255, 255)])
+            np.testing.assert_array_equal(scene.any(axis=2), mask)
+
+
+def test_the_image_itself_stays_as_it_was():
+    found = drawing.draw_objects((120, 300), 2)
+    image = np.full((120, 300, 3), 7, np.uint8)
+    drawn = draw_detections(image, found, drawing.CATEGORIES)
+    assert (image == 7).all() and (drawn != 7).any()
+
+
+def test_the_benchmark_runs(tmp_path: Path):
+    settings = drawing.Settings(tmp_path / "drawing.json", (300, 400), objects=3, rounds=3)
+    assert drawing.main(settings) == 0
+    assert "| processor |" in (tmp_path / "drawing.md").read_text()
