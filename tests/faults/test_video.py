@@ -19,7 +19,7 @@ from norton_deploy.structures import Categories, Detections
 from norton_deploy.video.captures import READ_TIMEOUT_S, StreamCapture
 from norton_deploy.video.pipeline import VideoPipeline
 from norton_deploy.video.sinks import VideoFile
-from norton_deploy.video.sources import LiveSource, RetryPolicy
+from norton_deploy.video.sources import FileSource, LiveSource, RetryPolicy
 
 ROOT = Path(__file__).parents[2]
 SIZE, FPS = (96, 128), 10.0
@@ -38,8 +38,10 @@ class Blind(Predictor):
 
 def brightness(path: Path) -> list[float]:
     """Of each frame that can be decoded."""
-    with av.open(path) as container:
-        return [float(frame.to_ndarray(format="gray").mean()) for frame in container.decode(video=0)]
+    source, shown = FileSource.open(path), []
+    while (frame := source.read()) is not None:
+        shown.append(float(frame.mean()))
+    return shown
 
 
 RECORD = """
