@@ -40,7 +40,7 @@ class Settings:
     """Height and width of the frames."""
     objects: int = 20
     """Masks in each, 60 to 250 pixels high and wide."""
-    rounds: int = 60
+    rounds: int = 40
     """Frames of each form."""
     threads: int = 2
     """Of OpenCV; the encoders take the machine's cores."""
@@ -71,7 +71,7 @@ def report(results: ResultCells) -> str:
 
 def measure(settings: Settings, clock: Callable[[], float]) -> dict[str, Any]:
     """Both forms in turn on the same frames."""
-    frames = [SyntheticVideo(0, settings.image_size, 6).frame(step / FPS).image for step in range(25)]
+    frames = [SyntheticVideo(0, settings.image_size, 6).frame(step / FPS).image for step in range(5)]
     found = draw_objects(settings.image_size, settings.objects)
     height, width = settings.image_size
     with tempfile.TemporaryDirectory() as folder, VideoFile(Path(folder) / "now.mp4", FPS) as output:
