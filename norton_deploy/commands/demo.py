@@ -25,7 +25,7 @@ class Settings:
     """Settings of tools/demo.py."""
 
     out: Path = Path("runs/demo")
-    """Folder for the data, the models and report.md."""
+    """Folder for the data, the models and the report."""
     task: Task = "box"
     """Detector to train: box, mask or keypoint."""
     plan: Path = CONFIGS / "plans" / "table3.yaml"
