@@ -57,6 +57,7 @@ def check_commands(made: Deployment) -> None:
         parse_settings(import_module(f"norton_deploy.commands.{name}").Settings, words[1:], prog=name, description="")
 
 
+@pytest.mark.slow
 def test_all_steps_and_what_an_interruption_leaves(own: Path, tiny_coco: Path, tmp_path: Path) -> None:
     out, said = tmp_path / "run", list[str]()
     request = request_for(own, tiny_coco, out, finetune_steps=2)
