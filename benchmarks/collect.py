@@ -37,6 +37,7 @@ SECTIONS = {
     "plan": "A plan for a speed-up of four",
     "channel_multiple": "Channels in multiples",
     "recovery": "Quick recovery without labels",
+    "recovery_shared": "Shared factors without labels",
     "operator_profile": "Where a compressed detector's time goes",
     "table4_rank": "Table IV: rank",
     "table1_cifar": "Table I: VGG-16 on CIFAR-10",

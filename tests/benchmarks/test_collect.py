@@ -45,6 +45,7 @@ BENCHMARKS = {
     "operator_profile": operator_profile,
     "packaged": package_weights,
     "recovery": recovery,
+    "recovery_shared": recovery,
     "rivals": rivals,
     "size_buckets": size_buckets,
     "table1_cifar": table1_cifar,
