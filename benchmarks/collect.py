@@ -50,6 +50,8 @@ SECTIONS = {
     "engine_builds": "TensorRT-RTX engines, built and not run",
     "size_buckets": "Fixed image sizes",
     "compression_time": "Time to compress a layer",
+    "drawing": "Drawing and writing a frame",
+    "soak": "Memory over thousands of predictions and an hour of video",
     "training_forms": "Forms of layers in training on a CPU",
     "gradcam": "Feature preservation: Grad-CAM",
 }
