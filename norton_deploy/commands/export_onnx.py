@@ -23,6 +23,7 @@ FIRST = (
     "image-size",
     "input-size",
     "precision",
+    "calibration",
     "target",
     "images",
     "eval",

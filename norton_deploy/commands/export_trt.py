@@ -29,6 +29,7 @@ FIRST = (
     "image-size",
     "input-size",
     "precision",
+    "calibration",
     "engine",
     "compute-capability",
     "images",

@@ -18,7 +18,7 @@ INPUT_NAME = "images"
 FLAGS = ("nms_converged", "candidates_complete")
 Target = Literal["onnxruntime", "tensorrt"]
 InputDtype = Literal["uint8", "float32"]
-Precision = Literal["fp32", "fp16", "tf32"]
+Precision = Literal["fp32", "fp16", "tf32", "int8"]
 Resize = Literal["letterbox", "none", "graph"]
 TASK_OUTPUT: dict[Task, tuple[str, ...]] = {"box": (), "mask": ("masks",), "keypoint": ("keypoints",)}
 
@@ -47,13 +47,15 @@ class GraphContract:
         input_dtype: "uint8" ([B, H, W, 3] RGB) or "float32" ([B, 3, H, W] RGB, 0..1).
         outputs: its outputs, in the graph's order.
         target: the engine that it was made for.
-        precision: fp32, fp16, or tf32: a graph in fp32 whose engine may round factors to 10 bits of mantissa.
+        precision: fp32, fp16, int8, or tf32: a graph in fp32 whose engine may round factors to 10 bits of mantissa.
         resize: "letterbox": images of another size may be letterboxed by the caller; "graph": they must have
             `input_size`, which the graph letterboxes into `image_size`; "none": they must have `image_size`.
         weights_sha256: digest of the weights that the graph was made from, "" if not recorded.
         score_threshold: the graph drops detections below this score.
         mask_paste: how its masks come into the image.
         input_name: name of the only input.
+        float_layers: of an int8 graph, the layers that were left in float although they could be quantised.
+        weight_bits: of an int8 graph, 8, or 7 where it is for CPUs that would overflow.
     """
 
     task: Task
@@ -71,6 +73,8 @@ class GraphContract:
     score_threshold: float
     mask_paste: MaskPaste = "whole_pixels"
     input_name: str = INPUT_NAME
+    float_layers: tuple[str, ...] = ()
+    weight_bits: int = 8
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:

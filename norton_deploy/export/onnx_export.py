@@ -118,23 +118,29 @@ def export_onnx(
 
 
 def describe(model: Any, contract: GraphContract) -> None:
-    """Write into an onnx_ir model who made it, what it is, what its tensors mean and its contract, in place.
-
-    The digest's place is kept free for `signed`.
-    """
-    names = contract.categories.name_of_label
+    """Write into an onnx_ir model who made it, what it is, what its tensors mean and its contract, in place."""
     model.producer_name, model.producer_version = "norton_deploy", version("norton-deploy")
     model.graph.name = f"{contract.task}_detector"
-    model.doc_string = (
+    for value in model.graph.outputs:
+        value.doc_string = OUTPUT_MEANING.get(str(value.name))
+    entries = metadata_of(contract)
+    model.doc_string = entries["description"]
+    model.metadata_props.update(entries)
+
+
+def metadata_of(contract: GraphContract) -> dict[str, str]:
+    """A graph's metadata, with the digest's place kept free for `signed`."""
+    names = contract.categories.name_of_label
+    description = (
         f"Detector ({contract.task}) of {len(names)} categories, exported for {contract.target} in "
         f"{contract.precision}; images {contract.input_dtype} {list(contract.input_shape)}, RGB."
     )
-    for value in model.graph.outputs:
-        value.doc_string = OUTPUT_MEANING.get(str(value.name))
-    model.metadata_props["names"] = json.dumps(names)
-    model.metadata_props["description"] = model.doc_string
-    model.metadata_props[METADATA_KEY] = json.dumps(contract.to_json())
-    model.metadata_props[DIGEST_KEY] = UNSIGNED
+    return {
+        "names": json.dumps(names),
+        "description": description,
+        METADATA_KEY: json.dumps(contract.to_json()),
+        DIGEST_KEY: UNSIGNED,
+    }
 
 
 def read_contract(path: str | Path) -> GraphContract:

@@ -20,13 +20,15 @@ from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.export.contract import GraphContract, InputDtype, Precision, Target
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.precision import to_fp16
+from norton_deploy.export.quantise import Cpu
 from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import fix_sampling, is_adaptive
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.inference.predictor import Image
+from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.parity.checked_quantisation import Quantisation, calibration_images
 from norton_deploy.parity.gate import check_parity
 from norton_deploy.parity.references import Example
 from norton_deploy.parity.report import ParityReport
@@ -39,6 +41,8 @@ RANDOM_SIZE = (800, 800)
 FAR = 2.0
 """A graph whose short side differs by more than this factor from the model's own is remarked upon."""
 SCENES = 4
+INT8_AP_LOSS = 0.005
+"""AP of any measure that 8 bits may cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,18 @@ class ExportOptions:
     batch: int = 1
     """Images per run."""
     precision: Precision = "fp32"
-    """fp32; fp16 (see export/precision.py for what stays fp32); or, for engines, tf32: fp32 whose products the GPU may
-    round to 10 bits of mantissa."""
+    """fp32; fp16 (see export/precision.py for what stays fp32); int8 (export/quantise.py), with --calibration; or, for
+    engines, tf32: fp32 whose products the GPU may round to 10 bits of mantissa."""
+    calibration: str | None = None
+    """For int8: folder of images like those that will be seen, 200 to 500 of them, or 'synthetic' for drawn scenes."""
+    calibration_images: int = 300
+    """For int8: how many images to calibrate on, at most."""
+    cpu: Cpu | None = None
+    """For int8: what the CPU that will run it multiplies 8 bits with; by default that of this machine."""
+    float_layers: tuple[str, ...] = ()
+    """For int8: layers that stay in float."""
+    head_error: float | None = None
+    """For int8: leave the worst layers in float until the heads' outputs are this close to fp32's (relative error)."""
     max_detections: int | None = None
     """Detections per image; by default the model's own number."""
     candidates: int = 1024
@@ -81,7 +95,8 @@ class Export:
         contract: what stands in it.
         parity: the comparison with eager mode.
         sampling_effect: what fixing adaptive RoIAlign changed; None where nothing was adaptive.
-        average_precision: "before" and "after" -> measure -> COCO AP; None without a dataset.
+        average_precision: "before" (eager mode), "after" (the graph), of int8 also "fp32" (the graph before) ->
+            measure -> COCO AP; None without a dataset.
         export_s, parity_s: seconds that export and comparison took.
     """
 
@@ -137,7 +152,8 @@ def export_checked(
         report: gets each message for people.
 
     Raises:
-        UserError: impossible options, or the graph differs; it then stays beside `out` as *.unchecked.onnx.
+        UserError: impossible options, or the graph differs, or in int8 loses too much AP; it then stays
+            beside `out` as *.unchecked.onnx.
     """
     if options.precision == "tf32" and options.target != "tensorrt":
         raise UserError("--precision tf32: a choice of TensorRT's builder; for this target it is fp32 or fp16")
@@ -154,14 +170,21 @@ def export_checked(
     )
     if options.precision == "fp16":
         to_fp16(graph)
+    inputs = calibration_images(options, image_size) if options.precision == "int8" else []
     contract = export_onnx(
         graph,
         unchecked,
         categories=categories,
-        precision=options.precision,
+        precision="fp32" if options.precision == "int8" else options.precision,
         weights_sha256=tensors_digest(fixed.state_dict()),
         letterbox=options.letterbox,
     )
+    quantisation, scores = None, dict[str, dict[str, float]]()
+    if options.precision == "int8":
+        quantisation = Quantisation.of(unchecked, contract, inputs, options, report)
+        if dataset is not None:
+            scores["fp32"] = average_precision(OnnxRuntimePredictor(unchecked, device="cpu"), dataset, eval_limit)
+        contract = quantisation.write(unchecked)
     exported = time.perf_counter()
     examples: list[Example] = []
     parity = check_parity(
@@ -169,18 +192,30 @@ def export_checked(
     )
     compared = time.perf_counter()
     report(f"{out}: {task}, {options.precision}, {options.target}\n{parity.table()}")
-    parity.require()
-    os.replace(unchecked, out)
-    ReferenceFile.of(contract, options.precision, fixed, examples).save(reference_path(out))
-    parity.graph = str(out)
+    try:
+        parity.require()
+    except UserError as error:
+        raise error if quantisation is None else quantisation.advice(str(error)) from error
     effect = measure_sampling_effect(model, fixed, compared_on, image_size) if adaptive else None
     if effect is not None:
         report(f"note: {effect.sentence()}")
-    scores = None if dataset is None else average_precision(model, task, dataset, out, eval_limit)
-    for measure, before in scores["before"].items() if scores else ():
-        after = scores["after"][measure] if scores else 0.0
+    if dataset is not None:
+        eager = TorchPredictor(model, task, dataset.categories, device="cpu")
+        scores["before"] = average_precision(eager, dataset, eval_limit)
+        scores["after"] = average_precision(OnnxRuntimePredictor(unchecked, device="cpu"), dataset, eval_limit)
+    for measure, before in scores.get("before", {}).items():
+        after = scores["after"][measure]
         report(f"{measure} AP: {before:.4f} in eager mode, {after:.4f} as {options.precision} graph")
-    result = Export(out, contract, parity, effect, scores, exported - started, compared - exported)
+        # from the graph in fp32, not from eager mode: what fixed shapes change has nothing to do with 8 bits
+        if quantisation is not None and scores["fp32"][measure] - after > INT8_AP_LOSS:
+            raise quantisation.advice(
+                f"{out}: {after:.4f} {measure} AP in int8, {scores['fp32'][measure]:.4f} as a graph of fp32; "
+                f"at most {INT8_AP_LOSS} may go"
+            )
+    os.replace(unchecked, out)
+    ReferenceFile.of(contract, options.precision, fixed, examples).save(reference_path(out))
+    parity.graph = str(out)
+    result = Export(out, contract, parity, effect, scores or None, exported - started, compared - exported)
     report(
         f"{out}: equal to eager mode on {parity.images} images ({parity.detections} detections); "
         f"export {result.export_s:.0f} s, comparison {result.parity_s:.0f} s"
@@ -249,15 +284,7 @@ def graph_size(
     return image_size
 
 
-def average_precision(
-    model: GeneralizedRCNN, task: Task, dataset: CocoDetection, graph: Path, limit: int | None
-) -> dict[str, dict[str, float]]:
-    """COCO AP, by measure, before (eager mode, its own resizing and decoding) and after (the graph)."""
-    scores: dict[str, dict[str, float]] = {}
-    for name, predictor in (
-        ("before", TorchPredictor(model, task, dataset.categories, device="cpu")),
-        ("after", OnnxRuntimePredictor(graph, device="cpu")),
-    ):
-        metrics = evaluate_detector(predictor, dataset, limit=limit).metrics
-        scores[name] = {measure: float(values["AP"]) for measure, values in metrics.items()}
-    return scores
+def average_precision(predictor: Predictor, dataset: CocoDetection, limit: int | None) -> dict[str, float]:
+    """COCO AP by measure."""
+    metrics = evaluate_detector(predictor, dataset, limit=limit).metrics
+    return {measure: float(values["AP"]) for measure, values in metrics.items()}

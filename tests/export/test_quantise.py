@@ -1,0 +1,154 @@
+"""int8 graphs: which layers have 8 bits, how ranges are taken, how the worst layers are found."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from reduced_detectors import blobs
+
+from norton_deploy.errors import UserError
+from norton_deploy.export.onnx_export import read_contract
+from norton_deploy.export.quantise import (
+    Ranges,
+    calibrate,
+    cpu_of_this_machine,
+    quantisable_layers,
+    quantised,
+    write_quantised,
+)
+from norton_deploy.export.quantise_sensitivity import HeadErrors
+from norton_deploy.inference.loading import load_predictor
+from norton_deploy.parity.gate import check_parity
+
+Calibrated = tuple[Any, Path, Any, Ranges]
+
+
+@pytest.fixture(scope="module")
+def calibrated(exported: Callable) -> Callable[[str], Calibrated]:
+    """target -> mask detector, its fp32 graph as a file and loaded, its ranges on two batches; each once."""
+    made: dict[str, Calibrated] = {}
+
+    def make(target: str) -> Calibrated:
+        if target not in made:
+            detector, path = exported("mask", target)
+            model = onnx.load(path)
+            made[target] = detector, path, model, calibrate(model, batches())
+        return made[target]
+
+    return make
+
+
+def batches() -> list[np.ndarray]:
+    images = blobs(4, seed=9).numpy()
+    return [images[:2], images[2:]]
+
+
+def written_by(model: Any) -> dict[str, Any]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def bits_of_layers(model: Any) -> dict[str, int]:
+    """Layer -> bits of its weight: 8, or 32 where it is float."""
+    producers, found = written_by(model), {}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            producer = producers.get(node.input[1])
+            name = node.input[1] if producer is None else producer.input[0]
+            found[name.removeprefix("detector.").partition(".weight")[0]] = 32 if producer is None else 8
+    return found
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_all_layers_but_stem_and_last_ones_have_8_bits(target: str, calibrated: Callable) -> None:
+    _, _, model, ranges = calibrated(target)
+    graph = quantised(model, ranges, symmetric=target == "tensorrt")
+    float_layers = {name for name, bits in bits_of_layers(graph).items() if bits == 32}
+    assert float_layers == {
+        "backbone.body.conv1", "rpn.head.cls_logits", "rpn.head.bbox_pred",
+        "box_head.predictor.cls_score", "box_head.predictor.bbox_pred",
+    }  # fmt: skip
+    producers = written_by(graph)
+    products = [node for node in graph.graph.node if node.op_type in ("MatMul", "ConvTranspose", "TopK")]
+    assert not any(producers[node.input[1]].op_type == "DequantizeLinear" for node in products if
+                   node.input[1] in producers)  # fmt: skip
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    activations = [node for node in graph.graph.node if node.op_type == "QuantizeLinear"]
+    points = {(str(tensors[node.input[2]].dtype), int(tensors[node.input[2]])) for node in activations}
+    if target == "tensorrt":
+        assert points == {("int8", 0)}
+    else:
+        assert {dtype for dtype, _ in points} == {"uint8"} and len(points) > 1
+    shared = [node for node in graph.graph.node if node.op_type == "Conv" and "rpn" in node.input[2]]
+    assert len({node.input[2] for node in shared}) >= 5  # five levels, each with a bias of its own scale
+
+
+def test_range_holds_all_but_the_tails_and_zero() -> None:
+    values = np.linspace(1, 100, 100_001, dtype=np.float32)
+    weight = numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "detector.a.weight")
+    nodes = [
+        helper.make_node("Conv", ["images", "detector.a.weight"], ["x"], "stem"),
+        helper.make_node("Conv", ["x", "detector.a.weight"], ["y"], "layer"),
+    ]
+    shape = [1, 1, 1, len(values)]
+    info = [helper.make_tensor_value_info(name, 1, shape) for name in ("images", "x", "y")]
+    graph = helper.make_graph(nodes, "g", info[:1], info[2:], [weight], value_info=info)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    ranges = calibrate(model, [values.reshape(shape), -values.reshape(shape)])
+    low, high = ranges["x"]
+    assert low == pytest.approx(-99.98, abs=0.01) and high == pytest.approx(99.98, abs=0.01)
+    assert calibrate(model, [values.reshape(shape)])["x"][0] == 0.0
+    assert list(quantisable_layers(model)) == ["a"]
+
+
+def test_graph_in_8_bits_detects_nearly_what_the_model_does(calibrated: Callable, tmp_path: Path) -> None:
+    detector, path, model, ranges = calibrated("onnxruntime")
+    out = tmp_path / "int8.onnx"
+    left = ["backbone.body.layer1.0.conv1"]
+    contract = write_quantised(model, read_contract(path), out, ranges, cpu="avx2", float_layers=left)
+    assert contract == read_contract(out)
+    changed = tmp_path / "changed.onnx"
+    changed.write_bytes(out.read_bytes().replace(b"in int8", b"in fp32"))
+    with pytest.raises(UserError, match="it was changed"):
+        read_contract(changed)
+    assert (contract.precision, contract.weight_bits, contract.float_layers) == ("int8", 7, tuple(left))
+    assert bits_of_layers(onnx.load(out))[left[0]] == 32
+    weights = [numpy_helper.to_array(tensor) for tensor in onnx.load(out).graph.initializer]
+    assert max(int(np.abs(values).max()) for values in weights if values.dtype == np.int8 and values.ndim > 1) <= 64
+    assert out.stat().st_size < 0.5 * path.stat().st_size
+    images = list(blobs(2, seed=5).numpy())
+    for predictor in (None, load_predictor(out, backend="openvino")):
+        report = check_parity(detector, out, images, precision="int8", predictor=predictor)  # type: ignore[arg-type]
+        stages = {stage.name: stage for stage in report.stages if stage.measure == "largest relative difference"}
+        assert 1e-4 < stages["rpn"].worst < 0.3 and 1e-4 < stages["boxes"].worst < 0.3
+        final = {stage.measure: stage for stage in report.stages if stage.name == "final"}
+        assert final["share of unmatched detections"].passed and final["box distance, px"].passed
+        assert final["score difference"].passed and report.detections > 30
+
+
+def test_the_worst_layer_is_found_and_left_out(calibrated: Callable) -> None:
+    _, _, model, ranges = calibrated("onnxruntime")
+    spoilt = dict(ranges)
+    name, nodes = list(quantisable_layers(model).items())[5]
+    spoilt[nodes[0].input[0]] = (0.0, 1e-3 * ranges[nodes[0].input[0]][1])
+    errors = HeadErrors(model, spoilt, batches()[:1], symmetric=False)
+    few = copy.copy(errors)
+    few.layers = errors.layers[3:9]
+    good = HeadErrors(model, ranges, batches()[:1], symmetric=False).of(few.layers)
+    writer = "backbone.body.layer2.0.conv1"  # whose output is the spoilt tensor
+    assert set(list(few.each())[:2]) == {writer, name}
+    assert set(few.left_out(1.5 * good)) == {writer, name}
+    assert few.left_out(10.0) == []
+    with pytest.raises(UserError, match="still above"):
+        few.left_out(1e-9)
+
+
+def test_mistakes(calibrated: Callable) -> None:
+    _, _, model, ranges = calibrated("onnxruntime")
+    with pytest.raises(UserError, match="no such layer; there are"):
+        quantised(model, ranges, float_layers=["fc9"])
+    assert cpu_of_this_machine() in ("avx2", "vnni", "amx")
