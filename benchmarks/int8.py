@@ -1,0 +1,201 @@
+"""8 bits and a second CPU engine: dense and `fast` in fp32, bf16 and int8, in ONNX Runtime and OpenVINO.
+
+Times are of detectors with random weights that do equal work, every form of a task in turn; sizes are of the same
+files. AP is that of the detectors that come with the package, on drawn scenes that they never saw: of each form the
+very file that is evaluated, calibrated on other scenes. There is no packaged dense detector and none for boxes alone.
+
+`--prepare` makes the graphs and measures nothing, so that the timing itself is short. A finished cell is written at
+once; running again does only what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from benchmarks.lib.cells import RESULTS, Cell, ResultCells, interval, page, run, settings_of, tabulate
+from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, timing_table
+from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.synthetic import write_dataset
+from norton_deploy.evaluation.evaluate import evaluate_detector
+from norton_deploy.export.letterbox import letterboxed
+from norton_deploy.export.onnx_export import read_contract
+from norton_deploy.export.quantise import calibrate, cpu_of_this_machine, write_quantised
+from norton_deploy.inference.loading import PACKAGED_TASKS, PackagedTask, load_predictor, packaged_detector
+from norton_deploy.inference.predictor import Backend, FloatType, Predictor, read_image
+from norton_deploy.parity.checked_quantisation import SYNTHETIC, calibration_images
+from norton_deploy.parity.export_checked import ExportOptions, export_checked
+from norton_deploy.reporting.latency import measure_alternating
+from norton_deploy.search.latency_budget import export_tuned
+from norton_deploy.structures import TASKS, Task
+
+Form = tuple[str, Backend, FloatType | None]
+FORMS: dict[str, Form] = {
+    "fp32, ONNX Runtime": ("fp32", "onnxruntime", None),
+    "fp32, OpenVINO": ("fp32", "openvino", "fp32"),
+    "bf16, OpenVINO": ("fp32", "openvino", "bf16"),
+    "int8, ONNX Runtime": ("int8", "onnxruntime", None),
+    "int8, OpenVINO": ("int8", "openvino", "fp32"),
+    "int8 and bf16, OpenVINO": ("int8", "openvino", "bf16"),
+}
+PLANS = ("dense", "fast")
+BASELINE = "dense, fp32, ONNX Runtime"
+DATA_SEED = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(WorkSettings):
+    """Settings of benchmarks/int8.py."""
+
+    tasks: tuple[Task, ...] = TASKS
+    """Which random detectors to time."""
+    packaged: tuple[PackagedTask, ...] = PACKAGED_TASKS
+    """Which packaged detectors to evaluate."""
+    prepare: bool = False
+    """Make the graphs only."""
+    rounds: int = 6
+    """Measured calls of each form."""
+    warm_up: int = 1
+    """Calls before measuring."""
+    calibration: int = 8
+    """Images that ranges are taken from."""
+    eval_images: int = 100
+    """Drawn scenes that AP is measured on."""
+    out: Path = RESULTS / "int8.json"
+    """Results; a .md is written beside it."""
+    work: Path = Path("runs/int8")
+    """Folder for graphs and images; graphs that are there are taken as they are."""
+
+
+def main(settings: Settings) -> int:
+    """Make or measure what is missing."""
+    models = RandomDetectors()
+    if settings.prepare:
+        for task in settings.tasks:
+            for plan in PLANS:
+                prepare(task, plan, settings, models)
+        return 0
+    cells: dict[str, Callable[[], dict[str, Any]]] = {}
+    for task in settings.tasks:
+        cells[f"time {task}"] = partial(measure_times, task, settings, models)
+    for packaged in settings.packaged:
+        cells[f"AP {packaged}"] = partial(measure_ap, packaged, settings)
+    key = settings_of(settings, "tasks", "packaged", "prepare")
+    return ResultCells(settings.out, key, report).measure_all(cells)
+
+
+def prepare(task: Task, plan: str, settings: Settings, models: RandomDetectors) -> dict[str, Path]:
+    """Precision -> graph of a random detector, made if it is not there."""
+    files = {precision: settings.work / f"{task}_{plan}_{precision}.onnx" for precision in ("fp32", "int8")}
+    images, _ = settings.prepare_images(settings.work)
+    if not files["fp32"].exists():
+        print(f"{task}: exporting {plan}", file=sys.stderr)
+        model, categories = models.get(task, plan, settings, images)
+        export_tuned(model, settings.workload, categories, timing_table(settings.work), files["fp32"])
+    if not files["int8"].exists():
+        print(f"{task}: quantising {plan}", file=sys.stderr)
+        graph = onnx.load(files["fp32"])
+        ranges = calibrate(graph, [read_image(path)[None] for path in images[: settings.calibration]])
+        contract = read_contract(files["fp32"])
+        write_quantised(graph, contract, files["int8"], ranges, cpu=cpu_of_this_machine())
+    return files
+
+
+def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> dict[str, Any]:
+    """Every form of both plans, all in turn, and the files' sizes."""
+    images, images_are = settings.prepare_images(settings.work)
+    predictors: dict[str, Predictor] = {}
+    sizes: dict[str, int] = {}
+    for plan in PLANS:
+        files = prepare(task, plan, settings, models)
+        sizes |= {f"{plan}, {precision}": file.stat().st_size for precision, file in files.items()}
+        for form, (precision, backend, float_type) in FORMS.items():
+            options: dict[str, Any] = {} if float_type is None else {"float_type": float_type}
+            found = load_predictor(files[precision], device="cpu", backend=backend, **options)
+            predictors[f"{plan}, {form}"] = found
+    ledger = measure_alternating(predictors, images, rounds=settings.rounds, warm_up=settings.warm_up)
+    return {
+        "images": images_are,
+        "cpu": cpu_of_this_machine(),
+        "bytes": sizes,
+        "devices": {name: predictor.device for name, predictor in predictors.items()},
+        "p50_ms": {name: ledger.summary(name).p50_ms for name in predictors},
+        "times_ms": ledger.to_dict(),
+        "speedup": {name: ledger.speedup(BASELINE, name).to_dict() for name in predictors if name != BASELINE},
+    }
+
+
+def measure_ap(task: PackagedTask, settings: Settings) -> dict[str, Any]:
+    """AP of every form of a packaged detector, each from its own file."""
+    data = settings.work / f"coco_{settings.eval_images}"
+    if not data.exists():
+        write_dataset(data, 1, settings.eval_images, seed=DATA_SEED)
+    checkpoint = open_model(str(packaged_detector(task)))
+    categories, model = checkpoint.header.categories, checkpoint.model.eval()
+    options = ExportOptions(calibration=SYNTHETIC, calibration_images=64)
+    files = {precision: settings.work / f"packaged_{task}_{precision}.onnx" for precision in ("fp32", "int8")}
+    gate = export_checked(model, task, categories, files["fp32"], options)  # type: ignore[arg-type]
+    size = gate.contract.image_size
+    graph = onnx.load(files["fp32"])
+    ranges = calibrate(graph, [letterboxed([image], size) for image in calibration_images(options, size)])
+    write_quantised(graph, gate.contract, files["int8"], ranges, cpu=cpu_of_this_machine())
+    dataset = CocoDetection(data, "val", task, categories=categories)
+    scores = {}
+    for form, (precision, backend, float_type) in FORMS.items():
+        options_of: dict[str, Any] = {} if float_type is None else {"float_type": float_type}
+        predictor = load_predictor(files[precision], device="cpu", backend=backend, **options_of)
+        metrics = evaluate_detector(predictor, dataset, progress=False).metrics
+        scores[form] = {measure: float(values["AP"]) for measure, values in metrics.items()}
+    return {"images": settings.eval_images, "AP": scores, "bytes": {p: f.stat().st_size for p, f in files.items()}}
+
+
+def report(results: ResultCells) -> str:
+    """Times, sizes and AP as Markdown."""
+    parts: list[Any] = []
+    for name, cell in results.cells.items():
+        parts.append(times_table(name, cell) if name.startswith("time ") else ap_table(name, cell))
+    return page(*parts)
+
+
+def times_table(name: str, cell: Cell) -> Any:
+    """One line a form."""
+    caption = f"{name}: random weights, {cell['cpu']}, {cell['images']}"
+    return tabulate(
+        caption,
+        cell["p50_ms"],
+        {
+            "form": str,
+            "median, ms": lambda form: f"{cell['p50_ms'][form]:.0f}",
+            f"times as fast as {BASELINE}": lambda form: (
+                interval(cell["speedup"][form]) if form in cell["speedup"] else "1"
+            ),
+            "MB": lambda form: f"{cell['bytes'][', '.join(file_of(form))] / 1e6:.1f}",
+        },
+    )
+
+
+def file_of(form: str) -> tuple[str, str]:
+    """ "fast, bf16, OpenVINO" -> the plan and the precision of the file that it ran."""
+    plan, _, rest = form.partition(", ")
+    return plan, FORMS[rest][0]
+
+
+def ap_table(name: str, cell: Cell) -> Any:
+    """One line a form."""
+    measures = list(next(iter(cell["AP"].values())))
+    columns: dict[str, Callable[[str], str]] = {"form": str}
+    for measure in measures:
+        columns[f"{measure} AP"] = lambda form, measure=measure: f"{cell['AP'][form][measure]:.4f}"  # type: ignore[misc]
+    columns["MB"] = lambda form: f"{cell['bytes'][FORMS[form][0]] / 1e6:.1f}"
+    return tabulate(f"{name}: the packaged `fast` detector on {cell['images']} drawn scenes", cell["AP"], columns)
+
+
+if __name__ == "__main__":
+    run(Settings, main)
