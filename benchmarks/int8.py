@@ -23,13 +23,14 @@ from benchmarks.lib.cells import RESULTS, Cell, ResultCells, interval, page, run
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, timing_table
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.image_file import read_image
 from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.export.letterbox import letterboxed
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.quantise import calibrate, cpu_of_this_machine, write_quantised
 from norton_deploy.inference.loading import PACKAGED_TASKS, PackagedTask, load_predictor, packaged_detector
-from norton_deploy.inference.predictor import Backend, FloatType, Predictor, read_image
+from norton_deploy.inference.predictor import Backend, FloatType, Predictor
 from norton_deploy.parity.checked_quantisation import SYNTHETIC, calibration_images
 from norton_deploy.parity.export_checked import ExportOptions, export_checked
 from norton_deploy.reporting.latency import measure_alternating
