@@ -117,6 +117,10 @@ CORPUS: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     ),
     "broken safetensors": ("checkpoint", b"\xff" * 64),
     "zero-byte .pth": ("state_dict", b""),
+    "an old layer's name without its number": (
+        "state_dict",
+        lambda: pth({"roi_heads.mask_head.mask_fcnx.weight": torch.zeros(1)}),
+    ),
     "integer keys": ("state_dict", lambda: pth({1: torch.zeros(1)})),
     "a view of a terabyte": ("state_dict", lambda: pth({"fc.weight": torch.zeros(1).expand(2**38)})),
     "rows without columns": (
