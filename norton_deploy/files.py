@@ -146,12 +146,15 @@ def new_folder(path: str | Path, *, replaces: str | None = None) -> Iterator[Pat
 
     What a killed run left behind is removed first.
 
+    Args:
+        path: of the folder to come.
+        replaces: a folder that holds a file of this name is replaced; see `check_output_folder`.
+
     Raises:
         UserError: `path` holds something already, or its parent cannot be written to.
     """
     target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: holds something already; remove it or choose another folder")
+    check_output_folder(target, replaces=replaces)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_partials(target)

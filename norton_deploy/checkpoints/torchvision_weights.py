@@ -1,5 +1,6 @@
 """Which torchvision model a state_dict is of, told from its names and shapes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -127,8 +128,8 @@ def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parent, _, last = stem.rpartition(".")
         if stem == "rpn.head.conv":
             stem = "rpn.head.conv.0.0"
-        elif parent == "roi_heads.mask_head" and last.startswith("mask_fcn"):
-            stem = f"{parent}.{int(last.removeprefix('mask_fcn')) - 1}.0"
+        elif parent == "roi_heads.mask_head" and (layer := re.fullmatch(r"mask_fcn([1-9])", last)):
+            stem = f"{parent}.{int(layer[1]) - 1}.0"
         elif parent in ("backbone.fpn.inner_blocks", "backbone.fpn.layer_blocks"):
             stem = f"{stem}.0"
         renamed[f"{stem}.{kind}"] = tensor

@@ -12,6 +12,7 @@ import yaml
 from norton_deploy.config import flatten, from_mapping, read_yaml
 from norton_deploy.errors import UserError, shown
 from norton_deploy.models.classifiers import LARGEST_SIDE, Norm
+from norton_deploy.models.detector_parts import LONGEST_LIST
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
 
@@ -208,6 +209,11 @@ class Detectron2Config:
                     f"{self.source}: {key} is {shown(self[key])}, expected {expected!r}: only Faster, Mask, Keypoint "
                     "R-CNN with a ResNet-FPN backbone can be imported"
                 )
+        layers = self["MODEL.ROI_MASK_HEAD.NUM_CONV"]
+        if type(layers) is not int or not 0 <= layers <= LONGEST_LIST:
+            raise UserError(
+                f"{self.source}: MODEL.ROI_MASK_HEAD.NUM_CONV is {shown(layers)}, expected 0 to {LONGEST_LIST} layers"
+            )
         self._one_of("MODEL.BACKBONE.NAME", {"build_resnet_fpn_backbone": 0, NORTON_BACKBONE: 0})
         self._one_of("INPUT.FORMAT", {"BGR": 0, "RGB": 0})
         if self["INPUT.MIN_SIZE_TEST"] < 1:

@@ -58,7 +58,10 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         """
         self._session = make_session(path, device, providers=providers, threads=threads, profile_prefix=profile_prefix)
         self.providers = self._session.get_providers()
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        try:
+            metadata = self._session.get_modelmeta().custom_metadata_map
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: its metadata is no text ({error}); export it with this package") from error
         if METADATA_KEY not in metadata:
             raise UserError(f"{path}: no '{METADATA_KEY}' metadata; export it with this package")
         check_digest(path)

@@ -83,7 +83,7 @@ def test_warnings(data: Path) -> None:
 
 def _spoil(content: dict[str, Any]) -> None:
     one, two, three = [entry for entry in content["annotations"] if not entry["iscrowd"]][:3]
-    one["bbox"][0] -= 2000
+    one["bbox"][0] = -20.0
     two["bbox"][2] = 0.2
     three["segmentation"] = [[-50, 0, 20, 0, 20, 20]]
     content["annotations"].append({**two, "id": 10**6})

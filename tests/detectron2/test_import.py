@@ -184,7 +184,8 @@ def test_command_writes_a_checkpoint_that_loads(
     assert categories.labels == tuple(range(1, 81))
     assert (categories.ids[0], categories.ids[-1], categories.names[-1]) == (1, 90, "toothbrush")
     assert checkpoint.header.lineage[-1]["source"] == str(source)
-    assert run("import_detectron2", [*arguments[:3], str(tmp_path / "none.pkl"), *arguments[4:]]) == 1
+    missing, other = str(tmp_path / "none.pkl"), str(tmp_path / "other.safetensors")
+    assert run("import_detectron2", [*arguments[:3], missing, "--out", other]) == 1
     assert "none.pkl: cannot read" in capsys.readouterr().err
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 
 from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.structures import METADATA_KEY
-from tests.fuzz.inputs import CLASSIFIER
+from tests.fuzz.inputs import CLASSIFIER, DETECTRON2
 
 POINTS = [0] * 51
 
@@ -44,6 +45,12 @@ def header(**changes: Any) -> bytes:
     content = CLASSIFIER.to_dict() | changes
     content["digest"] = tensors_digest(tensors, json.dumps(content, sort_keys=True).encode())
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(content)})
+
+
+def detectron2_config(layers: float) -> dict[str, Any]:
+    """A sound configuration but for the number of the mask head's layers."""
+    model = DETECTRON2["MODEL"]
+    return {**DETECTRON2, "MODEL": {**model, "ROI_MASK_HEAD": {**model["ROI_MASK_HEAD"], "NUM_CONV": layers}}}
 
 
 def pth(content: Any) -> bytes:
@@ -106,6 +113,13 @@ CORPUS: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     ),
     "configuration with nan": ("config", b"num_classes: 3\nroi: {score_threshold: .nan}"),
     "no layers in a head": ("config", b"num_classes: 3\nroi: {mask_channels: []}"),
+    **{
+        f"mask head of {layers} layers": (
+            "detectron2",
+            lambda layers=layers: yaml.safe_dump(detectron2_config(layers)).encode(),
+        )
+        for layers in (0.5, 10**12)
+    },
     "header null": ("checkpoint", lambda: safetensors.torch.save({"a": torch.zeros(1)}, {METADATA_KEY: "null"})),
     "label Infinity": ("checkpoint", lambda: header(categories=[{"label": INF, "id": 1, "name": "a"}])),
     "lineage null": ("checkpoint", lambda: header(lineage=None)),
@@ -117,6 +131,10 @@ CORPUS: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     ),
     "broken safetensors": ("checkpoint", b"\xff" * 64),
     "zero-byte .pth": ("state_dict", b""),
+    "an old layer's name without its number": (
+        "state_dict",
+        lambda: pth({"roi_heads.mask_head.mask_fcnx.weight": torch.zeros(1)}),
+    ),
     "integer keys": ("state_dict", lambda: pth({1: torch.zeros(1)})),
     "a view of a terabyte": ("state_dict", lambda: pth({"fc.weight": torch.zeros(1).expand(2**38)})),
     "rows without columns": (

@@ -70,8 +70,10 @@ def work(kind: str, first: int, last: int) -> None:
             print(f"start {seed}", flush=True)
             try:
                 result = "accepted" if try_input(kind, content, Path(folder)) else "refused"
-            except Exception:
-                result = "failed " + " | ".join(traceback.format_exc().splitlines()[-6:])
+            except Exception as error:
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                text = " ".join(str(error).split())[:300].replace(folder, "FOLDER")
+                result = f"{type(error).__name__} in {Path(at.filename).name}, {at.name}: {text}"
             print(f"end {result}", flush=True)
 
 

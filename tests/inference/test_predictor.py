@@ -201,7 +201,8 @@ class FakeDetector(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.roi_heads = torch.nn.Module()
+        self.rpn, self.roi_heads = torch.nn.Module(), torch.nn.Module()
+        self.rpn.head, self.roi_heads.box_predictor = torch.nn.Identity(), torch.nn.Identity()
         self.batches: list[list[tuple[int, ...]]] = []
 
     def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:

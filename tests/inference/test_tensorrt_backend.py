@@ -166,7 +166,7 @@ def test_contract_parses_back():
     assert contract.output_names == ("num_detections", "boxes", "scores", "labels", "masks", "nms_converged")
     assert contract.input_shape == (2, 32, 48, 3) and contract.score_threshold == 0.05
     assert contract.resize == "letterbox" and contract.input_size == contract.image_size
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         GraphContract.parse("{", "c")
 
 

@@ -162,7 +162,7 @@ def test_a_run_is_kept_when_the_one_to_replace_it_cannot_start(tiny_coco, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--detector.image.min-size", "-5"], "min_size: expected at least 1"),
+        (["--detector.image.min-size", "-5"], "min_size: expected 1 to 8192"),
         (["--evaluation-images", "0"], "evaluation_images: expected at least 1"),
         (["--detector.backbone.norm", "frozen"], "goes with a pretrained backbone"),
         (["--detector.backbone.norm", "sync"], "sync needs GPUs"),
