@@ -103,7 +103,7 @@ def run(files, task: str, *more: str) -> dict:
     compressed = [str(files / f"{task}-{name}.safetensors") for name in ("copy", "small")]
     argv = ["--model", str(files / f"{task}-dense.safetensors"), "--compressed", *compressed]
     out, figures = files / f"{task}.png", files / f"{task}.json"
-    assert main([*argv, "--out", str(out), "--json", str(figures), *more]) == 0
+    assert main([*argv, "--out", str(out), "--json", str(figures), "--overwrite", *more]) == 0
     with Image.open(out) as picture:
         assert picture.width > picture.height > 100
     return json.loads(figures.read_text())
