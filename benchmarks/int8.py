@@ -142,7 +142,7 @@ def measure_ap(task: PackagedTask, settings: Settings) -> dict[str, Any]:
     categories, model = checkpoint.header.categories, checkpoint.model.eval()
     options = ExportOptions(calibration=SYNTHETIC, calibration_images=64)
     files = {precision: settings.work / f"packaged_{task}_{precision}.onnx" for precision in ("fp32", "int8")}
-    gate = export_checked(model, task, categories, files["fp32"], options)  # type: ignore[arg-type]
+    gate = export_checked(model, task, categories, files["fp32"], options)  # type: ignore[arg-type]  # a plain nn.Module
     size = gate.contract.image_size
     graph = onnx.load(files["fp32"])
     ranges = calibrate(graph, [letterboxed([image], size) for image in calibration_images(options, size)])
@@ -193,7 +193,7 @@ def ap_table(name: str, cell: Cell) -> Any:
     measures = list(next(iter(cell["AP"].values())))
     columns: dict[str, Callable[[str], str]] = {"form": str}
     for measure in measures:
-        columns[f"{measure} AP"] = lambda form, measure=measure: f"{cell['AP'][form][measure]:.4f}"  # type: ignore[misc]
+        columns[f"{measure} AP"] = lambda form, measure=measure: f"{cell['AP'][form][measure]:.4f}"  # type: ignore[misc]  # the default binds it
     columns["MB"] = lambda form: f"{cell['bytes'][FORMS[form][0]] / 1e6:.1f}"
     return tabulate(f"{name}: the packaged `fast` detector on {cell['images']} drawn scenes", cell["AP"], columns)
 

@@ -47,6 +47,8 @@ TOLERANCES: dict[Precision, Tolerances] = {
     "fp16": Tolerances(2e-2, 1.0, 0.02, 0.90, 0.05, 2e-2, share=0.9, unmatched=0.1),
     # What counts is what is detected, and the AP beside it (export_checked). Tensors may differ by their largest value:
     # a range that leaves the tails out clips exactly that one.
+    # Provisional: the first, relative one was raised from 0.3 after random detectors had shown 0.58 (clipping changes
+    # just the largest value), and keypoint_loss was set without a measurement.
     "int8": Tolerances(1.0, 4.0, 0.1, 0.80, 0.2, 0.1, share=0.8, unmatched=0.2),
 }
 TOLERANCES["tf32"] = TOLERANCES["fp16"]  # the same mantissa; it holds for engines, the graph itself is in fp32

@@ -17,12 +17,24 @@ HALF, FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 ALWAYS_FLOAT = {"Softmax", "Sigmoid", "Exp", "Sqrt", "TopK", "Floor", "Div", "Min"}
 
 
-@pytest.mark.parametrize(
-    "task", ["mask", *(pytest.param(task, marks=pytest.mark.slow) for task in ("box", "keypoint"))]
+FALSE_ALARM = pytest.mark.xfail(
+    reason="the gate refuses a sound graph: masks of an untrained detector lie near one half, where fp16 moves pixels "
+    "across it, and the final masks' IoU falls below 0.9 (0.84 and 0.87 were seen)",
 )
-def test_fp16_graph_of_a_compressed_detector_keeps_to_its_tolerances(task: Task, exported: Callable) -> None:
+
+
+@pytest.mark.parametrize(
+    ("task", "seed"),
+    [
+        pytest.param("mask", 5, marks=FALSE_ALARM),
+        ("mask", 6),
+        pytest.param("mask", 7, marks=FALSE_ALARM),
+        *(pytest.param(task, 5, marks=pytest.mark.slow) for task in ("box", "keypoint")),
+    ],
+)
+def test_fp16_graph_of_a_compressed_detector_keeps_to_its_tolerances(task: Task, seed: int, exported: Callable) -> None:
     model, path = exported(task, "tensorrt", "fp16", True)
-    report = check_parity(model, path, list(blobs(4, seed=6).numpy()), precision="fp16")
+    report = check_parity(model, path, list(blobs(4, seed=seed).numpy()), precision="fp16")
     assert report.precision == "fp16" and report.detections == 80
     assert report.passed, report.table()
 
