@@ -26,7 +26,7 @@ from norton_deploy.training.run_folder import seed_step
 from norton_deploy.training.settings import TrainingSettings, build_accelerator
 from norton_deploy.training.trainer import Evaluation, LossTerms, Trainer, TrainingResult
 
-Distill = Literal["pyramid", "heads", "both"]
+Distill = Literal["pyramid", "foreground", "heads", "both"]
 HEADS = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor")
 
 
@@ -49,7 +49,8 @@ class DetectorTrainingSettings(TrainingSettings):
     teacher: Path | None = None
     """Dense detector that the trained one imitates; usually the one that it was compressed from."""
     distill: Distill = "pyramid"
-    """What is imitated (with --teacher): the feature pyramid, the heads' answers about the same proposals, or both."""
+    """What is imitated (with --teacher): the feature pyramid, the same with every annotated object weighed alike and as
+    much as the background, the heads' answers about the same proposals, or pyramid and heads."""
     distillation_weight: float = 0.5
     """Weight of the pyramid's imitation, for each of its four levels."""
     head_weight: float = 1.0
@@ -78,7 +79,7 @@ class DetectorTrainingSettings(TrainingSettings):
     def identity(self) -> dict[str, Any]:
         """As of every run; the teacher counts by its contents too, and what is not imitated has no weight."""
         values = super().identity()
-        unused = {"pyramid": {"head_weight"}, "heads": {"distillation_weight"}, "both": set()}[self.distill]
+        unused = {"heads": {"distillation_weight"}, "both": set()}.get(self.distill, {"head_weight"})
         if self.teacher is None:
             unused = {"teacher", "distill", "distillation_weight", "head_weight"}
         values = {name: value for name, value in values.items() if name not in unused}
@@ -155,8 +156,11 @@ def train_detector(
         teacher = teacher.to(accelerator.device)
         teacher.get_submodule("backbone").to(memory_format=torch.channels_last)
         pyramid = settings.distillation_weight if settings.distill != "heads" else 0.0
-        heads = settings.head_weight if settings.distill != "pyramid" else 0.0
-        loss_terms = DetectorImitation(start.model, teacher, channels, pyramid_weight=pyramid, head_weight=heads)
+        heads = settings.head_weight if settings.distill in ("heads", "both") else 0.0
+        foreground = settings.distill == "foreground"
+        loss_terms = DetectorImitation(
+            start.model, teacher, channels, pyramid_weight=pyramid, foreground=foreground, head_weight=heads
+        )
         weights = ", ".join(f"{part} {weight:g}" for part, weight in (("pyramid", pyramid), ("heads", heads)) if weight)
         notes.append(f"imitate {settings.teacher}, weights: {weights}")
     header = CheckpointHeader(

@@ -90,6 +90,9 @@ class HeadImitation:
     Args:
         student: torchvision detector in training.
         teacher: dense detector of the same task and categories on the same device, in evaluation mode.
+
+    Attributes:
+        targets: what the heads of the remembered step were to find, boxes in the pixels that the backbone saw.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -99,14 +102,14 @@ class HeadImitation:
         self._proposals: dict[str, list[Tensor]] = {}
         self._answers: dict[str, Any] = {}
         self._shapes: list[tuple[int, int]] = []
-        self._targets: list[dict[str, Tensor]] = []
+        self.targets: list[dict[str, Tensor]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While it is entered, one step of the student is remembered: its proposals and its heads' answers."""
 
         def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            _, _, self._shapes, self._targets = inputs
+            _, _, self._shapes, self.targets = inputs
 
         handles = [self.student.register_forward_pre_hook(enter)]
         for kind in self.kinds:
@@ -144,8 +147,8 @@ class HeadImitation:
             elif not len(own):  # no positive proposal: nothing to imitate, and the mean of nothing is not a number
                 losses[f"{kind}_imitation"] = own.sum() * 0.0
             elif kind == "mask":
-                losses["mask_imitation"] = mask_divergence(own, wanted, proposal_labels(proposals, self._targets))
+                losses["mask_imitation"] = mask_divergence(own, wanted, proposal_labels(proposals, self.targets))
             else:
                 losses["keypoint_imitation"] = heatmap_divergence(own, wanted)
-        self._proposals, self._answers, self._shapes, self._targets = {}, {}, [], []
+        self._proposals, self._answers, self._shapes, self.targets = {}, {}, [], []
         return losses

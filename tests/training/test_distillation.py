@@ -17,7 +17,7 @@ from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings,
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.training import detector_training
 from norton_deploy.training.batches import Batch
-from norton_deploy.training.distillation import DetectorImitation, correlation_loss
+from norton_deploy.training.distillation import DetectorImitation, correlation_loss, foreground_weights
 from norton_deploy.training.trainer import Trainer
 
 SETTINGS = DetectorSettings(
@@ -63,6 +63,32 @@ def test_the_loss_is_one_minus_pearsons_correlation():
     assert float(correlation_loss(student, teacher)) == pytest.approx(np.mean(expected), abs=1e-6)
     assert float(correlation_loss(3 * teacher + 2, teacher)) == pytest.approx(0, abs=1e-6)
     assert float(correlation_loss(-teacher, teacher)) == pytest.approx(2, abs=1e-6)
+
+
+def test_objects_count_alike_whatever_their_size_and_as_much_as_the_background():
+    boxes = [torch.tensor([[0.0, 0, 32, 24], [40, 40, 41, 41], [4, 4, 7, 7]]), torch.zeros(0, 4)]
+    weights = foreground_weights(boxes, (64, 64), (8, 8))
+    large, point, inner = 1 / 12, 1.0, 1.0  # cells that they touch: 4 x 3, and one each; inner hides one of large's
+    objects = 11 * large + point + inner
+    assert float(weights[0, 5, 5]) == pytest.approx(0.5 * point / objects)
+    assert float(weights[0, 0, 0]) == pytest.approx(0.5 * inner / objects)
+    assert float(weights[0, 2, 3]) == pytest.approx(0.5 * large / objects)
+    assert float(weights[0, 3, 3]) == float(weights[1, 7, 0]) == pytest.approx(0.5 / (64 - 13 + 64))
+    assert float(weights.sum()) == pytest.approx(1)
+    assert torch.allclose(foreground_weights(boxes[1:], (64, 64), (4, 2)), torch.full((1, 4, 2), 1 / 8))
+
+
+def test_weighed_positions_have_the_weighed_correlation():
+    torch.manual_seed(0)
+    student, teacher, weights = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(2, 4, 5)
+    expected = []
+    for channel in range(3):
+        pair = torch.stack([student[:, channel].flatten(), teacher[:, channel].flatten()]).numpy()
+        covariance = np.cov(pair, aweights=weights.flatten().numpy())
+        expected.append(1 - covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
+    assert float(correlation_loss(student, teacher, weights / weights.sum())) == pytest.approx(
+        np.mean(expected), abs=1e-5
+    )
 
 
 def test_constant_channels_have_a_loss_and_a_finite_gradient():
@@ -203,6 +229,7 @@ def test_without_a_teacher_a_run_is_what_it_was(trained):
     ("distill", "weighed"),
     [
         ("pyramid", {"distillation_weight"}),
+        ("foreground", {"distillation_weight"}),
         ("heads", {"head_weight"}),
         ("both", {"distillation_weight", "head_weight"}),
     ],
@@ -214,10 +241,14 @@ def test_what_is_imitated_decides_which_weights_count(trained, distill, weighed)
     assert {"distillation_weight", "head_weight"} & settings.identity().keys() == weighed
 
 
-def test_heads_are_imitated_by_a_setting(trained, tmp_path):
-    main(arguments(trained, tmp_path / "run", "--steps", "1", "--distill", "both"))
-    [first] = losses(tmp_path / "run")
-    assert {"imitation", "class_imitation", "box_imitation", "mask_imitation"} <= first.keys()
+def test_what_is_imitated_is_a_setting(trained, tmp_path):
+    found = {}
+    for distill in ("pyramid", "foreground", "both"):
+        main(arguments(trained, tmp_path / distill, "--steps", "1", "--distill", distill))
+        [found[distill]] = losses(tmp_path / distill)
+    heads = {"class_imitation", "box_imitation", "mask_imitation"}
+    assert heads <= found["both"].keys() and not heads & (found["pyramid"].keys() | found["foreground"].keys())
+    assert found["both"]["imitation"] == found["pyramid"]["imitation"] != found["foreground"]["imitation"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +258,7 @@ def test_heads_are_imitated_by_a_setting(trained, tmp_path):
         ("mask", {"teacher": "small.safetensors"}, "plan: it is compressed itself"),
         ("mask", {"detector.image.min-size": "72"}, "min_size is 80, the student's is 72"),
         ("mask", {"detector.image.mean": "0 0 0"}, r"image\.mean is \(0\.485, 0\.456, 0\.406\), the student's is"),
+        ("mask", {"detector.detectron2.box-delta-weights": "1 1 1 1"}, "box_delta_weights is"),
         ("mask", {"detector.backbone.fpn-channels": "8"}, "fpn_channels is 16, the student's pyramid has 8 channels"),
         ("mask", {"data": "two"}, "categories are "),
         ("mask", {"distillation-weight": "0"}, "distillation_weight: expected a positive number"),
