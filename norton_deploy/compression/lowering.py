@@ -62,6 +62,15 @@ def lower_block(block: CPDBlock, norm: FoldableNorm | None = None, form: Form = 
         return nn.Sequential(pointwise, horizontal, vertical).eval()
 
 
+def multiply_out(model: M) -> M:
+    """A copy of `model` with one ordinary convolution for each CPDBlock (eq. 2); normalisations stay as they are."""
+    dense = copy.deepcopy(model)
+    for name, block in model.named_modules():
+        if isinstance(block, CPDBlock):
+            dense.set_submodule(name, lower_block(block, form="dense"))
+    return dense
+
+
 def lower_chain(chain: FactoredConv, norm: FoldableNorm | None = None) -> nn.Sequential:
     """The convolutions of a chain, `norm` folded into the last one: norm(chain(x)) in evaluation mode.
 

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from norton_deploy.compression.lowering import multiply_out
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.data.dataset_check import check_dataset
@@ -107,7 +110,7 @@ class _Run:
         others = []
         if not self.compressed:
             score = self._score("small-checkpoint", small, "AP of the small model", 2.5 / speedup)
-            others.append(self._record("NORTON before export", small, score, None, "", small))
+            others.append(self._record("NORTON before export", small, score, None, "", load_checkpoint(small).model))
         parity, artefact, run = self._export(small)
         small_score = self._score("artefact", run, "AP of the very artefact", 1 / speedup)
         timing = self._time("time", "latency, dense and artefact in turn", {DENSE: dense, SMALL: run}, 1 + 1 / speedup)
@@ -122,8 +125,8 @@ class _Run:
         made = Deployment(
             title=f"{MODEL_NAMES[self.task]} for {self.target.name}: {self.file.stem}",
             task=self.task,
-            dense=self._record("dense", dense, dense_score, timing, DENSE, self.dense_checkpoint),
-            small=self._record("NORTON", artefact, small_score, timing, SMALL, small),
+            dense=self._record("dense", dense, dense_score, timing, DENSE, self.dense_model),
+            small=self._record("NORTON", artefact, small_score, timing, SMALL, load_checkpoint(small).model),
             provenance=provenance() | {"command": self.command},
             others=tuple(others),
             data=self.data.resolve().name,
@@ -199,16 +202,18 @@ class _Run:
 
     def _dense(self) -> Path:
         """The dense model as what runs on the target."""
-        source, self.dense_checkpoint, multiplied_out = load_checkpoint(self.model), self.model, False
+        source, checkpoint, multiplied_out = load_checkpoint(self.model), self.model, False
+        self.dense_model: nn.Module = source.model
         if self.compressed:
             baseline, note = source_model.dense_of(self.request, source)
             self.notes.append(note)
-            self.dense_checkpoint, multiplied_out = baseline or self.model, baseline is None
+            checkpoint, multiplied_out = baseline or self.model, baseline is None
+            self.dense_model = multiply_out(source.model) if baseline is None else load_checkpoint(baseline).model
         if self.request.quick:
             self.notes.append(QUICK.format(images=self.images))
         if self.target.graph is None:
-            return self.dense_checkpoint
-        return self._graph("dense", self.dense_checkpoint, 1.0, multiplied_out=multiplied_out)[0]
+            return checkpoint
+        return self._graph("dense", checkpoint, 1.0, multiplied_out=multiplied_out)[0]
 
     def _graph(
         self, name: str, model: Path, share: float, *, multiplied_out: bool = False, artefact: Path | None = None
@@ -335,7 +340,6 @@ class _Run:
     def _predictor(self, file: Path) -> Any:
         return load_predictor(file, backend=self.target.backend if file.suffix == ".onnx" else None)
 
-    def _record(self, name: str, file: Path, score: Any, timing: Any, timed_as: str, checkpoint: Path) -> Any:
-        opened = load_checkpoint(checkpoint)
-        counted = Workload.of(opened.model, self.image_size).complexity(opened.model)
+    def _record(self, name: str, file: Path, score: Any, timing: Any, timed_as: str, model: nn.Module) -> Any:
+        counted = Workload.of(model, self.image_size).complexity(model)
         return model_record(name, file, self.out, score, timing, timed_as, macs=counted.macs, params=counted.params)

@@ -110,6 +110,8 @@ def _speed_verdict(speedup: Speedup | None, dense: ModelRecord, small: ModelReco
     basis = f"95 % interval {speedup.low:.2f} to {speedup.high:.2f}, {speedup.pairs} paired calls, {where}"
     if speedup.pairs >= FEWEST_PAIRS and speedup.low > 1:
         return f"is {speedup.ratio:.2f} times as fast as {dense.name} ({basis})"
+    if speedup.pairs >= FEWEST_PAIRS and speedup.high < 1:
+        return f"is slower than {dense.name}, {speedup.ratio:.2f} times as fast ({basis})"
     return f"is not shown to be faster than {dense.name} ({speedup.ratio:.2f} times, {basis})"
 
 
@@ -118,12 +120,15 @@ def _accuracy_verdict(deployment: Deployment) -> str:
     measure = MEASURES[deployment.task]
     if before is None or after is None:
         return f"has an unknown {measure} (not measured)"
+    images = f"{deployment.images} images"
     if before == 0:
-        return (
-            f"has a {measure} of {after:.3f} where {deployment.dense.name} has 0, so that nothing can be said of losses"
-        )
-    change = f"loses {before - after:.3f}" if after < before else f"gains {after - before:.3f}"
-    return f"{change} of {before:.3f} {measure} ({100 * after / before:.0f} % kept, {deployment.images} images)"
+        known = f"has a {measure} of {after:.3f} where {deployment.dense.name} has 0"
+        return f"{known}, which says nothing about losses ({images})"
+    if round(before, 3) == round(after, 3):
+        return f"keeps the {measure} of {before:.3f} unchanged ({images})"
+    if after > before:
+        return f"gains {after - before:.3f} {measure} on {before:.3f} ({images})"
+    return f"loses {before - after:.3f} of {before:.3f} {measure} ({100 * after / before:.1f} % kept, {images})"
 
 
 def first_figures(deployment: Deployment) -> tuple[tuple[str, str, str], ...]:
@@ -137,7 +142,7 @@ def first_figures(deployment: Deployment) -> tuple[tuple[str, str, str], ...]:
         note = f"{dense.name} {before:.3f}: {_signed(after - before)}"
         tiles.append((f"{after:.3f}", _capital(MEASURES[deployment.task]), note))
     if dense.file_bytes and small.file_bytes:
-        change = f"{100 * (small.file_bytes / dense.file_bytes - 1):+.0f} %".replace("-", "−")
+        change = f"{100 * (small.file_bytes / dense.file_bytes - 1):+.0f} %".replace("-", "−").replace("−0 %", "+0 %")
         tiles.append((_megabytes(small.file_bytes), "File", f"{dense.name} {_megabytes(dense.file_bytes)}: {change}"))
     return tuple(tiles)
 
@@ -316,7 +321,7 @@ def _training(deployment: Deployment, pictures: Path) -> list[Block]:
 
 
 def _signed(difference: float) -> str:
-    return f"{difference:+.3f}".replace("-", "−")
+    return f"{difference:+.3f}".replace("-", "−") if round(difference, 3) else "unchanged"
 
 
 def _megabytes(size: int) -> str:

@@ -8,7 +8,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.factored_conv import FactoredConv
-from norton_deploy.compression.lowering import Form, lower_model, quickest_forms
+from norton_deploy.compression.lowering import Form, lower_model, multiply_out, quickest_forms
 from norton_deploy.errors import UserError
 
 
@@ -52,3 +52,12 @@ def test_a_form_for_each_block_and_mistakes() -> None:
 def test_forms_for_speed_follow_rank_and_width() -> None:
     model = nn.ModuleDict({"thin": CPDBlock(64, 8, 3, 2), "wide": CPDBlock(256, 8, 3, 2), "plain": nn.Conv2d(8, 8, 3)})
     assert quickest_forms(model) == {"thin": "dense", "wide": "grouped"}
+
+
+@torch.no_grad()
+def test_multiplied_out_a_block_counts_as_the_convolution_that_it_equals() -> None:
+    model = nn.Sequential(CPDBlock(16, 8, 3, 2, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
+    dense, image = multiply_out(model), torch.rand(1, 16, 6, 5)
+    torch.testing.assert_close(dense(image), model(image))
+    assert sum(parameter.numel() for parameter in dense.parameters()) == (16 * 8 * 9 + 8) + 2 * 8 + (8 * 4 + 4)
+    assert isinstance(model[0], CPDBlock) and isinstance(dense[1], nn.BatchNorm2d)

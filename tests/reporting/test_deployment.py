@@ -9,7 +9,7 @@ from norton_deploy.cost.turns import Speedup
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import OVERLAP_METRICS, CategoryScore, MeasureScore
 from norton_deploy.reporting.deployment import ComparedImage, Deployment, ModelRecord, StepRecord
-from norton_deploy.reporting.deployment_report import write_report
+from norton_deploy.reporting.deployment_report import first_figures, verdict, write_report
 from norton_deploy.reporting.latency import LatencySummary
 
 HOSTILE = "<script>alert('a|b')</script> $x_"
@@ -60,3 +60,34 @@ def test_what_was_not_measured_is_left_out_and_says_so(tmp_path: Path) -> None:
     page = write_report(tmp_path, deployment(dense=bare, small=bare, speedup=None, steps=(), notes=())).read_text()
     assert "was not timed" in page and "unknown box AP (not measured)" in page
     assert json.loads((tmp_path / "report.json").read_text())["ap_small"] is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (0.5, 0.45, "loses 0.050 of 0.500 box AP (90.0 % kept, 20 images)"),
+        (0.5, 0.5001, "keeps the box AP of 0.500 unchanged (20 images)"),
+        (0.5, 0.52, "gains 0.020 box AP on 0.500 (20 images)"),
+        (0.0, 0.0, "has a box AP of 0.000 where dense has 0, which says nothing about losses (20 images)"),
+    ],
+)
+def test_the_verdict_on_accuracy(before: float, after: float, words: str) -> None:
+    known = {name: record(name, 0.5, 9.0) for name in ("dense", "NORTON")}
+    for model, ap in zip(known.values(), (before, after), strict=True):
+        model.scores["bbox"].metrics.update(AP=ap)
+    made = deployment(dense=known["dense"], small=known["NORTON"])
+    assert words in verdict(made)
+    assert ("unchanged" in first_figures(made)[1][2]) == (round(before, 3) == round(after, 3))
+
+
+@pytest.mark.parametrize(
+    ("speedup", "words"),
+    [
+        (Speedup(2.0, 1.9, 2.1, 12), "NORTON is 2.00 times as fast as dense (95 % interval 1.90 to 2.10"),
+        (Speedup(1.1, 0.9, 1.3, 12), "NORTON is not shown to be faster than dense (1.10 times, 95 %"),
+        (Speedup(0.8, 0.7, 0.9, 12), "NORTON is slower than dense, 0.80 times as fast (95 %"),
+        (Speedup(2.0, 1.9, 2.1, 5), "NORTON is not shown to be faster than dense (2.00 times, 95 %"),
+    ],
+)
+def test_the_verdict_on_speed(speedup: Speedup, words: str) -> None:
+    assert verdict(deployment(speedup=speedup)).startswith(words)
