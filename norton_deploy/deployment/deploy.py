@@ -37,7 +37,8 @@ from norton_deploy.reporting.detector_table import MODEL_NAMES
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.search.latency_budget import Workload
 from norton_deploy.structures import Task
-from norton_deploy.training.run_folder import RunFolder, read_log
+from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.run_log import read_log
 
 DRAWN_IMAGES = (64, 32)
 """Training and held-out scenes that are drawn for the packaged detector."""

@@ -15,7 +15,7 @@ from norton_deploy.reporting.detector_table import MODEL_NAMES
 from norton_deploy.reporting.latency import LatencySummary, measure_alternating
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.structures import Task
-from norton_deploy.training.run_folder import read_log
+from norton_deploy.training.run_log import read_log
 
 LATENCY_ROUNDS = 40
 CAVEATS = """\

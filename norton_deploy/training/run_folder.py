@@ -1,12 +1,11 @@
-"""The folder of a training run: who may write there, its log, and the state from which it continues bit for bit."""
+"""The folder of a training run: who may write there, and the state from which it continues bit for bit."""
 
 import fcntl
 import json
 import os
 import random
 import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
@@ -244,120 +242,3 @@ def check_identity(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-class RunLog:
-    """Appends one JSON object a line, and the same numbers to TensorBoard.
-
-    A resumed run repeats the steps after its saved state: their old lines are cut off first, so that each
-    step stands in the log once.
-
-    Args:
-        folder: of the run.
-        first_step: steps done before; lines of later ones are dropped.
-        evaluated_step: of the last evaluation that the state knows; later ones are made again, their lines dropped.
-        enabled: False on all processes but the main one.
-    """
-
-    def __init__(self, folder: RunFolder, *, first_step: int, evaluated_step: int, enabled: bool) -> None:
-        self._stream = None
-        self._path = folder.log
-        self.start_interval()
-        if not enabled:
-            return
-        if folder.log.exists():
-            _keep_until(folder.log, first_step, evaluated_step)
-        self._stream = open(folder.log, "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._stream is None:
-            return
-        for part in (self._stream, self._board):
-            try:
-                part.close()
-            except OSError as error:  # on a full disk closing fails once more
-                if kind is None:
-                    raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> UserError:
-        paths = f"{self._path} or {self._board.log_dir}"
-        return UserError(f"{paths}: cannot be written ({error.strerror}); make room and go on with --resume")
-
-    def start_interval(self) -> None:
-        """Forget the steps since the last line."""
-        self._started, self._steps, self._images = time.perf_counter(), 0, 0
-        self._losses: dict[str, float] = {}
-
-    def add_step(self, losses: Mapping[str, float], images: int) -> None:
-        """Count a step with its losses and its images, over all processes."""
-        self._steps += 1
-        self._images += images
-        for name, value in losses.items():
-            self._losses[name] = self._losses.get(name, 0.0) + value
-
-    def write_interval(self, step: int, **values: float) -> None:
-        """Log the means of the steps since the last line, and `values` of the last one."""
-        losses = {name: value / self._steps for name, value in self._losses.items()}
-        speed = self._images / (time.perf_counter() - self._started)
-        self.write("train", step, {**values, "losses": losses, "images_per_s": speed})
-        self.start_interval()
-
-    def write(self, section: str, step: int, values: Mapping[str, Any]) -> None:
-        """Log one record.
-
-        Args:
-            section: "train" or "evaluation"; also the prefix of the names in TensorBoard.
-            step: steps done.
-            values: numbers, or one level of dictionaries of numbers.
-
-        Raises:
-            UserError: the log or TensorBoard's events cannot be written, on a full disk for example.
-        """
-        if self._stream is None:
-            return
-        try:
-            self._write(section, step, values)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _write(self, section: str, step: int, values: Mapping[str, Any]) -> None:
-        assert self._stream is not None
-        self._stream.write(json.dumps({"section": section, "step": step, **values}) + "\n")
-        self._stream.flush()
-        for name, value in values.items():
-            numbers = value.items() if isinstance(value, Mapping) else [("", value)]
-            for key, number in numbers:
-                if isinstance(number, int | float):
-                    self._board.add_scalar("/".join(filter(None, (section, name, key))), number, step)
-        self._board.flush()
-
-
-def read_log(log: Path) -> tuple[dict[str, Any], ...]:
-    """The records of a log.jsonl: "section" ("train" or "evaluation"), "step" and what `RunLog.write` was given; a
-    last line cut off by a kill is left out."""
-    records = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return tuple(records)
-
-
-def _keep_until(log: Path, last_step: int, evaluated_step: int) -> None:
-    """Rewrite the log without the lines of later steps, and without a last line cut off by a kill."""
-    kept = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            last = evaluated_step if record["section"] == "evaluation" else last_step
-            if record["step"] <= last:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    with atomic_write(log, "w") as stream:
-        stream.writelines(kept)

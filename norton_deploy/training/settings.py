@@ -12,10 +12,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from norton_deploy.errors import UserError
+from norton_deploy.training.run_log import Tracker, check_tracker
 
 MILESTONE_FACTOR = 0.1
 # Fields that may differ between a run and its resumption: they change no weight.
-_WITHOUT_EFFECT = ("resume", "overwrite", "workers", "log_every", "state_every", "json", "progress", "data", "out")
+_WITHOUT_EFFECT = (
+    "resume",
+    "overwrite",
+    "workers",
+    "log_every",
+    "state_every",
+    "json",
+    "progress",
+    "tracker",
+    "data",
+    "out",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +87,8 @@ class TrainingSettings:
     """Save the state that --resume continues from after every so many steps (and after every epoch)."""
     log_every: int = 20
     """Write a log line after every so many steps."""
+    tracker: Tracker = "tensorboard"
+    """What gets the numbers of log.jsonl too: tensorboard (events in --out), wandb, mlflow or trackio."""
     resume: bool = False
     """Continue the run in --out exactly where its state was saved."""
     overwrite: bool = False
@@ -107,6 +121,7 @@ class TrainingSettings:
             raise UserError(f"warmup_factor: expected 0 to 1, got {self.warmup_factor}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
+        check_tracker(self.tracker)
         for first, second in (("resume", "overwrite"), ("cpu_forms", "recompose_blocks")):
             if getattr(self, first) and getattr(self, second):
                 raise UserError(f"{first}, {second}: give at most one of the two")

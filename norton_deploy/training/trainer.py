@@ -25,13 +25,13 @@ from norton_deploy.training.batches import Batch, EpochLoader
 from norton_deploy.training.forms import recompose_blocks, use_cpu_forms
 from norton_deploy.training.run_folder import (
     RunFolder,
-    RunLog,
     RunState,
     broken_state,
     load_state,
     save_state,
     seed_step,
 )
+from norton_deploy.training.run_log import RunLog
 from norton_deploy.training.settings import TrainingSettings, build_optimizer, build_weight_average
 
 LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
@@ -163,7 +163,13 @@ class Trainer:
             raise UserError(f"{self.folder.root}: not every process sees its state; put --out on a shared disk")
         show = main and self.settings.progress
         bar = progress_bar(desc="training", total=self.total_steps, initial=self.step, unit="step", show=show)
-        log = RunLog(self.folder, first_step=self.step, evaluated_step=self.evaluated_step, enabled=main)
+        log = RunLog(
+            self.folder,
+            first_step=self.step,
+            evaluated_step=self.evaluated_step,
+            enabled=main,
+            tracker=self.settings.tracker,
+        )
         with log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
             while self.step < self.total_steps:
                 self._run_epoch(log, bar)

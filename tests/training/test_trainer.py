@@ -1,5 +1,9 @@
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +12,9 @@ from tiny_run import cross_entropy, tiny_model, tiny_settings, tiny_trainer
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from norton_deploy.training.run_folder import RunFolder, RunLog
+from norton_deploy.errors import UserError
+from norton_deploy.training.run_folder import RunFolder
+from norton_deploy.training.run_log import RunLog
 from norton_deploy.training.trainer import Evaluation, NonFiniteLossError
 
 
@@ -81,6 +87,51 @@ def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
     with RunLog(RunFolder(tmp_path), first_step=2, evaluated_step=2, enabled=True) as log:
         log.write("train", 3, {"lr": 0.5})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+class FakeRun(list):
+    """A run of trackio, as far as accelerate's tracker uses it."""
+
+    def log(self, values, step):
+        if len(self) >= 5:
+            raise ValueError("the server is gone")
+        self.append((step, values))
+
+    def finish(self):
+        self.append("finished")
+
+
+def fake_trackio(monkeypatch, start):
+    module = ModuleType("trackio")
+    module.__spec__ = ModuleSpec("trackio", None)
+    module.init, module.config = start, mock.Mock()
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    return module
+
+
+def test_a_tracker_gets_the_numbers_of_the_log_and_its_failure_stops_nothing(tmp_path, monkeypatch):
+    run, started = FakeRun(), []
+    trackio = fake_trackio(monkeypatch, lambda **values: started.append(values) or run)
+    tiny_trainer(tiny_settings(tmp_path / "mine", steps=3, log_every=1, tracker="trackio")).run()
+    assert started == [{"project": "norton_deploy", "name": "mine"}]
+    assert trackio.config.update.call_args.args[0]["batch_size"] == 4
+    [first, *_, evaluation, finished] = run
+    line = read_log(tmp_path / "mine", "train")[0]
+    assert first == (1, first[1]) and first[1]["train/losses/total"] == line["losses"]["total"]
+    assert evaluation[1]["evaluation/weights/sum"] < 1e9 and finished == "finished"
+    assert not (tmp_path / "mine" / "tensorboard").exists()
+    with pytest.warns(UserWarning, match=r"trackio failed \(the server is gone\); the run goes on"):
+        tiny_trainer(tiny_settings(tmp_path / "again", steps=3, log_every=1, tracker="trackio")).run()
+    assert len(read_log(tmp_path / "again", "train")) == 3
+
+
+def test_a_tracker_that_is_not_there_or_does_not_start_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--tracker wandb: the package wandb is not installed; pip install wandb"):
+        tiny_settings(tmp_path, tracker="wandb")
+    fake_trackio(monkeypatch, mock.Mock(side_effect=RuntimeError("no login,\nno network")))
+    with pytest.raises(UserError, match=r"--tracker trackio: cannot be started \(no login, no network\)"):
+        tiny_trainer(tiny_settings(tmp_path, tracker="trackio")).run()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
