@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from norton_deploy.data.image_file import MAX_PIXELS
-from norton_deploy.data.run_lengths import check_near, check_segmentation
+from norton_deploy.data.run_lengths import check_near, check_segmentation, decode_segmentation
 from norton_deploy.errors import UserError, shown
 from norton_deploy.files import path_below
 from norton_deploy.structures import Task
@@ -89,7 +89,8 @@ def check_annotation(
 ) -> None:
     """Check an entry of `annotations` whose ids `require_ids` has seen.
 
-    Coordinates must be finite and may lie outside their image by `MARGIN` image sides at most.
+    Coordinates must be finite and may lie outside their image by `MARGIN` image sides at most. A missing `area` is
+    computed, of the mask or else of the box, and set.
 
     Args:
         entry: as in the file.
@@ -101,7 +102,7 @@ def check_annotation(
     Raises:
         BadEntryError: a field is missing or impossible.
     """
-    _require(entry, ("bbox", "area"))
+    _require(entry, ("bbox",))
     if entry["id"] in known:
         raise BadEntryError("there is another annotation with this id")
     if entry["image_id"] not in images:
@@ -110,11 +111,9 @@ def check_annotation(
         raise BadEntryError(f"points to category id {entry['category_id']}, which is not in the file")
     image = images[entry["image_id"]]
     _check_box(entry["bbox"], image)
-    crowd, area = entry.get("iscrowd", 0), entry["area"]
+    crowd = entry.get("iscrowd", 0)
     if type(crowd) is not int or crowd not in (0, 1):
         raise BadEntryError(f"'iscrowd' must be 0 or 1, got {shown(crowd)}")
-    if not _is_number(area) or not 0 <= area <= LARGEST_AREA:
-        raise BadEntryError(f"'area' must be a number from 0 to {LARGEST_AREA:g}, got {shown(area)}")
     try:
         if task == "mask":
             _require(entry, ("segmentation",))
@@ -122,8 +121,18 @@ def check_annotation(
         if task == "keypoint":
             _require(entry, ("keypoints", "num_keypoints"))
             _check_keypoints(entry["keypoints"], entry["num_keypoints"], image)
+        if entry.get("area") is None:
+            entry["area"] = _area(entry, image)
     except UserError as error:
         raise BadEntryError(str(error)) from error
+    if not _is_number(entry["area"]) or not 0 <= entry["area"] <= LARGEST_AREA:
+        raise BadEntryError(f"'area' must be a number from 0 to {LARGEST_AREA:g}, got {shown(entry['area'])}")
+
+
+def _area(entry: Entry, image: Entry) -> float:
+    if entry.get("segmentation"):
+        return float(decode_segmentation(entry["segmentation"], (image["height"], image["width"])).sum())
+    return float(entry["bbox"][2] * entry["bbox"][3])
 
 
 def _check_box(box: Any, image: Entry) -> None:

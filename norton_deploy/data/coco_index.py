@@ -68,6 +68,10 @@ def _check_size(path: Path, image_size: tuple[int, int]) -> None:
     raise UserError(found)
 
 
+class MissingAreaWarning(UserWarning):
+    """Annotations have no area."""
+
+
 class _Complaints:
     """Raises at the first bad entry, or counts them and warns once."""
 
@@ -75,6 +79,8 @@ class _Complaints:
         self.source, self.skip_bad = source, skip_bad
         self.counts: Counter[str] = Counter()
         self.first: str | None = None
+        self.areas: list[int] = []
+        """Ids of the annotations whose area was computed."""
 
     def add(self, kind: str, number: object, reason: object) -> None:
         message = f"{kind} id {number}: {reason}"
@@ -84,6 +90,13 @@ class _Complaints:
         self.first = self.first or message
 
     def warn(self) -> None:
+        if self.areas:
+            warnings.warn(
+                f"{self.source}: {len(self.areas)} annotations have no 'area', it was computed of the mask or else of "
+                f"the box; the first is id {self.areas[0]}",
+                MissingAreaWarning,
+                stacklevel=4,
+            )
         if self.counts:
             total = ", ".join(f"{count} bad {kind}s" for kind, count in sorted(self.counts.items()))
             warnings.warn(f"{self.source}: skipped {total}; the first was {self.first}", stacklevel=4)
@@ -153,8 +166,8 @@ def read_annotations(
 
     Every number is checked here, once: finite, within bounds that `norton_deploy.data.coco_entries` states, near its
     image. For task "keypoint" only categories with keypoints and their annotations are kept. A missing `iscrowd`
-    means 0, as in pycocotools. Image files are not opened, except with `skip_bad`, which decodes every one
-    (a minute or two for COCO-2017).
+    means 0, as in pycocotools; a missing `area` is computed, with one warning. Image files are not opened, except
+    with `skip_bad`, which decodes every one (a minute or two for COCO-2017).
 
     Args:
         root: folder in COCO's layout.
@@ -194,11 +207,14 @@ def read_annotations(
             require_ids(entry)
             if entry["image_id"] in unusable or entry["category_id"] in other_categories:
                 continue
+            has_area = entry.get("area") is not None
             check_annotation(entry, known, images, category_ids, task)
         except BadEntryError as error:
             complaints.add("annotation", name_of(entry, position), error)
             continue
         known.add(entry["id"])
+        if not has_area:
+            complaints.areas.append(entry["id"])
         entry.setdefault("iscrowd", 0)
         of_image[entry["image_id"]].append(entry)
     complaints.warn()

@@ -11,7 +11,14 @@ from typing import Any, Literal, get_args
 
 from PIL import Image
 
-from norton_deploy.data.coco_index import Entry, Split, annotation_file, image_folder, read_annotations
+from norton_deploy.data.coco_index import (
+    Entry,
+    MissingAreaWarning,
+    Split,
+    annotation_file,
+    image_folder,
+    read_annotations,
+)
 from norton_deploy.errors import UserError
 from norton_deploy.structures import Task
 
@@ -23,13 +30,19 @@ EXIF_ORIENTATION = 0x0112
 UPRIGHT = 1
 EXIF_POLICY = "they are turned upright in training as in inference, and annotations must be of the upright picture"
 SPLITS: tuple[Split, ...] = get_args(Split)
+Severity = Literal["error", "warning"]
+TOLD: tuple[tuple[type[Warning], Severity, str], ...] = (
+    (UserWarning, "error", "sets of bad entries"),
+    (MissingAreaWarning, "warning", "sets of annotations without an area"),
+)
+"""Kinds of warnings of `read_annotations`."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """Attributes: an error (stops a training, or falsifies a result) or a warning; what; how many; the first one."""
 
-    severity: Literal["error", "warning"]
+    severity: Severity
     what: str
     count: int
     first: str
@@ -54,7 +67,7 @@ class DatasetCheck:
     objects: dict[str, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
-    def add(self, severity: Literal["error", "warning"], what: str, found: Iterable[str]) -> None:
+    def add(self, severity: Severity, what: str, found: Iterable[str]) -> None:
         """Record a kind of finding, if there is any; `found` describes each."""
         listed = list(found)
         if listed:
@@ -104,8 +117,8 @@ def check_dataset(root: str | Path, task: Task) -> DatasetCheck:
 
     Errors: entries that cannot be used, images that are missing, broken or of another size, pictures that are in both
     splits, a name that two categories or image entries share, categories that differ between the splits, a split
-    without objects. Warnings: pictures with an EXIF orientation, annotations outside of their image, tiny ones, the
-    same object twice, categories and images without objects.
+    without objects. Warnings: pictures with an EXIF orientation, annotations without an area, outside of their
+    image, tiny ones, the same object twice, categories and images without objects.
 
     Raises:
         UserError: a file or folder is missing, or is not what it should be.
@@ -118,7 +131,8 @@ def check_dataset(root: str | Path, task: Task) -> DatasetCheck:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             images, annotations, entries = read_annotations(root, split, task, skip_bad=True)
-        found.add("error", f"sets of bad entries in {split}", (str(warning.message) for warning in told))
+        for kind, severity, what in TOLD:
+            found.add(severity, f"{what} in {split}", (str(note.message) for note in told if note.category is kind))
         found.images[split], found.objects[split] = len(images), sum(map(len, annotations))
         categories[split] = {entry["id"]: entry["name"] for entry in entries}
         _check_entries(found, split, images, annotations, entries)

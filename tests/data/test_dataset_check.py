@@ -76,6 +76,7 @@ def test_warnings(data: Path) -> None:
     found = whats(data)
     assert set(found.values()) == {"warning"}
     kinds = " | ".join(found)
+    assert "sets of annotations without an area in train" in found
     for part in ("boxes of train reach outside", "masks of train reach outside", "less than 1 px", "annotated twice"):
         assert part in kinds
     assert "have an EXIF orientation: they are turned upright in training as in inference" in kinds
@@ -84,6 +85,7 @@ def test_warnings(data: Path) -> None:
 def _spoil(content: dict[str, Any]) -> None:
     one, two, three = [entry for entry in content["annotations"] if not entry["iscrowd"]][:3]
     one["bbox"][0] = -20.0
+    del one["area"]
     two["bbox"][2] = 0.2
     three["segmentation"] = [[-50, 0, 20, 0, 20, 20]]
     content["annotations"].append({**two, "id": 10**6})
