@@ -53,6 +53,8 @@ class Settings:
     """Leave out bad images and annotations with one counted warning instead of stopping."""
     progress: bool = True
     """Show a progress bar."""
+    resume: bool = False
+    """Go on at the image where this very line was stopped; with --results, beside which the detections are kept."""
     overwrite: bool = False
     """Replace --results and --json if they are there already."""
     json: Path | None = None
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if value is not None and value < least:
             raise UserError(f"{name}: expected at least {least}, got {value}")
+    if settings.resume and settings.results is None:
+        raise UserError("--resume: needs --results, beside which the detections of a stopped run are kept")
     if settings.results is not None:
         for file in result_files(settings.results, settings.task).values():
             check_output_file(file, "--results", overwrite=settings.overwrite)
@@ -86,12 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         skip_bad=settings.skip_bad,
         progress=settings.progress,
         categories=settings.categories,
+        results=settings.results,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
     )
     if not PartialState().is_main_process:
         return 0
     evaluation, files = found.evaluation, {}
     if settings.results is not None:
         files = write_results(settings.results, evaluation.results, found.dataset)
+    if found.journal is not None:
+        found.journal.remove()
     report = sys.stderr if str(settings.json) == "-" else sys.stdout  # '-' keeps stdout for the JSON
     for iou_type, path in files.items():
         print(f"{iou_type} results: {path}", file=report)

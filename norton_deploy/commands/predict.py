@@ -1,4 +1,7 @@
-"""norton predict: detect in images; writes annotated images and one COCO JSON."""
+"""norton predict: detect in images; writes annotated images and one COCO JSON.
+
+One process: tools/predict.py ...; several share the images: torchrun --nproc_per_node=8 tools/predict.py ...
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
-from norton_deploy.files import check_output_file
+from norton_deploy.files import check_output_file, sha256_of
 from norton_deploy.inference.drawing import annotate_images
-from norton_deploy.inference.loading import load_predictor
+from norton_deploy.inference.image_journal import SUFFIX, ImageJournal, joined_processes
+from norton_deploy.inference.loading import load_predictor, model_files
 
 
 @dataclass
@@ -32,6 +36,8 @@ class Settings:
     """Detections below this score are left out of the JSON."""
     draw_threshold: float = 0.5
     """Detections below this score are not drawn."""
+    resume: bool = False
+    """Go on at the image where this very line was stopped."""
     overwrite: bool = False
     """Replace --out's detections.json and pictures, and --json, if they are there already."""
     json: Path | None = None
@@ -45,10 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not files:
         raise UserError("--images: expected image files or folders after it")
     result_file = settings.out / "detections.json"
-    check_output_file(result_file, "--out", overwrite=settings.overwrite)
+    parts = result_file.with_suffix(SUFFIX)
+    stopped = settings.resume and parts.is_dir()
+    check_output_file(result_file, "--out", overwrite=settings.overwrite or stopped)
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
-    predictor = load_predictor(settings.model, score_threshold=settings.score_threshold, device=settings.device)
-    found = annotate_images(predictor, files, settings.out, draw_threshold=settings.draw_threshold)
+    processes = joined_processes()
+    predictor = load_predictor(
+        settings.model, score_threshold=settings.score_threshold, device=settings.device or processes.device
+    )
+    identity = {
+        "model": [sha256_of(file) for file in model_files(settings.model)],
+        "files": [str(file) for file in files],
+        "thresholds": [settings.score_threshold, settings.draw_threshold],
+    }
+    resume, overwrite = settings.resume, settings.overwrite
+    journal = ImageJournal(parts, identity, resume=resume, overwrite=overwrite, processes=processes)
+    found = annotate_images(
+        predictor, files, settings.out, draw_threshold=settings.draw_threshold, journal=journal, processes=processes
+    )
+    if processes.rank != 0:
+        return 0
+    journal.remove()
     print(f"{settings.out}: {found.images} images, {found.detections} detections", file=sys.stderr)
     summary = {
         "images": found.images,

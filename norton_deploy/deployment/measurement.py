@@ -31,7 +31,7 @@ def score_file(
     limit: int | None = None,
     categories: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model file on val.
+    """Evaluate a model file on val; what a stopped evaluation found is not found again.
 
     Args:
         file, data, task, backend, limit, categories: see `evaluate_file`.
@@ -40,9 +40,13 @@ def score_file(
     Returns:
         JSON values: "runs_on", "images", "scores" (of `MeasureScore`).
     """
-    found = evaluate_file(file, data, task, backend=backend, limit=limit, categories=categories)
+    found = evaluate_file(
+        file, data, task, backend=backend, limit=limit, categories=categories, results=results, resume=True
+    )
     with atomic_write(results, "w") as stream:
         json.dump(found.evaluation.results, stream)
+    if found.journal is not None:
+        found.journal.remove()
     scores = {measure: asdict(score) for measure, score in found.evaluation.scores.items()}
     return {"runs_on": found.predictor.device, "images": found.images, "scores": scores}
 

@@ -30,8 +30,9 @@ from norton_deploy.evaluation.coco_metrics import (
     score_coco,
     table3_scores,
 )
-from norton_deploy.files import atomic_write
-from norton_deploy.inference.loading import load_predictor
+from norton_deploy.files import atomic_write, sha256_of
+from norton_deploy.inference.image_journal import SUFFIX, ImageJournal, Processes
+from norton_deploy.inference.loading import load_predictor, model_files
 from norton_deploy.inference.predictor import Backend, Image, Predictor
 from norton_deploy.progress import progress_bar
 from norton_deploy.structures import Categories, Detections, Task
@@ -60,12 +61,14 @@ class DetectorEvaluation:
 
 @dataclass(frozen=True)
 class FileEvaluation:
-    """Attributes: the loaded model; the split; how many of its images were seen; what came out."""
+    """Attributes: the loaded model; the split; how many of its images were seen; what came out; the journal, to be
+    removed when that is written."""
 
     predictor: Predictor
     dataset: CocoDetection
     images: int
     evaluation: DetectorEvaluation
+    journal: ImageJournal | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the detections."""
@@ -100,6 +103,7 @@ def evaluate_detector(
     batch_size: int = 1,
     workers: int = 0,
     progress: bool = True,
+    journal: ImageJournal | None = None,
 ) -> DetectorEvaluation:
     """Score a detector on a dataset's ground truth.
 
@@ -114,12 +118,15 @@ def evaluate_detector(
         limit: evaluate the first so many images only.
         batch_size: images per call of `detect`.
         workers: processes that decode images.
+        journal: gets the results of each image; what it has of a stopped run is not repeated.
     """
     # joins torchrun's processes, unless a trainer has done so before; without `cpu` it would not on CPUs
     state = PartialState(cpu=not torch.cuda.is_available())
     labels = dataset.categories if categories is None else categories
     chosen = range(len(dataset))[:limit]
-    indices = chosen[state.process_index :: state.num_processes]
+    done = {} if journal is None else journal.done
+    left = [index for index in chosen if dataset.image_ids[index] not in done]
+    indices = left[state.process_index :: state.num_processes]
     loader = DataLoader(_Pixels(dataset), batch_size, sampler=indices, num_workers=workers, collate_fn=list)
     own: list[dict[str, Any]] = []
     show = progress and state.is_main_process
@@ -127,9 +134,13 @@ def evaluate_detector(
         for batch in one_line_errors(loader):
             found = detect([pixels for _, pixels in batch])
             for (image_id, _), detections in zip(batch, found, strict=True):
-                own.extend(detections.to_coco_results(image_id, labels))
+                entries = detections.to_coco_results(image_id, labels)
+                own.extend(entries)
+                if journal is not None:
+                    journal.add(image_id, entries)
                 bar.update()
-    results = gather_object(own)
+    image_ids = [dataset.image_ids[index] for index in chosen]
+    results = gather_object(own) + [entry for image_id in image_ids for entry in done.get(image_id, ())]
     known = set(dataset.coco.getCatIds())
     kept = [entry for entry in results if entry["category_id"] in known]
     if len(kept) < len(results) and state.is_main_process:
@@ -139,7 +150,6 @@ def evaluate_detector(
             stacklevel=2,
         )
     kept.sort(key=lambda entry: entry["image_id"])  # stable: an image's entries stay in descending score
-    image_ids = [dataset.image_ids[index] for index in chosen]
     scores: list[Any] = [None]
     if state.is_main_process:
         scores = [score_coco(dataset.coco, dict.fromkeys(IOU_TYPES[dataset.task], kept), image_ids)]
@@ -160,6 +170,9 @@ def evaluate_file(
     skip_bad: bool = False,
     progress: bool = True,
     categories: Path | None = None,
+    results: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> FileEvaluation:
     """Score a checkpoint, a graph or an engine on a dataset; on one process or many.
 
@@ -172,6 +185,8 @@ def evaluate_file(
         skip_bad: leave out bad images and annotations with one counted warning instead of stopping.
         categories: of a .pth file, which names none (`read_categories`); by default the dataset's, where their number
             is the model's.
+        results: file that the results will go to; beside it they are kept image by image.
+        resume, overwrite: what to do with those of a stopped run (`ImageJournal`).
 
     Raises:
         UserError: a bad file or dataset, or a model of another task.
@@ -192,10 +207,24 @@ def evaluate_file(
                 stacklevel=2,
             )
     dataset = CocoDetection(data, split, task, categories=predictor.categories, skip_bad=skip_bad)
+    journal = None
+    if results is not None:
+        journal = ImageJournal(
+            results.with_suffix(SUFFIX),
+            {
+                "model": [sha256_of(file) for file in model_files(model)],
+                "annotations": sha256_of(annotation_file(data, split, task)),
+                "backend": predictor.backend,
+                "batch_size": batch_size,
+            },
+            resume=resume,
+            overwrite=overwrite,
+            processes=Processes(state.process_index, state.num_processes, gather_object),
+        )
     evaluation = evaluate_detector(
-        predictor, dataset, limit=limit, batch_size=batch_size, workers=workers, progress=progress
+        predictor, dataset, limit=limit, batch_size=batch_size, workers=workers, progress=progress, journal=journal
     )
-    return FileEvaluation(predictor, dataset, len(range(len(dataset))[:limit]), evaluation)
+    return FileEvaluation(predictor, dataset, len(range(len(dataset))[:limit]), evaluation, journal)
 
 
 def write_results(path: Path, results: Sequence[Mapping[str, Any]], dataset: CocoDetection) -> dict[IouType, Path]:

@@ -15,6 +15,7 @@ import supervision as sv
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
+from norton_deploy.inference.image_journal import ImageJournal, Processes
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.progress import progress_bar
 from norton_deploy.structures import Categories, Detections
@@ -171,43 +172,78 @@ class AnnotatedImages:
 
 
 def annotate_images(
-    predictor: Predictor, files: Sequence[Path], out: Path, *, draw_threshold: float = 0.5
+    predictor: Predictor,
+    files: Sequence[Path],
+    out: Path,
+    *,
+    draw_threshold: float = 0.5,
+    journal: ImageJournal,
+    processes: Processes,
 ) -> AnnotatedImages:
     """Detect in image files; writes out/ID_NAME.jpg with the detections drawn, and all of them as COCO's
-    out/detections.json. Files that cannot be read are left out; after an interruption the JSON has what came before.
+    out/detections.json. Files that cannot be read are left out; after an interruption of a single process the JSON has
+    what came before.
+
+    Args:
+        predictor: of boxes, masks or keypoints.
+        files: images.
+        out: folder.
+        draw_threshold: detections below this score are not drawn.
+        journal: of this or a stopped run over these very files.
+        processes: that share the files; the first one writes the JSON, all get what became of them.
 
     Raises:
         UserError: no file can be read, or the folder cannot be written to.
     """
+    named = dict(zip(image_ids(files), files, strict=True))
+    left = [image_id for image_id in named if "bad" in journal.done.get(image_id, {"bad": ""})]
+    own = left[processes.rank :: processes.count]
+    records = dict(journal.done) if processes.rank == 0 else {}
+    whole = False
+    try:
+        for image_id in progress_bar(own, desc="detecting", unit="image", show=processes.rank == 0):
+            records[image_id] = _annotated(predictor, image_id, named[image_id], out, draw_threshold)
+            journal.add(image_id, records[image_id])
+        records = dict(processes.gather(list(records.items())))
+        whole = True
+    finally:
+        read = {image_id: record for image_id, record in sorted(records.items()) if "bad" not in record}
+        if read and processes.rank == 0 and (whole or processes.count == 1):
+            _write_coco(out / "detections.json", read, named, predictor.categories)
+    bad = [UserError(record["bad"]) for _, record in sorted(records.items()) if "bad" in record]
+    if not read:
+        raise bad[0]
+    mean_ms = {
+        stage: sum(record["ms"][stage] for record in read.values()) / len(read)
+        for stage in next(iter(read.values()))["ms"]
+    }
+    return AnnotatedImages(len(read), sum(len(record["entries"]) for record in read.values()), mean_ms, bad)
+
+
+def _annotated(predictor: Predictor, image_id: int, file: Path, out: Path, threshold: float) -> dict[str, Any]:
+    """Detect and draw: the image's size, results entries and times, or why it cannot be read; JSON values."""
+    try:
+        [(image, detections)] = predictor.predict_files([file])
+    except UserError as error:
+        return {"bad": str(error)}
+    drawn = detections[detections.scores >= threshold]
+    write_image(out / f"{image_id:06d}_{file.stem}.jpg", draw_detections(image, drawn, predictor.categories))
+    entries = detections.to_coco_results(image_id, predictor.categories)
+    return {"size": list(detections.image_size), "entries": entries, "ms": vars(predictor.timing).copy()}
+
+
+def _write_coco(path: Path, read: dict[int, Any], named: dict[int, Path], names: Categories) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    stages_ms: list[dict[str, float]] = []
-    bad: list[UserError] = []
-    names = predictor.categories
-    try:
-        for image_id, file in zip(image_ids(files), progress_bar(files, desc="detecting", unit="image"), strict=True):
-            try:
-                [(image, detections)] = predictor.predict_files([file])
-            except UserError as error:
-                bad.append(error)
-                continue
-            stages_ms.append(vars(predictor.timing).copy())
-            height, width = detections.image_size
-            images.append({"id": image_id, "file_name": str(file), "height": height, "width": width})
-            for entry in detections.to_coco_results(image_id, names):
-                _, _, box_width, box_height = entry["bbox"]
-                annotations.append({"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0, **entry})
-            drawn = detections[detections.scores >= draw_threshold]
-            write_image(out / f"{image_id:06d}_{file.stem}.jpg", draw_detections(image, drawn, names))
-    finally:
-        if images:
-            kinds = [{"id": number, "name": name} for number, name in zip(names.ids, names.names, strict=True)]
-            with atomic_write(out / "detections.json", "w") as stream:
-                json.dump({"images": images, "annotations": annotations, "categories": kinds}, stream, indent=2)
-    if not images:
-        raise bad[0]
-    mean_ms = {stage: sum(row[stage] for row in stages_ms) / len(stages_ms) for stage in stages_ms[0]}
-    return AnnotatedImages(len(images), len(annotations), mean_ms, bad)
+    for image_id, record in read.items():
+        height, width = record["size"]
+        images.append({"id": image_id, "file_name": str(named[image_id]), "height": height, "width": width})
+        for entry in record["entries"]:
+            _, _, box_width, box_height = entry["bbox"]
+            annotations.append({"id": len(annotations) + 1, "area": box_width * box_height, "iscrowd": 0, **entry})
+    kinds = [{"id": number, "name": name} for number, name in zip(names.ids, names.names, strict=True)]
+    with atomic_write(path, "w") as stream:
+        json.dump({"images": images, "annotations": annotations, "categories": kinds}, stream, indent=2)
 
 
 def image_ids(files: Sequence[Path]) -> list[int]:

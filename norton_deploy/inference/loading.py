@@ -62,7 +62,7 @@ def load_predictor(
     """
     if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
         raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
-    files = _model_files(path)
+    files = model_files(path)
     openvino = {name: value for name, value in (("float_type", float_type), ("cache", cache)) if value is not None}
     predictors = [
         _load_one(file, backend, score_threshold, device, providers, categories, threads, openvino) for file in files
@@ -75,7 +75,12 @@ def load_predictor(
     return SizeBucketPredictor(predictors)
 
 
-def _model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+def model_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `load_predictor` loads for this path.
+
+    Raises:
+        UserError: a folder without a graph or engine, or no path at all.
+    """
     if isinstance(path, (str, Path)):
         folder = Path(path)
         if not folder.is_dir():
