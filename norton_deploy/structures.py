@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.errors import UserError, shown
+from norton_deploy.masks import MasksInBoxes, Region
 
 if TYPE_CHECKING:
     import supervision
 
 Task = Literal["box", "mask", "keypoint"]
 ModelTask = Literal["cls", "box", "mask", "keypoint"]
-MaskPaste = Literal["whole_pixels", "subpixel"]
 TASKS: tuple[Task, ...] = ("box", "mask", "keypoint")
 
 # The key under which checkpoints and graphs carry their header.
@@ -25,6 +25,8 @@ METADATA_KEY = "norton_deploy"
 LARGEST_LABEL = 2**20
 COCO_CATEGORY_COUNT = 80
 COCO_LARGEST_CATEGORY_ID = 90
+MASK_MARGIN = 1 / 28
+"""Of a box's side: pasting widens it by one cell of the mask, half on either side; twice that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,21 @@ class Categories:
         return cls(*(tuple(entry[name] for entry in entries) for name in ("label", "id", "name")))
 
 
+class _Masks:
+    """`Detections.masks`: given as an array or in boxes, read as an array; pasted when it is first read."""
+
+    def __set__(self, found: Detections, masks: npt.NDArray[np.bool_] | MasksInBoxes | None) -> None:
+        vars(found)["masks"] = masks
+
+    def __get__(self, found: Detections | None, owner: type[Detections] | None = None) -> npt.NDArray[np.bool_] | None:
+        if found is None:
+            return None  # the field's default
+        masks = vars(found)["masks"]
+        if isinstance(masks, MasksInBoxes):
+            masks = vars(found)["masks"] = masks.paste()
+        return masks
+
+
 @dataclass(frozen=True)
 class Detections:
     """What a detector found in one image, best first.
@@ -119,7 +136,7 @@ class Detections:
         scores: float32 [N], 0..1, descending.
         labels: int64 [N], model labels (`Categories` translates them to COCO ids).
         image_size: (height, width) of the image in pixels.
-        masks: bool [N, H, W] or None.
+        masks: bool [N, H, W] or None. May be given as `MasksInBoxes`, which are pasted when this is read.
         keypoints: float32 [N, K, 3] or None; x, y in pixels and the keypoint's score.
     """
 
@@ -127,23 +144,40 @@ class Detections:
     scores: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     image_size: tuple[int, int]
-    masks: npt.NDArray[np.bool_] | None = None
+    masks: _Masks = _Masks()  # one for all, it keeps nothing itself
     keypoints: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.boxes)
         expected = {"boxes": (count, 4), "scores": (count,), "labels": (count,)}
-        if self.masks is not None:
+        if self.has_masks:
             expected["masks"] = (count, *self.image_size)
         if self.keypoints is not None:
             expected["keypoints"] = (count, self.keypoints.shape[1] if self.keypoints.ndim == 3 else -1, 3)
         for field, shape in expected.items():
-            actual = getattr(self, field).shape
+            actual = vars(self)[field].shape
             if actual != shape:
                 raise ValueError(f"Detections.{field}: expected shape {shape}, got {actual}")
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are masks; asking does not paste them."""
+        return vars(self)["masks"] is not None
+
+    def mask_crop(self, index: int) -> tuple[Region, npt.NDArray[np.bool_]]:
+        """The part of the image that a detection's mask reaches, and its pixels there, bool [rows, columns]."""
+        masks = vars(self)["masks"]
+        if isinstance(masks, MasksInBoxes):
+            return masks.crop(index)
+        (height, width), box = self.image_size, self.boxes[index]
+        margin = MASK_MARGIN * (box[2:] - box[:2]) + 2
+        x1, y1 = np.floor(box[:2] - margin).clip(0).astype(int)
+        x2, y2 = np.ceil(box[2:] + margin).clip(0, (width, height)).astype(int)
+        region = slice(y1, y2), slice(x1, x2)
+        return region, masks[index][region]
 
     def __getitem__(self, index: Any) -> Detections:
         """The detections that a NumPy index (mask, slice or integer array) selects."""
@@ -152,7 +186,7 @@ class Detections:
             boxes=self.boxes[index],
             scores=self.scores[index],
             labels=self.labels[index],
-            masks=None if self.masks is None else self.masks[index],
+            masks=vars(self)["masks"][index] if self.has_masks else None,
             keypoints=None if self.keypoints is None else self.keypoints[index],
         )
 
@@ -176,6 +210,7 @@ class Detections:
         """
         id_of_label = categories.id_of_label
         results: list[dict[str, Any]] = []
+        whole = np.zeros(self.image_size if self.has_masks else (0, 0), np.uint8, order="F")
         for index in range(len(self)):
             x1, y1, x2, y2 = (float(value) for value in self.boxes[index])
             entry: dict[str, Any] = {
@@ -184,10 +219,13 @@ class Detections:
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": float(self.scores[index]),
             }
-            if self.masks is not None:
+            if self.has_masks:
                 from pycocotools import mask as coco_mask
 
-                run_lengths = coco_mask.encode(np.asfortranarray(self.masks[index].astype(np.uint8)))
+                region, pixels = self.mask_crop(index)
+                whole[region] = pixels
+                run_lengths = coco_mask.encode(whole)
+                whole[region] = 0
                 run_lengths["counts"] = run_lengths["counts"].decode("ascii")
                 entry["segmentation"] = run_lengths
             if self.keypoints is not None:

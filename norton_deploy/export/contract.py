@@ -8,7 +8,8 @@ from typing import Any, Literal
 from norton_deploy.config import from_mapping
 from norton_deploy.errors import UserError, shown
 from norton_deploy.files import check_tree, parse_json
-from norton_deploy.structures import METADATA_KEY, Categories, MaskPaste, Task
+from norton_deploy.masks import MaskPaste
+from norton_deploy.structures import METADATA_KEY, Categories, Task
 
 FORMAT = 2
 LARGEST_INPUT = 2**28

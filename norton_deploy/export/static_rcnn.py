@@ -21,8 +21,9 @@ from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, StaticNMS
 from norton_deploy.export.static_heads import UP_SCALE, StaticBoxHead, StaticKeypointHead, StaticMaskHead
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 from norton_deploy.export.static_rpn import StaticRPN
+from norton_deploy.masks import MaskPaste
 from norton_deploy.models.detectron2_layers import DetectorTransform
-from norton_deploy.structures import MaskPaste, Task
+from norton_deploy.structures import Task
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 TENSORRT_LARGEST_TOPK = 3840

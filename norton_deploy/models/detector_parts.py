@@ -14,6 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import _setup_scales
 
 from norton_deploy.errors import UserError, shown
+from norton_deploy.masks import MaskPaste
 from norton_deploy.models.classifiers import LARGEST_SIDE, Norm, build_resnet
 from norton_deploy.models.detectron2_layers import (
     DetectorTransform,
@@ -22,7 +23,6 @@ from norton_deploy.models.detectron2_layers import (
     PyramidAnchorGenerator,
     PyramidRoIAlign,
 )
-from norton_deploy.structures import MaskPaste
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 LEVELS = len(STAGES) + 1

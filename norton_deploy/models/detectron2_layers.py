@@ -18,7 +18,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper, _convert_to_roi_format, _filter_input
 
-from norton_deploy.structures import MaskPaste
+from norton_deploy.masks import MaskPaste
 
 ImageResize = Literal["torchvision", "antialiased"]
 KeypointScore = Literal["logit", "probability"]

@@ -9,12 +9,13 @@ import numpy.typing as npt
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.inference.predictor import Image
 from norton_deploy.inference.static_graph import decode_outputs
+from norton_deploy.masks import MaskPaste
 from norton_deploy.parity.comparison import Arrays, quantile, relative_difference, set_distance
 from norton_deploy.parity.eager_stages import EagerStages, doubled
 from norton_deploy.parity.keypoint_loss import keypoint_loss
 from norton_deploy.parity.references import Reference, compare_detections, record_keypoints, thinned
 from norton_deploy.parity.report import ParityReport, Tolerances
-from norton_deploy.structures import Detections, MaskPaste
+from norton_deploy.structures import Detections
 
 T = TypeVar("T")
 RANKED = 1000

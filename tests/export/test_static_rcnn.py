@@ -11,7 +11,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.static_rcnn import TARGETS, GraphSettings, StaticRCNN, Target
-from norton_deploy.inference.static_graph import paste_masks
+from norton_deploy.masks import MasksInBoxes
 from norton_deploy.structures import TASKS, Task
 
 BASE = GraphSettings(IMAGE_SIZE, batch=2)
@@ -31,7 +31,7 @@ def test_same_detections_as_torchvision(task: Task, target: Target) -> None:
         torch.testing.assert_close(outputs["boxes"][index], expected["boxes"], atol=1e-3, rtol=0)
         torch.testing.assert_close(outputs["scores"][index], expected["scores"], atol=1e-5, rtol=0)
         if task == "mask":
-            pasted = paste_masks(outputs["masks"][index].numpy(), expected["boxes"].numpy(), IMAGE_SIZE)
+            pasted = MasksInBoxes(outputs["masks"][index].numpy(), expected["boxes"].numpy(), IMAGE_SIZE).paste()
             assert np.mean(pasted != (expected["masks"][:, 0].numpy() > 0.5)) < 1e-4
         if task == "keypoint":
             points = outputs["keypoints"][index]

@@ -4,7 +4,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.static_graph import hat_weights, paste_masks
+from norton_deploy.masks import MasksInBoxes, hat_weights
 
 
 def random_case(seed: int, count: int, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -22,7 +22,7 @@ def test_equals_torchvision_but_for_rounding_at_the_threshold(image_size: tuple[
     probabilities, boxes = random_case(0, 60, image_size)
     soft = paste_masks_in_image(torch.from_numpy(probabilities)[:, None], torch.from_numpy(boxes), image_size)
     expected = soft[:, 0].numpy()
-    ours = paste_masks(probabilities, boxes, image_size)
+    ours = MasksInBoxes(probabilities, boxes, image_size).paste()
     assert ours.shape == (60, *image_size) and ours.dtype == np.bool_
     different = ours != (expected > 0.5)
     assert np.all(np.abs(expected[different] - 0.5) < 1e-5)
@@ -35,18 +35,18 @@ def test_boxes_past_the_border_and_tiny_ones(box: list[float]) -> None:
     boxes = np.array([box], dtype=np.float32)
     tensors = torch.from_numpy(probabilities)[:, None], torch.from_numpy(boxes)
     expected = paste_masks_in_image(*tensors, (60, 90))[:, 0].numpy() > 0.5
-    np.testing.assert_array_equal(paste_masks(probabilities, boxes, (60, 90)), expected)
+    np.testing.assert_array_equal(MasksInBoxes(probabilities, boxes, (60, 90)).paste(), expected)
 
 
 def test_no_detections_and_wrong_shapes() -> None:
-    empty = paste_masks(np.zeros((0, 28, 28), np.float32), np.zeros((0, 4), np.float32), (5, 6))
+    empty = MasksInBoxes(np.zeros((0, 28, 28), np.float32), np.zeros((0, 4), np.float32), (5, 6)).paste()
     assert empty.shape == (0, 5, 6)
     with pytest.raises(UserError, match=r"\[N, M, M\]"):
-        paste_masks(np.zeros((2, 28, 27), np.float32), np.zeros((2, 4), np.float32), (5, 6))
+        MasksInBoxes(np.zeros((2, 28, 27), np.float32), np.zeros((2, 4), np.float32), (5, 6)).paste()
 
 
 @pytest.mark.parametrize(("source", "target"), [(30, 7), (30, 61), (3, 1), (4, 4)])
 def test_hat_weights_are_the_bilinear_resize(source: int, target: int) -> None:
     identity = torch.eye(source)[None]
     expected = torch.nn.functional.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T
-    np.testing.assert_allclose(hat_weights(source, target), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(hat_weights(source, target, 0, target), expected.numpy(), atol=1e-5)

@@ -10,7 +10,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import roi_align
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.static_graph import paste_masks
+from norton_deploy.masks import MasksInBoxes
 from norton_deploy.models.detector_parts import BackboneSettings, Detectron2Settings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.models.detectron2_layers import (
@@ -81,7 +81,7 @@ def test_subpixel_masks_are_grid_samples_in_torch_and_on_the_host() -> None:
         expected = F.grid_sample(masks[index][None, None], grid[None], align_corners=False)[0, 0]
         torch.testing.assert_close(found[index], expected, atol=1e-5, rtol=0)
     assert torch.isfinite(found).all()
-    host = paste_masks(masks.numpy(), boxes.numpy(), (40, 50), mask_paste="subpixel")
+    host = MasksInBoxes(masks.numpy(), boxes.numpy(), (40, 50), "subpixel").paste()
     assert ((found > 0.5).numpy() != host).mean() < 1e-4
     assert host[:3].any(axis=(1, 2)).all()
 
