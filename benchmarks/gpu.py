@@ -60,7 +60,7 @@ class Settings:
 
 def cell_list() -> dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]]:
     """Name -> seconds on an H100 and the call, in order of worth."""
-    from benchmarks.lib import gpu_detectors, gpu_operators, gpu_training
+    from benchmarks.lib import gpu_detectors, gpu_engines, gpu_operators, gpu_training
 
     return {
         "environment": (10, gpu_detectors.environment),
@@ -68,11 +68,13 @@ def cell_list() -> dict[str, tuple[float, Callable[[Bench], dict[str, Any]]]]:
         "correctness": (35, gpu_detectors.correctness),
         **{f"table3 {task}": (32, partial(gpu_detectors.table3, task=task)) for task in TASKS},
         "end to end": (32, gpu_detectors.end_to_end),
+        "engine": (20, gpu_engines.engine),
         "kernels": (12, gpu_detectors.kernels),
         "operators": (20, gpu_operators.operators),
         "training": (32, gpu_training.training),
         "forms": (16, gpu_operators.forms),
         "compiled": (120, gpu_operators.compiled),
+        "package": (200, gpu_engines.package),
     }
 
 

@@ -16,6 +16,7 @@ WRITERS = {
     "eval_det": "--task mask --data d --model m.onnx --results {}",
     "export_onnx": "--task box --out {}.onnx",
     "export_trt": "--task box --out {}.engine",
+    "export_torch": "--task box --out {}.pt2",
     "gradcam": "--model m --compressed c --images i --out {}.png",
     "import_data": "--layout yolo --train {data} --val {data} --out {folder}",
     "import_detectron2": "--config c.yaml --weights w.pth --out {}.safetensors",
@@ -35,6 +36,7 @@ CASES = [
     ("eval_det", "--task mask --data d --model m.onnx --results {folder}/new.json"),  # its boxes: new.bbox.json
     ("export_trt", "--task box --out {folder}/other.engine"),  # its graph: other.onnx
     ("export_trt", "--task box --out {folder}/third.engine"),  # its manifest: third.engine.json
+    ("export_torch", "--task box --out {folder}/other.pt2"),  # its graph: other.onnx
     ("plan", "--model resnet18 --budget macs=0.5 --data d --out {folder}/new.yaml"),  # its report: new.md
 ]
 
@@ -53,7 +55,7 @@ def test_an_existing_file_stays(
     folder.mkdir()
     for name in ("detections.json", "new.bbox.json", "other.onnx", "third.engine.json", "new.md"):
         (folder / name).write_text("mine")
-    for suffix in ("", ".jpg", ".safetensors", ".onnx", ".engine", ".png"):
+    for suffix in ("", ".jpg", ".safetensors", ".onnx", ".engine", ".pt2", ".png"):
         (tmp_path / f"old{suffix}").write_text("mine")
     before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     line = arguments.format(tmp_path / "old", data=tiny_coco, folder=folder)

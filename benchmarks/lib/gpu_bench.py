@@ -24,6 +24,7 @@ from norton_deploy.compression.lowering import Form, lower_model
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+from norton_deploy.inference.cuda_graph import capture
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -33,7 +34,6 @@ PLANS = Path(__file__).parents[2] / "configs" / "plans"
 Precision = Literal["fp32", "tf32", "fp16"]
 Layout = Literal["NCHW", "NHWC"]
 Outputs = dict[str, Tensor]
-WARM_UP_CALLS = 3
 
 
 class Skipped(Exception):  # noqa: N818 (not an error)
@@ -248,7 +248,7 @@ class Graph:
         self.error = ""
         with torch.no_grad(), arithmetic(precision, search=True):
             try:
-                self.captured, self.outputs = capture(bench, lambda: static(self.frames))
+                self.captured, self.outputs = capture(lambda: static(self.frames), bench.device)
             except RuntimeError as error:
                 self.error = explain(error)
                 bench.synchronise()
@@ -263,30 +263,6 @@ class Graph:
             with torch.no_grad(), arithmetic(self.precision, search=True):
                 self.outputs = self.static(self.frames)
         return self.outputs
-
-
-def capture(bench: Bench, call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph | None, Any]:
-    """Warm a call up on a stream of its own and record it there; without a GPU only call it.
-
-    `torch.cuda.graph` records everything on one stream, whose cuBLAS workspace all graphs then share: two of them could
-    not run at the same time. It also collects garbage each time, which takes longer than a small graph.
-    """
-    if not bench.on_gpu:
-        return None, call()
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP_CALLS):
-            call()
-        torch.cuda.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            outputs = call()
-        finally:
-            graph.capture_end()
-    torch.cuda.synchronize()
-    return graph, outputs
 
 
 def explain(error: BaseException) -> str:

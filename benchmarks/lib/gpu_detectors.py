@@ -288,7 +288,7 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
     slots = [Slot(bench, replace(variant, slot=index)) for index in (1, 2)]
     labels = (1,) if variant.task == "keypoint" else tuple(range(1, 91))
     letterbox = Letterbox.fit(bench.image_size, bench.image_size)
-    to_outputs, to_detections = [], []
+    to_outputs, to_detections, to_masks = [], [], []
     for _ in range(2 if bench.smoke else 20):
         started = time.perf_counter()
         slots[0].submit()
@@ -297,6 +297,8 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
         arrays: Any = {name: value.numpy() for name, value in slots[0].found.items()}
         found = [decode_outputs(arrays, index, letterbox, labels, "whole_pixels") for index in range(variant.batch)]
         to_detections.append((time.perf_counter() - started) * 1e3)
+        pasted = [one.masks for one in found]
+        to_masks.append((time.perf_counter() - started) * 1e3)
     calls = 4 if bench.smoke else 60
     flying = {}
     for depth in (1, 2):
@@ -319,8 +321,10 @@ def run_end_to_end(bench: Bench, variant: Variant) -> dict[str, Any]:
         "both_in_flight_agree": not differ,
         "both_in_flight_differ": differ,
         "latency_to_outputs": spread(to_outputs[1:]),
-        "latency_to_pasted_detections": spread(to_detections[1:]),
+        "latency_to_detections": spread(to_detections[1:]),
+        "latency_to_pasted_detections": spread(to_masks[1:]),
         "detections": [len(one) for one in found],
+        "masks": [None if masks is None else list(masks.shape) for masks in pasted],
         **flying,
     }
 

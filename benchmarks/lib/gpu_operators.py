@@ -1,4 +1,4 @@
-"""Cells of benchmarks/gpu.py about parts: suppression, RoIAlign, TopK, forms of a CPDBlock, compiled modules."""
+"""Cells of benchmarks/gpu.py about parts: suppression, RoIAlign, masks, TopK, forms of a CPDBlock, compiled modules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, roi_align
 
-from benchmarks.lib.gpu_bench import Bench, Graph, Variant, arithmetic, capture, event_ms, explain, spread, time_in_turn
+from benchmarks.lib.gpu_bench import Bench, Graph, Variant, arithmetic, event_ms, explain, spread, time_in_turn
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.lowering import Form, lower_block
 from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, nms_unrolled, pairwise_iou
 from norton_deploy.export.static_roi_align import StaticRoIAlign
+from norton_deploy.inference.cuda_graph import capture
+from norton_deploy.masks import MasksInBoxes
+from norton_deploy.models.detectron2_layers import paste_subpixel
 
 FORMS: tuple[Form, ...] = ("separable", "grouped", "dense")
 
@@ -46,7 +49,7 @@ def measure(bench: Bench, call: Callable[[], Any], *, static: bool = True) -> di
             with Traffic() as traffic:
                 call()
             if static:
-                graph, _ = capture(bench, call)
+                graph, _ = capture(call, bench.device)
                 times = event_ms(bench, graph.replay if graph is not None else call)
             else:
                 times = time_in_turn(bench, {"": call}, 2 if bench.smoke else 15)[""]
@@ -57,19 +60,6 @@ def measure(bench: Bench, call: Callable[[], Any], *, static: bool = True) -> di
     if "copy_gb_per_s" in bench.rates:
         found["share_of_copy"] = found["gb_per_s"] / bench.rates["copy_gb_per_s"]
     return found
-
-
-def nms_unrolled_half(
-    boxes: Tensor, valid: Tensor, groups: Tensor | None, iou_threshold: float, iterations: int
-) -> tuple[Tensor, Tensor]:
-    """`nms_unrolled` with its products in fp16, which counts exactly up to 2048."""
-    over = suppresses(boxes, groups, iou_threshold).to(torch.float16)
-    possible = valid.to(torch.float16)
-    keep, previous = possible, possible
-    for _ in range(iterations):
-        previous = keep
-        keep = possible * ((keep.unsqueeze(-2) @ over).squeeze(-2) < 0.5)
-    return keep > 0.5, (keep != previous).sum() < 1
 
 
 def nms_blocked(
@@ -131,7 +121,7 @@ def operators(bench: Bench) -> dict[str, Any]:
         given = (boxes, valid, groups, threshold)
         forms: dict[str, Callable[[], Any]] = {
             "unrolled": partial(nms_unrolled, *given, DEFAULT_ITERATIONS),
-            "unrolled, fp16": partial(nms_unrolled_half, *given, DEFAULT_ITERATIONS),
+            "unrolled, fp16": partial(nms_unrolled, *given, DEFAULT_ITERATIONS, torch.float16),
             "blocks of 128, 8 steps": partial(nms_blocked, *given, 8),
             "blocks of 256, 8 steps": partial(nms_blocked, *given, 8, block=256),
             "overlaps alone": partial(suppresses, boxes, groups, threshold),
@@ -153,8 +143,34 @@ def operators(bench: Bench) -> dict[str, Any]:
         parts = values.reshape(16, -1).topk(min(count, side // 16), dim=1).values
         return parts.reshape(1, -1).topk(count, dim=1).values
 
+    results |= mask_forms(bench)
     results["topk in one"] = measure(bench, lambda: values.topk(count, dim=1))
     results["topk in two stages"] = measure(bench, in_two)
+    return results
+
+
+def mask_forms(bench: Bench) -> dict[str, Any]:
+    """A frame's masks: pasted on the device (as bits, copied to the host), and pasted on the host."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = bench.image_size
+    low = torch.rand(bench.detections, 2, generator=generator) * 0.7 * torch.tensor([width, height])
+    boxes = torch.cat([low, low + 20 + torch.rand(low.shape, generator=generator) * 0.25 * width], 1)
+    masks = torch.rand(bench.detections, 28, 28, generator=generator)
+    on_device = boxes.to(bench.device), masks.to(bench.device)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bench.device)
+
+    def paste() -> Tensor:
+        inside = paste_subpixel(on_device[1], on_device[0], bench.image_size) > 0.5
+        return (inside.reshape(-1, 8) * powers).sum(1, dtype=torch.uint8)
+
+    boxed = MasksInBoxes(masks.numpy(), boxes.numpy(), bench.image_size, "subpixel")
+    results = {"masks pasted on the device": measure(bench, paste)}
+    results["masks pasted on the device, to the host"] = measure(bench, lambda: paste().cpu(), static=False)
+    for name, call in (
+        ("masks pasted on the host", boxed.paste),
+        ("masks' boxes on the host", lambda: [boxed.crop(index) for index in range(len(boxed))]),
+    ):
+        results[name] = spread(time_in_turn(bench, {"": call}, 2 if bench.smoke else 10)[""])
     return results
 
 

@@ -76,7 +76,21 @@ def others(found: dict[str, Found]) -> Iterator[Table]:
         "both equal to the bit": lambda entry: "yes" if entry[1]["both_in_flight_agree"] else "no",
     }
     ends = list(entries(found.get("end to end", {}), "latency_to_outputs"))
+    if all("latency_to_detections" in end for _, end in ends):
+        flying["ms to detections, masks in boxes"] = lambda entry: (
+            f"{entry[1]['latency_to_detections']['median_ms']:.2f}"
+        )
     yield tabulate("End to end in fp16: a frame in the host's memory to detections there", ends, flying)
+    engines = {
+        "Predictor": lambda entry: entry[0],
+        "ms": milliseconds,
+        "Ratio to eager": lambda entry: interval(entry[1]["speedup over eager"]),
+    }
+    yield tabulate("`load_predictor` of a checkpoint", list(entries(found.get("engine", {}), "median_ms")), engines)
+    packages = list(entries(found.get("package", {}).get("times", {}), "median_ms"))
+    yield tabulate("AOTInductor", packages, {"Graph": lambda entry: entry[0], "ms": milliseconds})
+    masks = [entry for entry in entries(found.get("operators", {}), "median_ms") if entry[0].startswith("masks")]
+    yield tabulate("Masks of a frame", masks, {"Where": lambda entry: entry[0], "ms": milliseconds})
     yield suppression(dict(entries(found.get("operators", {}), "median_ms")))
     compiled = list(entries(found.get("compiled", {}).get("times", {}), "median_ms"))
     yield tabulate("`torch.compile`, fp16", compiled, {"Graph": compiled_name, "ms": milliseconds})

@@ -6,6 +6,7 @@ Which stage a node of an exported graph belongs to follows from the tensors betw
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -19,10 +20,14 @@ import onnx
 import torch
 
 from norton_deploy.cost.complexity import Complexity
+from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
+from norton_deploy.export.letterbox import letterboxed
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.openvino_backend import OpenVinoPredictor
 from norton_deploy.inference.predictor import Predictor
+from norton_deploy.inference.static_graph import to_graph_input
+from norton_deploy.inference.tensorrt_backend import TensorRTPredictor
 from norton_deploy.inference.torch_backend import TorchPredictor
 
 STAGES = ("decode", "preprocess", "copy", "backbone", "fpn_rpn", "heads", "postprocess", "other")
@@ -65,11 +70,11 @@ class StageSplit:
 def split_stages(predictor: Predictor, images: Sequence[Path], *, calls: int) -> StageSplit:
     """Measure the stages of a predictor in a run of its own, since looking inside costs time.
 
-    Torch: hooks on the modules, the device synchronised at each boundary. ONNX Runtime: its own profiler in
-    a second session, each node counted to the stage that the graph's "stage/..." tensors delimit.
+    Torch: hooks on the modules in eager mode, the device synchronised at each boundary. Engines: their own profiler
+    (ONNX Runtime's in a second session), each node counted to the stage that the graph's "stage/..." tensors delimit.
 
     Args:
-        predictor: a torch, ONNX Runtime or OpenVINO predictor.
+        predictor: a torch, ONNX Runtime, OpenVINO or TensorRT predictor; an engine's graph must lie beside it.
         images: image files, used in turn.
         calls: measured calls, after one for warm-up.
 
@@ -77,7 +82,13 @@ def split_stages(predictor: Predictor, images: Sequence[Path], *, calls: int) ->
         UserError: a backend that cannot be split, or a graph without stage tensors.
     """
     if isinstance(predictor, TorchPredictor):
-        return _split_torch(predictor, images, calls)
+        records, predictor.records = predictor.records, False
+        try:
+            return _split_torch(predictor, images, calls)
+        finally:
+            predictor.records = records
+    if isinstance(predictor, TensorRTPredictor):
+        return _split_tensorrt(predictor, images, calls)
     if predictor.backend == "onnxruntime" and predictor.input_size is not None:
         return _split_onnxruntime(predictor, images, calls)
     if isinstance(predictor, OpenVinoPredictor) and predictor.name.endswith(".onnx"):
@@ -176,6 +187,30 @@ def _split_openvino(predictor: OpenVinoPredictor, images: Sequence[Path], calls:
                 total_ms["other"] -= time_ms
     stages_ms = {stage: total / calls for stage, total in total_ms.items()}
     return StageSplit(stages_ms, "OpenVINO's profiling info, node times by stage", shapes["stage/proposals"][1])
+
+
+def _split_tensorrt(predictor: TensorRTPredictor, images: Sequence[Path], calls: int) -> StageSplit:
+    file, contract = Path(predictor.name).with_suffix(".onnx"), predictor.contract
+    graph = onnx.load(file, load_external_data=False).graph
+    stage_of_name = stages_of_nodes(graph.node, str(file))
+    total_ms = dict.fromkeys(STAGES, 0.0)
+    for call in range(-1, calls):
+        frame = letterboxed([read_image(images[call % len(images)])] * contract.batch, contract.input_size)
+        layers = predictor.layer_times_ms(to_graph_input(frame, contract.input_dtype))
+        for name, time_ms in layers.items() if call >= 0 else ():
+            total_ms[stage_of_layer(name, stage_of_name)] += time_ms
+        predictor.predict_files([images[call % len(images)]])
+        for field, stage in OUTER_STAGES.items() if call >= 0 else ():
+            total_ms[stage] += vars(predictor.timing)[field]
+    stages_ms = {stage: total / calls for stage, total in total_ms.items()}
+    return StageSplit(stages_ms, "TensorRT's profiler, layer times by stage", None)
+
+
+def stage_of_layer(name: str, stage_of_name: dict[str, str]) -> str:
+    """The stage of the first node that a layer of an engine names: layers are fused, "node_a + node_b", or a span of
+    nodes, "{ForeignNode[node_a...node_b]}"; "other" for what the engine put in itself."""
+    parts = re.split(r"\.\.\.|[^\w./]+", name)
+    return next((stage_of_name[part] for part in parts if part in stage_of_name), "other")
 
 
 def stage_macs(complexity: Complexity) -> dict[str, int]:

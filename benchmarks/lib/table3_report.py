@@ -77,6 +77,11 @@ def latency_table(cell: dict[str, Any]) -> Table:
             "p99 ms": lambda row: f"{row[1]['p99_ms']:.1f}",
             "IQR / p50": lambda row: f"{100 * row[1]['spread']:.0f} %",
             "FPS": lambda row: f"{row[1]['fps']:.2f}",
+            **(
+                {"FPS, stream": lambda row: f"{row[1]['throughput_fps']:.2f}"}
+                if all("throughput_fps" in latency for latency in cell["latency"].values())
+                else {}
+            ),
             "Detections": lambda row: f"{row[1]['detections']:.1f}",
         },
     )

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
 from norton_deploy.commands import write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
@@ -15,7 +17,7 @@ from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.parity.export_checked import SCENES, Export, ExportOptions, export_checked, open_detector
 from norton_deploy.parity.verification import reference_path
-from norton_deploy.structures import Task
+from norton_deploy.structures import Categories, Task
 
 FIRST = (
     "model",
@@ -84,14 +86,7 @@ def run_export(settings: Settings, out: Path) -> Export:
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     if settings.artefact is not None:
         check_artefact_folder(settings.artefact, overwrite=settings.overwrite)
-    model, task, categories = open_detector(
-        settings.model,
-        settings.task,
-        plan=settings.plan,
-        image_size=settings.image_size,
-        score_threshold=settings.score_threshold,
-        categories=settings.categories,
-    )
+    model, task, categories = open_model_of(settings)
     files = [file for path in settings.images for file in find_images(path)]
     dataset = None
     if settings.eval is not None:
@@ -107,4 +102,16 @@ def run_export(settings: Settings, out: Path) -> Export:
         dataset=dataset,
         eval_limit=settings.eval_limit,
         report=lambda message: print(message, file=sys.stderr),
+    )
+
+
+def open_model_of(settings: Settings) -> tuple[GeneralizedRCNN, Task, Categories]:
+    """The detector that the settings name, see `open_detector`."""
+    return open_detector(
+        settings.model,
+        settings.task,
+        plan=settings.plan,
+        image_size=settings.image_size,
+        score_threshold=settings.score_threshold,
+        categories=settings.categories,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ FEWEST_REPEATS, MOST_REPEATS = 3, 40
 ENOUGH_MS = 14.0
 """A layer is repeated so often that the runs of its fastest form add up to this, within the two limits above."""
 SAVE_EVERY_S = 20.0
+CUDA_RUNS = 10
+"""Runs of a layer between two events on a GPU: one small layer is done before the next can be launched."""
 HOPELESS = 2.0
 """A form whose first measured run takes this many times the fastest form's is not run again."""
 
@@ -154,31 +157,69 @@ def time_forms(shape: LayerShape, forms: Iterable[Form], provider: str) -> list[
     """
     from norton_deploy.cost.session import make_session
 
+    stream, runs = (None, 1) if provider == CPU else (_new_stream(), CUDA_RUNS)
+    clock = time.perf_counter if stream is None else stream_clock(stream)
     with tempfile.TemporaryDirectory() as folder:
-        sessions, feeds = [], []
+        sessions, calls = [], {}
         for index, form in enumerate(forms):
             content, example = layer_graph(shape, form)
             profile = Path(folder) / str(index) if provider == CPU else None
-            sessions.append(make_session(content, providers=[provider], profile_prefix=profile))
-            feeds.append({"input": example})
-        calls = {
-            str(index): lambda _, session=session, feed=feed: session.run(None, feed)
-            for index, (session, feed) in enumerate(zip(sessions, feeds, strict=True))
-        }
-        first = time_in_turns(calls, rounds=1, warm_up=1)  # The very first run allocates.
+            handle = None if stream is None else stream.cuda_stream
+            session = make_session(content, providers=[provider], profile_prefix=profile, cuda_stream=handle)
+            sessions.append(session)
+            calls[str(index)] = bound_call(session, example, "cpu" if provider == CPU else "cuda", runs)
+        first = time_in_turns(calls, rounds=1, warm_up=1, clock=clock)  # The very first run allocates.
         runs_ms = {name: list(first.of(name)) for name in calls}
         fastest_ms = first.times_ms.min()
         running = {name: call for name, call in calls.items() if runs_ms[name][0] <= HOPELESS * fastest_ms}
         rounds = min(MOST_REPEATS, max(FEWEST_REPEATS, math.ceil(ENOUGH_MS / fastest_ms))) - 1
-        rest = time_in_turns(running, rounds=rounds, warm_up=0)
+        rest = time_in_turns(running, rounds=rounds, warm_up=0, clock=clock)
         for name in running:
             runs_ms[name] += list(rest.of(name))
         if provider != CPU:
-            return [min(times) for times in runs_ms.values()]
+            return [min(times) / runs for times in runs_ms.values()]
         return [
             _node_time_ms(Path(session.end_profiling()), 1 + len(times))
             for session, times in zip(sessions, runs_ms.values(), strict=True)
         ]
+
+
+def bound_call(session: Any, example: npt.NDArray[np.float32], device: str, runs: int) -> Callable[[int], None]:
+    """A call of a session some times in a row, its input and output where it computes, none waiting for the next."""
+    from norton_deploy.cost.session import onnxruntime
+
+    binding, options = session.io_binding(), onnxruntime.RunOptions()
+    binding.bind_ortvalue_input("input", onnxruntime.OrtValue.ortvalue_from_numpy(example, device, 0))
+    binding.bind_output(session.get_outputs()[0].name, device, 0)
+    options.add_run_config_entry("disable_synchronize_execution_providers", str(int(device == "cuda")))
+
+    def call(_step: int) -> None:
+        for _ in range(runs):
+            session.run_with_iobinding(binding, options)
+
+    return call
+
+
+def _new_stream() -> Any:
+    import torch
+
+    return torch.cuda.Stream()
+
+
+def stream_clock(stream: Any) -> Callable[[], float]:
+    """A clock of seconds on a CUDA stream, read when all that was put there before is done."""
+    import torch
+
+    started = torch.cuda.Event(enable_timing=True)
+    started.record(stream)
+
+    def seconds() -> float:
+        now = torch.cuda.Event(enable_timing=True)
+        now.record(stream)
+        now.synchronize()
+        return started.elapsed_time(now) / 1e3
+
+    return seconds
 
 
 def _node_time_ms(profile: Path, runs: int) -> float:

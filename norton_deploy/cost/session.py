@@ -25,6 +25,8 @@ def make_session(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     profile_prefix: Path | None = None,
+    cuda_graph: bool = False,
+    cuda_stream: int | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a graph; whichever provider is asked for first must start.
 
@@ -34,6 +36,8 @@ def make_session(
         providers: execution providers in order of preference; by default that of `device`.
         threads: on the CPU; by default OMP_NUM_THREADS, as torch's are, or all cores where that is not set.
         profile_prefix: when given, ONNX Runtime profiles every node, until `session.end_profiling()` returns the file.
+        cuda_graph: record the CUDA provider's launches once; input and outputs must then stay where they are bound.
+        cuda_stream: the CUDA provider's stream (a handle), by default one of its own.
 
     Raises:
         UserError: an unknown device, a provider that is missing or does not start, or no graph.
@@ -47,7 +51,7 @@ def make_session(
         options.profile_file_prefix = str(profile_prefix)
     name = "the graph in memory" if isinstance(model, bytes) else str(model)
     content = model if isinstance(model, bytes) else str(model)
-    with_options = [(provider, provider_options(provider, device_id)) for provider in chosen]
+    with_options = [(provider, provider_options(provider, device_id, cuda_graph, cuda_stream)) for provider in chosen]
     try:
         session = onnxruntime.InferenceSession(content, options, providers=with_options)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
@@ -56,16 +60,19 @@ def make_session(
     if chosen[0] not in started:
         raise UserError(
             f"{name}: execution provider {chosen[0]} did not start (running: {', '.join(started)}); "
-            "is there a GPU with a matching CUDA, cuDNN and TensorRT?"
+            "is there a GPU with a matching CUDA and cuDNN?"
         )
     return session
 
 
-def provider_options(provider: str, device_id: int) -> dict[str, str]:
+def provider_options(
+    provider: str, device_id: int, cuda_graph: bool = False, cuda_stream: int | None = None
+) -> dict[str, str]:
     """What a provider is told. fp32 means fp32: CUDA's own default rounds the factors of products to TF32."""
-    if provider == CPU:
+    if provider != CUDA:
         return {}
-    return {"device_id": str(device_id)} | ({"use_tf32": "0"} if provider == CUDA else {})
+    options = {"device_id": str(device_id), "use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
+    return options if cuda_stream is None else options | {"user_compute_stream": str(cuda_stream)}
 
 
 def choose_providers(device: str | None, providers: Sequence[str] | None) -> tuple[list[str], int]:
@@ -86,6 +93,10 @@ def choose_providers(device: str | None, providers: Sequence[str] | None) -> tup
         raise UserError("providers: the list is empty; leave it out or name at least one")
     elif kind and (kind == "cpu") != (providers[0] == CPU):
         raise UserError(f"device '{device}' contradicts providers {list(providers)}; give one of the two")
+    if TENSORRT in providers:
+        raise UserError(
+            f"{TENSORRT}: needs TensorRT 10, whatever is installed; build an engine (norton export_trt), or take {CUDA}"
+        )
     missing = [name for name in providers if name not in available]
     if missing:
         raise UserError(
@@ -93,7 +104,7 @@ def choose_providers(device: str | None, providers: Sequence[str] | None) -> tup
             "(install the onnxruntime build that has it)"
         )
     device_id = int(index or 0)
-    if any(name in (CUDA, TENSORRT) for name in providers):
+    if CUDA in providers:
         if device_id >= _cuda_devices():
             raise UserError(
                 f"{providers[0]} on GPU {device_id}: this machine has {_cuda_devices()} CUDA GPU(s) "

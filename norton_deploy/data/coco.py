@@ -48,7 +48,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     labelled keypoint. The ground truth for evaluation, `coco`, has all of them.
 
     Pictures are upright, as their EXIF orientation says, and annotations are taken to belong to the upright picture.
-    Item i is (image float32 [3, H, W] RGB 0..1, target) with
+    Item i is (image uint8 [3, H, W] RGB, or float32 0..1 where a transform makes it so, target) with
         boxes     float32 [N, 4], xyxy in pixels
         labels    int64 [N], model labels (`categories` translates)
         area      float32 [N], the annotation's area in square pixels
@@ -201,8 +201,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return target
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        pixels = torch.from_numpy(self.pixels(index))
-        image = pixels.permute(2, 0, 1).contiguous().to(torch.float32) / 255.0
+        image = torch.from_numpy(self.pixels(index)).permute(2, 0, 1).contiguous()
         target = self.target(index)
         if self.transforms is not None:
             rng = generator_for(self.seed, self.epoch, self.image_ids[index])

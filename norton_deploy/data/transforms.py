@@ -1,6 +1,6 @@
 """Training transforms of detection images and their targets, seeded per image.
 
-A transform takes (image float32 [3, H, W] RGB 0..1, target, rng) and returns the new pair. All randomness
+A transform takes (image [3, H, W] RGB, uint8 or float32 0..1, target, rng) and returns the new pair. All randomness
 comes from `rng`, which `generator_for(seed, epoch, index)` makes, so an image's version depends on nothing
 else: not on the number of workers, nor on what was loaded before, nor on whether training was resumed.
 """
@@ -26,6 +26,11 @@ DetectionTransform = Callable[[Tensor, Target, np.random.Generator], tuple[Tenso
 def generator_for(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random generator of image `index` in an epoch."""
     return np.random.default_rng((seed, epoch, index))
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Bytes 0..255 -> float32 0..1, as torchvision's detectors take them; floats stay as they are."""
+    return pixels if pixels.is_floating_point() else pixels.float().div_(255)
 
 
 class Compose:
@@ -63,12 +68,13 @@ class RandomHorizontalFlip:
 
 
 class PhotometricJitter:
-    """Random brightness, contrast, saturation and hue, each applied half of the time."""
+    """Random brightness, contrast, saturation and hue, each applied half of the time, in float32."""
 
     def __init__(self, strength: float = 0.3, hue: float = 0.04) -> None:
         self.strength, self.hue = strength, hue
 
     def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
+        image = to_unit_range(image)
         applied = rng.uniform(size=4) < 0.5
         factors = rng.uniform(1.0 - self.strength, 1.0 + self.strength, size=3)
         shift = float(rng.uniform(-self.hue, self.hue))

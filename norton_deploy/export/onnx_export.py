@@ -178,7 +178,7 @@ def translate(detector: StaticRCNN) -> torch.onnx.ONNXProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(wrapped, (example,), strict=False)
-        with _quiet("torch.onnx"):
+        with quiet("torch.onnx"):
             program = torch.onnx.export(
                 exported,
                 input_names=[INPUT_NAME],
@@ -213,12 +213,12 @@ def simplify(model: Any) -> None:
         passes.RemoveUnusedOpsetsPass(),
         passes.OutputFixPass(),
     ):
-        with _quiet("onnx_ir"):
+        with quiet("onnx_ir"):
             simplification(model)
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """Let a logger through with errors only: the exporter's warnings speak to its own developers."""
     logger = logging.getLogger(name)
     level = logger.level

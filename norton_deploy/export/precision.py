@@ -5,7 +5,8 @@ one in the graph. The casts are made in the module, before export, because there
 a tool that rewrites the finished graph has to guess which of its 500 operators are coordinates.
 
 fp16: the convolutions and linear layers of backbone, pyramid and heads, and what moves their results (pooling,
-upsampling by copy, gathering, RoIAlign's two contractions): all but 1 % of the multiplications.
+upsampling by copy, gathering, RoIAlign's two contractions): all but 1 % of the multiplications. Unrolled NMS counts
+suppressors in fp16, which is exact.
 fp32: normalisation of pixels, GroupNorm, anchors, box decoding, areas, IoU, NMS, sampling positions, softmax,
 sigmoid, TopK, and the last layer of each head. Those layers are small, and scores rounded to fp16 tie by the
 hundred: which of them TopK keeps would then be left to chance.
@@ -55,6 +56,7 @@ def to_fp16(detector: StaticRCNN) -> StaticRCNN:
             elif child in kept:
                 setattr(parent, name, Float32(child, keep=True))
     detector.compute_dtype = torch.float16
+    detector.rpn.nms.counts = detector.box_head.nms.counts = torch.float16
     return detector
 
 

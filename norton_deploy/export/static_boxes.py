@@ -79,7 +79,12 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def nms_unrolled(
-    boxes: Tensor, valid: Tensor, groups: Tensor | None, iou_threshold: float, iterations: int
+    boxes: Tensor,
+    valid: Tensor,
+    groups: Tensor | None,
+    iou_threshold: float,
+    iterations: int,
+    counts: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Greedy NMS by a fixed number of fixed-point steps, in standard operators of fixed shape.
 
@@ -89,6 +94,8 @@ def nms_unrolled(
         groups: int [..., N]; only boxes of one group suppress each other. None: all are one group.
         iou_threshold: a box goes when its IoU with an earlier kept box is larger.
         iterations: steps; a box at depth d of a chain of suppressions needs d of them.
+        counts: in what suppressors are counted. float16 halves the bytes: it is exact up to 2048, and all that is asked
+            of a count is whether it is 0.
 
     Returns:
         keep bool [..., N], and converged bool []: the last step changed nothing, so `keep` is exact.
@@ -98,13 +105,13 @@ def nms_unrolled(
     over = (pairwise_iou(boxes) > iou_threshold) & earlier
     if groups is not None:
         over = over & (groups.unsqueeze(-1) == groups.unsqueeze(-2))
-    suppresses = over.to(torch.float32)
-    possible = valid.to(torch.float32)
+    suppresses = over.to(counts)
+    possible = valid.to(counts)
     keep, previous = possible, possible
     for _ in range(iterations):
         previous = keep
         suppressors = (keep.unsqueeze(-2) @ suppresses).squeeze(-2)
-        keep = possible * (suppressors < 0.5).to(torch.float32)
+        keep = possible * (suppressors < 0.5).to(counts)
     return keep > 0.5, (keep - previous).abs().sum() < 0.5
 
 
@@ -138,7 +145,13 @@ def _(boxes: Tensor, valid: Tensor, groups: Tensor, group_count: int, iou_thresh
 
 
 class StaticNMS(nn.Module):
-    """Which form of NMS a graph uses: `native` (ONNX NonMaxSuppression, exact) or unrolled fixed point."""
+    """Which form of NMS a graph uses: `native` (ONNX NonMaxSuppression, exact) or unrolled fixed point.
+
+    Attributes:
+        counts: of the unrolled form, see `nms_unrolled`.
+    """
+
+    counts = torch.float32
 
     def __init__(self, native: bool, iterations: int = DEFAULT_ITERATIONS) -> None:
         super().__init__()
@@ -160,7 +173,7 @@ class StaticNMS(nn.Module):
             keep bool [B, N], and converged bool [] (always True for the native form).
         """
         if not self.native:
-            return nms_unrolled(boxes, valid, groups, iou_threshold, self.iterations)
+            return nms_unrolled(boxes, valid, groups, iou_threshold, self.iterations, self.counts)
         if groups is None:
             groups = torch.zeros_like(valid, dtype=torch.int64)
         keep = nms_native(boxes, valid, groups, group_count, iou_threshold)

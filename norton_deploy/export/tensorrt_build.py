@@ -25,9 +25,12 @@ from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.files import atomic_write, read_json, sha256_of
 
 Engine = Literal["tensorrt", "tensorrt-rtx"]
+Compiler = Literal["tensorrt", "tensorrt-rtx", "aotinductor"]
+"""An engine, or torch itself (`norton_deploy.export.torch_package`)."""
 MODULE_OF_ENGINE: dict[Engine, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 MANIFEST_FORMAT = 2
 PORTABLE = "portable"
+CPU_ENGINE = "cpu"
 NOT_RUN = "built, not run"
 
 
@@ -40,16 +43,16 @@ class EngineManifest:
     """What stands beside an engine, as JSON.
 
     Attributes:
-        engine: which engine it is for.
+        engine: which engine it is for, or "aotinductor".
         engine_version: version of the engine that built it; no other can load it.
-        compute_capability: of the GPU that it was built for, as "86", or "portable".
+        compute_capability: of the GPU that it was built for, as "86", or "portable", or "cpu".
         norton_deploy_version: of this package.
         graph_sha256, engine_sha256: digests of the files.
         contract: of the graph.
         checked: what is known of the engine itself, in words.
     """
 
-    engine: Engine
+    engine: Compiler
     engine_version: str
     compute_capability: str | None
     norton_deploy_version: str
@@ -89,6 +92,8 @@ class EngineManifest:
             raise UserError(f"{path}: not an engine manifest, or of another version; build the engine again")
         contract = GraphContract.from_json(fields.pop("contract", None), str(path))
         manifest = from_mapping(cls, fields | {"contract": contract}, str(path))
+        if (manifest.engine == "aotinductor") != (Path(engine_path).suffix == ".pt2"):
+            raise UserError(f"{engine_path}: made by {manifest.engine}, whose files are not called so; rename it back")
         if sha256_of(engine_path) != manifest.engine_sha256:
             raise UserError(
                 f"{engine_path}: its SHA-256 is not the manifest's; it was changed or replaced, build it again"
@@ -110,7 +115,7 @@ class EngineBuild:
 
     graph: Path
     file: Path
-    engine: Engine
+    engine: Compiler
     manifest: EngineManifest | None
     reason: str = ""
     build_s: float = 0.0
@@ -130,9 +135,11 @@ class EngineBuild:
                 f"{self.file}: not built, {self.reason}\n{self.graph} is ready; on the target run the first "
                 f"(the second only to time the engine):\n  {own}\n  {nvidia}"
             )
+        built_for = self.manifest.compute_capability
         return (
-            f"{self.file}: {self.engine} {self.manifest.engine_version} for compute capability "
-            f"{self.manifest.compute_capability}, built in {self.build_s:.0f} s; {self.manifest.checked}"
+            f"{self.file}: {self.engine} {self.manifest.engine_version} for "
+            f"{'the CPU' if built_for == CPU_ENGINE else f'compute capability {built_for}'}, "
+            f"built in {self.build_s:.0f} s; {self.manifest.checked}"
         )
 
 
@@ -241,7 +248,7 @@ def require_gpu(compute_capability: str | None) -> None:
         raise EngineUnavailableError(f"tensorrt: this GPU is of compute capability {found}, not {compute_capability}")
 
 
-def target_commands(onnx_path: str | Path, engine_path: str | Path, engine: Engine) -> list[str]:
+def target_commands(onnx_path: str | Path, engine_path: str | Path, engine: Compiler) -> list[str]:
     """The commands that finish on the target: this package's, and NVIDIA's own tool."""
     graph, out = str(onnx_path), str(engine_path)
     own = ["python", "tools/export_trt.py", "--onnx", graph, "--engine", engine, "--out", out]

@@ -84,8 +84,9 @@ def paint_masks(scene: Image, detections: Detections, colours: Sequence[tuple[in
     for index in sorted(range(len(crops)), key=lambda index: -np.count_nonzero(crops[index][1])):
         region, pixels = crops[index]
         if pixels.size:
-            tint = [round(level * MASK_OPACITY) for level in colours[index]]  # whole numbers: four times as quick
-            cv2.add(dimmed[region], (*tint, 0), scene[region], pixels.view(np.uint8))
+            # whole numbers: four times as quick
+            tint: Any = (*(round(level * MASK_OPACITY) for level in colours[index]), 0)
+            cv2.add(dimmed[region], tint, scene[region], pixels.view(np.uint8))
 
 
 def _key_points(keypoints: np.ndarray, class_id: np.ndarray | None) -> sv.KeyPoints:

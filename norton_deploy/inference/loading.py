@@ -20,9 +20,11 @@ BACKENDS_OF_SUFFIX: dict[str, tuple[Backend, ...]] = {
     ".pt": ("torch",),
     ".onnx": ("onnxruntime", "openvino"),
     ".engine": ("tensorrt",),
+    ".pt2": ("aotinductor",),
     ".xml": ("openvino",),
 }
 """What can run a kind of file; the first does unless another is asked for."""
+OWN_OPTIONS: dict[Backend, set[str]] = {"torch": {"float_type"}, "openvino": {"float_type", "cache"}}
 
 
 def load_predictor(
@@ -39,7 +41,7 @@ def load_predictor(
     check: Callable[[Predictor], None] | None = None,
 ) -> Predictor:
     """Load a model file: a checkpoint (`.safetensors`), torchvision's weights (`.pth`), a graph (`.onnx`, OpenVINO's
-    `.xml`) or a TensorRT engine (`.engine`).
+    `.xml`), a TensorRT engine (`.engine`) or a package that torch compiled (`.pt2`).
 
     Args:
         path: one file; or several graphs or engines, or a folder of them, that differ in image size:
@@ -47,12 +49,13 @@ def load_predictor(
         score_threshold: detections below it are dropped, 0..1; None keeps the model's own threshold.
         device: "cpu", "cuda" or "cuda:N"; by default a GPU if there is one. An engine needs a GPU.
         providers: ONNX Runtime's execution providers, in order of preference, e.g.
-            ["TensorrtExecutionProvider", "CUDAExecutionProvider"]; by default that of `device`.
+            ["CUDAExecutionProvider", "CPUExecutionProvider"]; by default those of `device`.
         categories: of a .pth file, which names none: see `open_model`.
         backend: what runs the file; an `.onnx` graph runs in "onnxruntime" (the default) or "openvino", every other
             kind of file has one backend only.
         threads: of a graph on the CPU; by default OMP_NUM_THREADS, or all cores where that is not set.
-        float_type, cache: OpenVINO's, see `OpenVinoPredictor`; by default fp32 and no cache.
+        float_type: fp32 (the default); in OpenVINO also bf16, in torch on a GPU fp16.
+        cache: OpenVINO's, see `OpenVinoPredictor`; by default none.
         check: is called with each file's predictor before it is handed over, and raises if it shall not be;
             `norton_deploy.parity.verification.verify_once` compares an engine or graph with its reference detections.
 
@@ -63,9 +66,9 @@ def load_predictor(
     if score_threshold is not None and not 0.0 <= score_threshold <= 1.0:
         raise UserError(f"score_threshold: expected 0..1, got {score_threshold}")
     files = model_files(path)
-    openvino = {name: value for name, value in (("float_type", float_type), ("cache", cache)) if value is not None}
+    chosen = {name: value for name, value in (("float_type", float_type), ("cache", cache)) if value is not None}
     predictors = [
-        _load_one(file, backend, score_threshold, device, providers, categories, threads, openvino) for file in files
+        _load_one(file, backend, score_threshold, device, providers, categories, threads, chosen) for file in files
     ]
     if check is not None:
         for predictor in predictors:
@@ -103,7 +106,7 @@ def _load_one(
     providers: Sequence[str] | None,
     categories: Path | Categories | None,
     threads: int | None,
-    openvino: dict[str, Any],
+    chosen: dict[str, Any],
 ) -> Predictor:
     """Load one file; a backend is imported only when it is asked for."""
     if not file.is_file():
@@ -116,14 +119,14 @@ def _load_one(
         raise UserError(f"{file}: backend '{backend}' cannot run a {file.suffix} file; {' or '.join(possible)} can")
     if providers is not None and backend != "onnxruntime":
         raise UserError(f"{file}: providers are ONNX Runtime's; {backend} has none")
-    if openvino and backend != "openvino":
-        raise UserError(f"{file}: {' and '.join(openvino)}: only with backend openvino, not with {backend}")
+    if foreign := chosen.keys() - OWN_OPTIONS.get(backend, set()):
+        raise UserError(f"{file}: {' and '.join(sorted(foreign))}: not an option of backend {backend}")
     if threads is not None and backend not in ("onnxruntime", "openvino"):
         raise UserError(f"{file}: threads are for graphs on the CPU; {backend} follows OMP_NUM_THREADS")
     if backend == "torch":
         from norton_deploy.inference.torch_backend import TorchPredictor
 
-        return TorchPredictor.load(file, score_threshold, device, categories)
+        return TorchPredictor.load(file, score_threshold, device, categories, **chosen)
     if categories is not None:
         raise UserError(f"{file}: has its own categories; leave --categories out")
     if backend == "onnxruntime":
@@ -133,7 +136,11 @@ def _load_one(
     if backend == "openvino":
         from norton_deploy.inference.openvino_backend import OpenVinoPredictor
 
-        return OpenVinoPredictor(file, score_threshold, device, threads=threads, **openvino)
+        return OpenVinoPredictor(file, score_threshold, device, threads=threads, **chosen)
+    if backend == "aotinductor":
+        from norton_deploy.inference.package_backend import PackagePredictor
+
+        return PackagePredictor(file, score_threshold, device)
     from norton_deploy.inference.tensorrt_backend import TensorRTPredictor
 
     return TensorRTPredictor(file, score_threshold, device)

@@ -62,6 +62,8 @@ class OpenVinoPredictor(StaticGraphPredictor):
         openvino = _package()
         if device not in (None, "cpu"):
             raise UserError(f"{path}: device '{device}': the openvino backend runs on the CPU only; use device cpu")
+        if float_type not in HINT_OF_FLOAT_TYPE:
+            raise UserError(f"{path}: float_type {float_type}: fp32 or bf16 in OpenVINO")
         core = openvino.Core()
         if float_type == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UserError(f"{path}: this CPU has no bf16 (lscpu shows neither avx512_bf16 nor amx_bf16); use fp32")

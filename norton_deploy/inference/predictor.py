@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -17,9 +17,9 @@ from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 from norton_deploy.structures import Categories, Detections, Task
 
-Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt"]
-FloatType = Literal["fp32", "bf16"]
-"""In what a CPU engine computes a graph's floats."""
+Backend = Literal["torch", "onnxruntime", "openvino", "tensorrt", "aotinductor"]
+FloatType = Literal["fp32", "bf16", "fp16"]
+"""In what an engine computes floats: bf16 is OpenVINO's, fp16 torch's on a GPU."""
 Image = npt.NDArray[np.uint8]
 
 
@@ -66,7 +66,7 @@ class Predictor(ABC):
 
     Attributes:
         name: the file it came from.
-        backend: torch, onnxruntime, openvino or tensorrt.
+        backend: torch, onnxruntime, openvino, tensorrt or aotinductor.
         task: box, mask or keypoint.
         categories: its labels, COCO ids and names.
         input_size: (height, width) of the graph's input, or None when the model takes any size.
@@ -102,10 +102,23 @@ class Predictor(ABC):
         if not isinstance(images, Sequence | np.ndarray):
             raise UserError(f"{self.name}: expected a list of images, got a {type(images).__name__}; give list(images)")
         for position, image in enumerate(images):
-            _check_image(image, f"image {position + 1} of {len(images)}")
+            check_image(image, f"image {position + 1} of {len(images)}")
         with self._turn:
             self.timing = StageTiming()
             return self._detect(images)
+
+    def stream(self, images: Iterable[Image]) -> Iterator[Detections]:
+        """Detections of one image after the other; exported graphs prepare the next image and finish the last one while
+        they compute. That is throughput: one image alone takes as long as a call.
+
+        Args:
+            images: as for a call; may be a generator, which is read at most two images ahead.
+
+        Raises:
+            UserError: as a call.
+        """
+        for image in images:
+            yield self([image])[0]
 
     def predict_files(self, paths: Sequence[str | Path]) -> list[tuple[Image, Detections]]:
         """Decode files and detect in them; decoding is part of `timing`.
@@ -137,7 +150,8 @@ def not_finite(name: str, what: str) -> UserError:
     )
 
 
-def _check_image(image: Image, where: str) -> None:
+def check_image(image: Image, where: str) -> None:
+    """Refuse what is no uint8 RGB image, saying `where` it is."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"{where}: expected a uint8 NumPy array [H, W, 3] in RGB, got {kind}")

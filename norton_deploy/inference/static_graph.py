@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ import numpy.typing as npt
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.letterbox import Letterbox, clip_boxes, place_images
-from norton_deploy.inference.predictor import Image, Predictor, StageTiming, not_finite
+from norton_deploy.inference.predictor import Image, Predictor, StageTiming, check_image, not_finite
 from norton_deploy.masks import MaskPaste, MasksInBoxes
 from norton_deploy.structures import Detections
 
@@ -63,25 +65,58 @@ class StaticGraphPredictor(Predictor):
         detections: list[Detections] = []
         batch_size = self.contract.batch
         for first in range(0, len(images), batch_size):
-            started = time.perf_counter()
-            chunk = images[first : first + batch_size]
-            for image in chunk:
-                self._check_size((image.shape[0], image.shape[1]))
-            letterboxes = place_images(chunk, self._canvas)
-            batch = to_graph_input(self._canvas, self.contract.input_dtype)
-            self.timing.add("preprocess_ms", started)
-            outputs = self.run(batch)
-            started = time.perf_counter()
-            for name in sorted(CHECKED & outputs.keys()):
-                if not np.isfinite(outputs[name][: len(chunk)]).all():
-                    raise not_finite(self.name, f"its {name}")
-            self._check_flags(outputs)
-            for index, letterbox in enumerate(letterboxes):
-                labels, mask_paste = self.categories.labels, self.contract.mask_paste
-                found = decode_outputs(outputs, index, letterbox, labels, mask_paste, self._score_threshold)
-                detections.append(found)
-            self.timing.add("postprocess_ms", started)
+            letterboxes, batch = self._prepare(images[first : first + batch_size], self._canvas)
+            detections += self._finish(self.run(batch), letterboxes)
         return detections
+
+    def stream(self, images: Iterable[Image]) -> Iterator[Detections]:
+        self.timing = StageTiming()
+        canvases = [np.empty_like(self._canvas) for _ in range(2)]
+        frames, running = iter(images), list[tuple[Future[Outputs], list[Letterbox]]]()
+        with ThreadPoolExecutor(1) as engine:
+            for canvas in cycle(canvases):
+                chunk = list(islice(frames, self.contract.batch))
+                for position, image in enumerate(chunk):
+                    check_image(image, f"image {position + 1} of {len(chunk)}")
+                if chunk:
+                    letterboxes, batch = self._prepare(chunk, canvas)
+                    running.append((engine.submit(self._run_in_turn, batch), letterboxes))
+                if len(running) > 1 or (running and not chunk):
+                    outputs, letterboxes = running.pop(0)
+                    yield from self._finish(outputs.result(), letterboxes)
+                elif not chunk:
+                    return
+
+    def _run_in_turn(self, batch: npt.NDArray[np.generic]) -> Outputs:
+        with self._turn:
+            return self.run(batch)
+
+    def _prepare(
+        self, images: Sequence[Image], canvas: npt.NDArray[np.uint8]
+    ) -> tuple[list[Letterbox], npt.NDArray[np.generic]]:
+        """Images letterboxed into `canvas` [B, H, W, 3], and as the graph takes them."""
+        started = time.perf_counter()
+        for image in images:
+            self._check_size((image.shape[0], image.shape[1]))
+        letterboxes = place_images(images, canvas)
+        batch = to_graph_input(canvas, self.contract.input_dtype)
+        self.timing.add("preprocess_ms", started)
+        return letterboxes, batch
+
+    def _finish(self, outputs: Outputs, letterboxes: Sequence[Letterbox]) -> list[Detections]:
+        """Detections of a batch's images, the blank ones at its end left out."""
+        started = time.perf_counter()
+        for name in sorted(CHECKED & outputs.keys()):
+            if not np.isfinite(outputs[name][: len(letterboxes)]).all():
+                raise not_finite(self.name, f"its {name}")
+        self._check_flags(outputs)
+        labels, mask_paste = self.categories.labels, self.contract.mask_paste
+        found = [
+            decode_outputs(outputs, index, letterbox, labels, mask_paste, self._score_threshold)
+            for index, letterbox in enumerate(letterboxes)
+        ]
+        self.timing.add("postprocess_ms", started)
+        return found
 
     def _check_flags(self, outputs: Outputs) -> None:
         """Count, and the first time warn about, batches whose result may differ from the eager model's."""

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import torch
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
-from norton_deploy.export.tensorrt_build import PORTABLE, EngineManifest, EngineUnavailableError, engine_package
+from norton_deploy.export.tensorrt_build import PORTABLE, Engine, EngineManifest, EngineUnavailableError, engine_package
 from norton_deploy.files import atomic_write
 from norton_deploy.inference.static_graph import Outputs, StaticGraphPredictor
 from norton_deploy.inference.torch_backend import choose_device
@@ -191,7 +191,7 @@ class TensorRTPredictor(StaticGraphPredictor):
             raise UserError(f"{path}: an engine runs on an NVIDIA GPU only, and none is used here; run the .onnx")
         self._device = choose_device(device)
         try:
-            package = engine_package(manifest.engine)
+            package = engine_package(cast(Engine, manifest.engine))  # by its suffix
         except EngineUnavailableError as error:
             raise UserError(f"{path}: {error}") from error
         check_runtime(path, manifest, str(package.__version__), torch.cuda.get_device_capability(self._device))
@@ -202,6 +202,7 @@ class TensorRTPredictor(StaticGraphPredictor):
 
     def _load(self, path: Path, package: ModuleType) -> None:
         """Deserialise, allocate and bind; the engine object must outlive its context."""
+        self._package = package
         self._runtime = package.Runtime(package.Logger(package.Logger.WARNING))
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
@@ -283,3 +284,29 @@ class TensorRTPredictor(StaticGraphPredictor):
         outputs: Outputs = {name: self._pinned[name].numpy().copy() for name in names}
         self.timing.add("copy_ms", started)
         return outputs
+
+    def layer_times_ms(self, batch: npt.NDArray[np.generic]) -> dict[str, float]:
+        """Milliseconds of each of the engine's layers in an ordinary run on one batch, by TensorRT's profiler."""
+        profiler = layer_profiler(self._package)
+        self._context.profiler = profiler
+        graph, self._graph = self._graph, None  # a replay reports nothing
+        try:
+            self.run(batch)
+        finally:
+            self._graph = graph
+            self._context.profiler = None
+        return dict(profiler.times_ms)
+
+
+def layer_profiler(package: ModuleType) -> Any:
+    """An IProfiler that adds up what it is told, as `times_ms`: layer -> milliseconds."""
+
+    class Profiler(package.IProfiler):  # type: ignore[name-defined, misc]  # of an engine that may be absent
+        def __init__(self) -> None:
+            super().__init__()
+            self.times_ms: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times_ms[layer_name] = self.times_ms.get(layer_name, 0.0) + ms
+
+    return Profiler()

@@ -1,8 +1,14 @@
-"""Checkpoints in torch, eager, with torchvision's own resizing and CPDBlocks in their grouped form."""
+"""Checkpoints in torch, with torchvision's own resizing and CPDBlocks in their grouped form.
+
+On a GPU they run as CUDA graphs. A graph belongs to one size of frames. It is recorded when the size comes a second
+time, so that a folder of photographs of all sizes does not wait for graphs that are used once.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -15,23 +21,35 @@ from torch import Tensor, nn
 
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.lowering import lower_model
+from norton_deploy.data.transforms import to_unit_range
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import Image, Predictor, not_finite
+from norton_deploy.export.letterbox import Letterbox
+from norton_deploy.export.static_rcnn import mask_paste_of
+from norton_deploy.inference.cuda_graph import FixedCall
+from norton_deploy.inference.predictor import FloatType, Image, Predictor, not_finite
+from norton_deploy.inference.static_graph import decode_outputs
+from norton_deploy.inference.torch_graph import FINITE, FrameDetector, can_be_static
 from norton_deploy.structures import TASKS, Categories, Detections, Task
 
+logger = logging.getLogger(__name__)
 MAX_BATCH = 8
+MAX_GRAPHS = 4
+"""Recorded sizes that are kept, the last used; each has the weights again."""
 SCORING_HEADS = ("rpn.head", "roi_heads.box_predictor")
 
 
 class TorchPredictor(Predictor):
-    """A torchvision detector on the CPU or a GPU.
+    """A torchvision detector on the CPU, or on a GPU as CUDA graphs.
 
-    Neighbouring images of one size run as a batch of at most 8; images of different sizes never share a
-    batch, because torchvision would pad them to a common size and the padding changes their results.
+    A graph finds what eager mode finds, to rounding; a batch whose shortcuts were not exact, or a size that cannot be
+    recorded, is left to eager mode. Neighbouring images of one size run as a batch of at most 8; images of different
+    sizes never share a batch: torchvision would pad them to a common size, and the padding changes their results.
 
     Attributes:
         model: the detector, in evaluation mode, on `torch_device`.
         torch_device: where it runs.
+        float_type: fp32, or fp16 as in `norton_deploy.export.precision`; what eager mode does is in fp32.
+        records: whether sizes that come again get a module of fixed shapes; without, all is eager.
     """
 
     backend = "torch"
@@ -46,6 +64,8 @@ class TorchPredictor(Predictor):
         name: str = "model in memory",
         score_threshold: float | None = None,
         device: str | None = None,
+        float_type: FloatType = "fp32",
+        graphs: bool | None = None,
     ) -> None:
         """Wrap a detector; it is moved to the device and set to evaluation mode.
 
@@ -56,11 +76,20 @@ class TorchPredictor(Predictor):
             name: what to call it in messages.
             score_threshold: replaces the model's own; None keeps it.
             device: see `load_predictor`.
+            float_type: fp32 or fp16.
+            graphs: whether sizes that come again get a module of fixed shapes; None: on a GPU, where it is recorded.
 
         Raises:
-            UserError: the device is not there.
+            UserError: the device is not there, or cannot compute in `float_type`.
         """
         self.torch_device = choose_device(device)
+        on_gpu = self.torch_device.type == "cuda"
+        self.records = (on_gpu if graphs is None else graphs) and can_be_static(model)
+        if float_type not in ("fp32", "fp16") or (float_type == "fp16" and not self.records):
+            raise UserError(f"{name}: float_type {float_type}: torch computes in fp32, on a GPU also in fp16; use fp32")
+        self.float_type = float_type
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._graphs: dict[tuple[int, ...], FixedCall | None] = {}
         self.model = model.to(self.torch_device).eval()
         if score_threshold is not None:
             roi_heads: Any = self.model.roi_heads
@@ -68,7 +97,8 @@ class TorchPredictor(Predictor):
         self.name = name
         self.task = task
         self.categories = categories
-        self.device = f"torch {torch.__version__}, {_device_name(self.torch_device)}"
+        launch = ", CUDA graphs" if self.records and on_gpu else ""
+        self.device = f"torch {torch.__version__}, {device_name(self.torch_device)}, {float_type}{launch}"
 
     @classmethod
     def load(
@@ -77,6 +107,7 @@ class TorchPredictor(Predictor):
         score_threshold: float | None,
         device: str | None,
         categories: Path | Categories | None = None,
+        float_type: FloatType = "fp32",
     ) -> TorchPredictor:
         """From a checkpoint or torchvision's .pth, with CPDBlocks grouped and BatchNorm folded: equal to rounding, and
         faster.
@@ -95,11 +126,17 @@ class TorchPredictor(Predictor):
             name=str(path),
             score_threshold=score_threshold,
             device=device,
+            float_type=float_type,
         )
 
     def _detect(self, images: Sequence[Image]) -> list[Detections]:
         detections: list[Detections] = []
         for batch in _batches(images):
+            graph = self._graph((len(batch), *batch[0].shape)) if self.records else None
+            found = None if graph is None else self._replay(graph, batch)
+            if found is not None:
+                detections += found
+                continue
             started = time.perf_counter()
             inputs = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in batch]
             started = self.timing.add("preprocess_ms", started)
@@ -115,6 +152,50 @@ class TorchPredictor(Predictor):
                 detections.append(self._to_detections(output, (image.shape[0], image.shape[1])))
             self.timing.add("postprocess_ms", started)
         return detections
+
+    def _graph(self, shape: tuple[int, ...]) -> FixedCall | None:
+        """The recorded call for batches of `shape` [B, H, W, 3], if there is one by now."""
+        self._seen[shape] += 1
+        if shape in self._graphs:
+            self._graphs[shape] = self._graphs.pop(shape)  # the last used stands last
+        elif self._seen[shape] > 1 or self.float_type == "fp16":
+            while len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            batch, height, width, _ = shape
+            with torch.no_grad(), self._arithmetic():
+                try:
+                    module = FrameDetector(self.model, (height, width), batch, self.float_type)
+                    self._graphs[shape] = FixedCall(module, shape, self.torch_device)
+                except (RuntimeError, UserError) as error:
+                    if self.float_type == "fp16":
+                        raise
+                    reason = str(error).splitlines()[0]
+                    logger.warning("%s: no CUDA graph for %dx%d images (%s)", self.name, height, width, reason)
+                    self._graphs[shape] = None
+        return self._graphs.get(shape)
+
+    def _replay(self, graph: FixedCall, batch: list[Image]) -> list[Detections] | None:
+        """What a graph finds, or None where one of its shortcuts was not exact."""
+        started = time.perf_counter()
+        with torch.no_grad(), self._arithmetic():
+            graph.submit(np.stack(batch))
+            outputs = graph.wait()
+        started = self.timing.add("infer_ms", started)
+        if not outputs[FINITE].all():
+            raise not_finite(self.name, "the scores that it computed")
+        if not (outputs["nms_converged"].all() and outputs["candidates_complete"].all()):
+            return None
+        image_size = (batch[0].shape[0], batch[0].shape[1])
+        as_it_is, paste = Letterbox.fit(image_size, image_size), mask_paste_of(self.model)
+        found = [decode_outputs(outputs, index, as_it_is, self.categories.labels, paste) for index in range(len(batch))]
+        self.timing.add("postprocess_ms", started)
+        return found
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """No TF32; cuDNN tries its algorithms while a graph is recorded, since shapes are fixed."""
+        with full_precision(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+            yield
 
     @contextmanager
     def _finite_scores(self) -> Iterator[None]:
@@ -167,11 +248,6 @@ def full_precision() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """Bytes 0..255 -> float32 0..1, as torchvision's detectors take them."""
-    return pixels.float().div_(255)
-
-
 def choose_device(device: str | None) -> torch.device:
     """The torch device of a name ("cpu", "cuda", "cuda:N"); None takes a GPU if there is one.
 
@@ -189,7 +265,8 @@ def choose_device(device: str | None) -> torch.device:
     return torch.device(device)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

@@ -18,8 +18,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
+from norton_deploy.data.transforms import to_unit_range
 from norton_deploy.export.static_rcnn import task_of
-from norton_deploy.inference.torch_backend import TorchPredictor, to_unit_range
+from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.models.detectron2_layers import NormalisedKeypointPredictor
 from norton_deploy.parity.comparison import Arrays
 from norton_deploy.parity.references import Reference, thinned

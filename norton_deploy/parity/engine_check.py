@@ -9,6 +9,7 @@ from typing import cast
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.tensorrt_build import (
+    CPU_ENGINE,
     NOT_RUN,
     PORTABLE,
     EngineBuild,
@@ -32,7 +33,7 @@ def check_engine(
         report: gets each message for people.
 
     Raises:
-        UserError: the engine differs; it then stays as *.unchecked.engine, without a manifest.
+        UserError: the engine differs; it then stays as *.unchecked.engine (or .pt2), without a manifest.
     """
     if build.manifest is None:
         return build
@@ -49,7 +50,7 @@ def check_engine(
     found = verify(predictor, ReferenceFile.load(beside))
     report(f"{build.file} on {predictor.device}\n{found.table()}")
     if not found.passed:
-        os.replace(build.file, build.file.with_suffix(".unchecked.engine"))
+        os.replace(build.file, build.file.with_suffix(f".unchecked{build.file.suffix}"))
         manifest_path(build.file).unlink()
         found.require()
     return _noted(build, f"equal to eager mode on {found.images} images ({found.detections} detections)")
@@ -60,6 +61,8 @@ def why_not_run(manifest: EngineManifest, references: Path) -> str:
     here = local_capability()
     if not references.is_file():
         return "there are no reference detections beside the graph"
+    if manifest.compute_capability == CPU_ENGINE:
+        return ""
     if here is None:
         return "no GPU here; run norton verify_engine on the target"
     if manifest.compute_capability not in (PORTABLE, here):

@@ -161,15 +161,9 @@ def export_checked(
     compared_on = images or [draw_scene(seed, options.input_size or image_size).image for seed in range(scenes)]
     adaptive = is_adaptive(model)
     fixed = fix_sampling(model) if adaptive else model
-    shared = {field.name: getattr(options, field.name) for field in fields(GraphSettings)}
     unchecked = out.with_suffix(".unchecked.onnx")
     started = time.perf_counter()
-    graph = StaticRCNN(
-        lower_model(fixed, options.form),
-        GraphSettings(**shared | {"image_size": image_size}),
-    )
-    if options.precision == "fp16":
-        to_fp16(graph)
+    graph = static_detector(fixed, options, image_size)
     inputs = calibration_images(options, image_size) if options.precision == "int8" else []
     contract = export_onnx(
         graph,
@@ -221,6 +215,13 @@ def export_checked(
         f"export {result.export_s:.0f} s, comparison {result.parity_s:.0f} s"
     )
     return result
+
+
+def static_detector(model: GeneralizedRCNN, options: ExportOptions, image_size: tuple[int, int]) -> StaticRCNN:
+    """The module that an export writes down; `model` is not changed."""
+    shared = {field.name: getattr(options, field.name) for field in fields(GraphSettings)}
+    graph = StaticRCNN(lower_model(model, options.form), GraphSettings(**shared | {"image_size": image_size}))
+    return to_fp16(graph) if options.precision == "fp16" else graph
 
 
 def open_detector(

@@ -255,17 +255,28 @@ def _speed(models: tuple[ModelRecord, ...], pictures: Path) -> list[Block]:
             *(f"{time:.1f}" for time in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
             f"{100 * latency.spread:.0f} %",
             f"{latency.fps:.1f}",
+            f"{latency.throughput_fps:.1f}",
             f"{latency.detections:.1f}",
         )
         for name, latency in timed.items()
     )
     stages = list(next(iter(timed.values())).stages_ms)
     means = tuple((name, *(f"{latency.stages_ms[stage]:.1f}" for stage in stages)) for name, latency in timed.items())
-    header = ("Model", "Calls", "p50 ms", "p90 ms", "p99 ms", "IQR / p50", "FPS", "Detections")
+    header = (
+        "Model",
+        "Calls",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "IQR / p50",
+        "FPS, one alone",
+        "FPS, stream",
+        "Detections",
+    )
     return [
         Heading("Speed"),
         Picture(chart, "Where the time of one image goes, from file to detections"),
-        Table(header, percentiles, "Latency of one image, all models in turn"),
+        Table(header, percentiles, "Latency of one image, all models in turn; and a stream, where images overlap"),
         Table(("Model", *(stage.removesuffix("_ms") for stage in stages)), means, "Stages, mean ms an image"),
     ]
 

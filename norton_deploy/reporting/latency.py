@@ -5,14 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.cost.turns import TimeSummary, Turns, time_in_turns
+from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Predictor
+
+STREAM_FRAMES = 6
+STREAM_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -21,11 +27,13 @@ class LatencySummary(TimeSummary):
 
     Attributes:
         fps: 1000 / p50_ms, images per second of one-image calls.
+        throughput_fps: images per second of a stream (`Predictor.stream`), where one image's work overlaps the next's.
         stages_ms: mean of each stage of `StageTiming`.
         detections: mean number of detections per image.
     """
 
     fps: float
+    throughput_fps: float
     stages_ms: dict[str, float]
     detections: float
 
@@ -37,10 +45,12 @@ class LatencyRun(Turns):
     Attributes:
         stages_ms: per detector, one `StageTiming` as a dict per call.
         detections: int [rounds, detectors].
+        streams: streams of `STREAM_FRAMES` images each, in turn.
     """
 
     stages_ms: tuple[tuple[dict[str, float], ...], ...]
     detections: npt.NDArray[np.int64]
+    streams: Turns
 
     def summary(self, name: str) -> LatencySummary:
         """Statistics of one detector."""
@@ -49,6 +59,7 @@ class LatencyRun(Turns):
         return LatencySummary(
             **vars(times),
             fps=1e3 / times.p50_ms,
+            throughput_fps=1e3 * STREAM_FRAMES / self.streams.summary(name).p50_ms,
             stages_ms={stage: float(np.mean([call[stage] for call in stages])) for stage in stages[0]},
             detections=float(self.detections[:, index].mean()),
         )
@@ -64,7 +75,7 @@ def measure_alternating(
 ) -> LatencyRun:
     """Time several detectors in turn (`time_in_turns`), one image per call.
 
-    A predictor synchronises its device before it returns.
+    A predictor synchronises its device before it returns. Afterwards a few streams are timed, for the throughput.
 
     Args:
         predictors: name -> detector.
@@ -93,4 +104,13 @@ def measure_alternating(
     calls = {name: call_of(name, predictor) for name, predictor in predictors.items()}
     turns = time_in_turns(calls, rounds=rounds, warm_up=warm_up, clock=clock)
     counts = np.array(list(detections.values())).T
-    return LatencyRun(turns.names, turns.times_ms, tuple(map(tuple, stages.values())), counts)
+    frames = list(islice(cycle(images), STREAM_FRAMES))
+    streamed = {name: partial(_stream, predictor, frames) for name, predictor in predictors.items()}
+    streams = time_in_turns(streamed, rounds=STREAM_ROUNDS, warm_up=0, clock=clock)
+    return LatencyRun(turns.names, turns.times_ms, tuple(map(tuple, stages.values())), counts, streams)
+
+
+def _stream(predictor: Predictor, files: Sequence[Path], _step: int) -> None:
+    """All files through a predictor, decoding included."""
+    for _ in predictor.stream(map(read_image, files)):
+        pass

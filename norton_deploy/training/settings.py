@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ _WITHOUT_EFFECT = (
     "tracker",
     "data",
     "out",
+    "deterministic",  # only of rounding, as another GPU
 )
 
 
@@ -81,6 +83,9 @@ class TrainingSettings:
     """Train every CPDBlock as one convolution with its recomposed weight, for GPUs: equal to rounding."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU when there is one."""
+    deterministic: bool = False
+    """On a GPU: only algorithms that give the same bits each time, so that a resumed run is the run that was never
+    stopped; slower. A CPU needs no such choice."""
     evaluate_every: int = 1
     """Evaluate after every so many epochs; 0: only at the end."""
     state_every: int = 500
@@ -213,4 +218,7 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if settings.precision == "fp16" and use_cpu:
         raise UserError("precision fp16 needs a GPU; use --precision no (or bf16) on a CPU")
+    if settings.deterministic and not use_cpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts
+        torch.use_deterministic_algorithms(True)  # an operator that has no such algorithm says so
     return Accelerator(mixed_precision=settings.precision, cpu=use_cpu, step_scheduler_with_optimizer=False)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from onnx import helper
 
-from benchmarks.lib.stages import macs_ceiling, stage_macs, stages_of_events, stages_of_nodes
+from benchmarks.lib.stages import macs_ceiling, stage_macs, stage_of_layer, stages_of_events, stages_of_nodes
 from norton_deploy.errors import UserError
 
 
@@ -106,6 +106,18 @@ def test_eager_and_exported_detector_are_split_alike(tmp_path):
         assert split.proposals == 40
         for stage in set(STAGES) - {"other"}:
             assert split.stages_ms[stage] > 0, (predictor.backend, stage)
+
+
+def test_an_engines_layers_are_those_of_its_nodes():
+    stages = stages_of_nodes(chain(), "g.onnx")
+    layers = {
+        "conv1 + helper": "backbone",
+        "{ForeignNode[inner...select]}": "fpn_rpn",
+        "PWN(PWN(mask_sigmoid), mask_conv)": "heads",
+        "Reformatting CopyNode for Input Tensor 0 to top": "postprocess",
+        "copy of something": "other",
+    }
+    assert {name: stage_of_layer(name, stages) for name in layers} == layers
 
 
 def test_amdahls_bound():

@@ -9,7 +9,7 @@ import pytest
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import LayerCall, LayerShape, count_complexity, layer_calls
-from norton_deploy.cost.form_tuning import TimingTable, layer_graph, time_forms, tune_blocks
+from norton_deploy.cost.form_tuning import TimingTable, bound_call, layer_graph, time_forms, tune_blocks
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
@@ -102,3 +102,54 @@ def test_the_fastest_form_over_all_calls_wins_and_slow_factors_stay_dense() -> N
     assert (slow.form, fast.form) == ("dense", "grouped")
     assert "stays dense" in slow.verdict
     assert fast.original_ms == 4.0
+
+
+def test_on_a_gpu_events_on_its_stream_are_the_clock(monkeypatch):
+    """Fakes for a GPU and a provider: ONNX Runtime gets the stream that the events are recorded on."""
+    import torch
+
+    from norton_deploy.cost import session as sessions
+
+    made: list[tuple[str, float]] = []
+
+    class Event:
+        ticks = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            Event.ticks += 30.0  # ms from event to event, in which CUDA_RUNS runs lie
+            self.at = Event.ticks
+            made.append(("record", stream.cuda_stream))
+
+        def synchronize(self):
+            made.append(("wait", 0))
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class Stream:
+        cuda_stream = 77
+
+    handles: list[int | None] = []
+    real, calls = sessions.make_session, []
+
+    def make_session(content, *, providers, profile_prefix, cuda_stream):
+        assert providers == ["CUDAExecutionProvider"] and profile_prefix is None
+        handles.append(cuda_stream)
+        return real(content, "cpu")
+
+    def bound(session, example, device, runs):
+        assert device == "cuda"
+        calls.append(runs)
+        return bound_call(session, example, "cpu", runs)
+
+    monkeypatch.setattr(tuning, "bound_call", bound)
+    monkeypatch.setattr(sessions, "make_session", make_session)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    times = time_forms(BLOCK, ("grouped", "dense"), "CUDAExecutionProvider")
+    assert times == [pytest.approx(3.0)] * 2  # 30 ms for ten runs
+    assert handles == [77, 77] and calls == [tuning.CUDA_RUNS] * 2
+    assert {stream for kind, stream in made if kind == "record"} == {77}

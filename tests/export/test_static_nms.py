@@ -7,7 +7,12 @@ from torchvision.ops import nms
 
 from norton_deploy.export.static_boxes import StaticNMS, nms_unrolled
 
-FORMS = {"native": StaticNMS(native=True), "unrolled": StaticNMS(native=False, iterations=60)}
+FORMS = {
+    "native": StaticNMS(native=True),
+    "unrolled": StaticNMS(native=False, iterations=60),
+    "counts in fp16": StaticNMS(native=False, iterations=60),
+}
+FORMS["counts in fp16"].counts = torch.float16
 
 
 def crowded_boxes(seed: int, count: int) -> Tensor:
@@ -60,6 +65,12 @@ def test_too_few_steps_are_reported() -> None:
     keep, converged = nms_unrolled(chain(40), torch.ones(40, dtype=torch.bool), None, 0.5, iterations=20)
     assert not converged
     assert keep[:20].tolist() == [index % 2 == 0 for index in range(20)]
+
+
+def test_more_suppressors_than_fp16_can_count() -> None:
+    same = torch.tensor([[0.0, 0, 10, 10]]).expand(3000, 4)
+    keep, converged = nms_unrolled(same, torch.ones(3000, dtype=torch.bool), None, 0.5, 3, torch.float16)
+    assert converged and keep.tolist() == [True] + [False] * 2999
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -64,8 +64,10 @@ def test_what_it_refuses(graph, tmp_path, monkeypatch):
         load_predictor(file, backend="torch")
     with pytest.raises(UserError, match="runs on the CPU only"):
         load_predictor(file, backend="openvino", device="cuda")
-    with pytest.raises(UserError, match="float_type: only with backend openvino"):
+    with pytest.raises(UserError, match="float_type: not an option of backend onnxruntime"):
         load_predictor(file, float_type="bf16")
+    with pytest.raises(UserError, match="float_type fp16: fp32 or bf16"):
+        load_predictor(file, backend="openvino", float_type="fp16")
     with pytest.raises(UserError, match="contradict the metadata"):
         load_predictor(graph(name="lie.onnx", graph_dtype="float32"), backend="openvino")
     with pytest.raises(UserError, match="lacks the outputs boxes"):

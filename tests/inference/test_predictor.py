@@ -1,6 +1,7 @@
 """The call that every backend shares, on graphs whose answer is known."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,9 +10,11 @@ import onnx
 import pytest
 import torch
 
+from norton_deploy.cost.session import provider_options
 from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import SizeBucketPredictor, load_predictor
+from norton_deploy.inference.onnxruntime_backend import with_cuda_graph
 from norton_deploy.inference.torch_backend import TorchPredictor, choose_device
 from norton_deploy.structures import Categories
 
@@ -146,6 +149,8 @@ def test_device_and_provider_mistakes(graph):
     path = graph()
     with pytest.raises(UserError, match="NoSuchProvider"):
         load_predictor(path, providers=["NoSuchProvider"])
+    with pytest.raises(UserError, match=r"TensorrtExecutionProvider: needs TensorRT 10.*norton export_trt"):
+        load_predictor(path, providers=["TensorrtExecutionProvider", "CUDAExecutionProvider"])
     with pytest.raises(UserError, match="contradicts"):
         load_predictor(path, device="cuda", providers=["CPUExecutionProvider"])
     with pytest.raises(UserError, match="expected cpu, cuda"):
@@ -153,11 +158,55 @@ def test_device_and_provider_mistakes(graph):
     with pytest.raises(UserError, match="score_threshold"):
         load_predictor(path, score_threshold=2.0)
     if not torch.cuda.is_available():
-        for options in ({"device": "cuda"}, {"providers": ["TensorrtExecutionProvider"]}):
-            with pytest.raises(UserError, match=r"0 CUDA GPU|ONNX Runtime has no"):
-                load_predictor(path, **options)
+        with pytest.raises(UserError, match=r"0 CUDA GPU|ONNX Runtime has no"):
+            load_predictor(path, device="cuda")
         with pytest.raises(UserError, match="0 CUDA GPU"):
             choose_device("cuda:1")
+
+
+def test_on_a_gpu_standard_operators_become_a_cuda_graph(graph, caplog):
+    contract = load_predictor(graph(), device="cpu").contract
+    assert with_cuda_graph("plain", contract, lambda: pytest.fail("opened")) == (
+        "plain",
+        "no CUDA graph (NonMaxSuppression)",
+    )
+    assert "export_onnx --target tensorrt" in caplog.text
+    standard = replace(contract, target="tensorrt")
+    assert with_cuda_graph("plain", standard, lambda: "recorded") == ("recorded", "CUDA graph")
+
+    def refused() -> None:
+        raise UserError("a node is on the CPU")
+
+    assert with_cuda_graph("plain", standard, refused) == ("plain", "no CUDA graph (a node is on the CPU)")
+    told = provider_options("CUDAExecutionProvider", 1, cuda_graph=True)
+    assert told == {"device_id": "1", "use_tf32": "0", "enable_cuda_graph": "1"}
+    assert provider_options("CUDAExecutionProvider", 0)["enable_cuda_graph"] == "0"
+
+
+def test_results_are_the_callers_own(graph, lamp):
+    predictor = load_predictor(graph(), device="cpu")
+    first = predictor.run(lamp((32, 48), (5, 6, 20, 30))[None])
+    kept = {name: value.copy() for name, value in first.items()}
+    predictor.run(lamp((32, 48), (1, 2, 9, 9))[None])
+    for name, value in kept.items():
+        np.testing.assert_array_equal(first[name], value)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stream_finds_what_calls_find(graph, lamp, batch):
+    sizes = [(32, 48), (64, 96), (31, 200), (16, 24), (32, 48)]
+    images = [lamp(size, (3 + index, 4, 20, 15)) for index, size in enumerate(sizes)]
+    predictor = load_predictor(graph(batch=batch), device="cpu")
+    expected = predictor(images)
+    ahead: list[int] = []
+    frames = (ahead.append(index) or image for index, image in enumerate(images))
+    for index, found in enumerate(predictor.stream(frames)):
+        assert max(ahead) <= index + 2 * batch
+        np.testing.assert_array_equal(found.boxes, expected[index].boxes)
+        assert found.image_size == sizes[index]
+    assert index == 4 and list(predictor.stream([])) == []
+    with pytest.raises(UserError, match="uint8"):
+        list(predictor.stream([images[0], images[1].astype(float)]))
 
 
 def test_score_threshold(graph, lamp):

@@ -15,6 +15,7 @@ from norton_deploy.files import sha256_of
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.tensorrt_backend import (
     BufferPlan,
+    TensorRTPredictor,
     cache_path,
     check_runtime,
     make_context,
@@ -230,3 +231,18 @@ def test_a_replay_must_give_the_same_results():
     assert same_results(torch.tensor([True, False]), torch.tensor([True, False]))
     assert not same_results(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
     assert not same_results(torch.tensor([1.0]), torch.tensor([torch.nan]))
+
+
+def test_layers_are_timed_in_an_ordinary_run():
+    package = SimpleNamespace(IProfiler=object)
+    predictor = TensorRTPredictor.__new__(TensorRTPredictor)
+    predictor._package, predictor._graph, predictor._context = package, "recorded", SimpleNamespace(profiler=None)
+
+    def run(batch):
+        assert predictor._graph is None
+        for layer, ms in (("conv1", 1.5), ("top", 0.25), ("conv1", 0.5)):
+            predictor._context.profiler.report_layer_time(layer, ms)
+
+    predictor.run = run
+    assert predictor.layer_times_ms(np.zeros(1)) == {"conv1": 2.0, "top": 0.25}
+    assert predictor._graph == "recorded" and predictor._context.profiler is None

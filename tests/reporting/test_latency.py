@@ -5,6 +5,7 @@ import pytest
 
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import StageTiming
+from norton_deploy.reporting import latency
 from norton_deploy.reporting.latency import measure_alternating
 
 
@@ -22,8 +23,14 @@ class ScriptedPredictor:
         self.now_s[0] += total_ms / 1e3
         return [(None, [0] * len(self.name))]
 
+    def stream(self, images):
+        for _ in images:
+            self.now_s[0] += 0.005
+            yield []
 
-def test_detectors_take_turns_on_the_same_image():
+
+def test_detectors_take_turns_on_the_same_image(monkeypatch):
+    monkeypatch.setattr(latency, "read_image", lambda path: path)
     log: list = []
     now_s = [0.0]
     predictors = {name: ScriptedPredictor(name, range(10, 20), log, now_s) for name in ("a", "bb", "ccc")}
@@ -36,8 +43,9 @@ def test_detectors_take_turns_on_the_same_image():
     np.testing.assert_allclose(run.times_ms, [[11, 11, 11], [12, 12, 12], [13, 13, 13]])
     summary = run.summary("bb")
     assert summary.detections == 2 and summary.fps == pytest.approx(1000 / 12)
+    assert summary.throughput_fps == pytest.approx(200)
     assert summary.stages_ms["infer_ms"] == 11 and summary.stages_ms["decode_ms"] == 1
-    assert list(summary.to_dict())[-3:] == ["fps", "stages_ms", "detections"]
+    assert list(summary.to_dict())[-4:] == ["fps", "throughput_fps", "stages_ms", "detections"]
     for nothing in (({}, ["x"]), (predictors, [])):
         with pytest.raises(UserError, match="at least one"):
             measure_alternating(*nothing, rounds=1)

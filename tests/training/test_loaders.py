@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from norton_deploy.errors import UserError
-from norton_deploy.training.batches import GroupedBatchSampler, SampledBatches, collate_classes
+from norton_deploy.training.batches import Batch, GroupedBatchSampler, SampledBatches, collate_classes
 
 
 class Numbers:
@@ -42,3 +42,15 @@ def test_a_bad_file_is_one_line_whoever_reads_it(workers):
     with pytest.raises(UserError) as error:
         list(loader.batches(0, 0))
     assert str(error.value) == "/data/7.jpg: truncated; repair it"
+
+
+def test_bytes_cross_from_pinned_memory_and_are_divided_on_the_device(monkeypatch):
+    """A fake of page-locked memory: there is none without a GPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor.dtype) or tensor.clone())
+    images = [torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1), torch.rand(3, 2, 2)]
+    batch = Batch(images, [{"boxes": torch.ones(1, 4), "image_id": 7}], [7]).pin_memory()
+    assert pinned == [torch.uint8, torch.float32, torch.float32] and batch.image_ids == [7]
+    crossed = batch.to(torch.device("cpu"))
+    assert crossed.images[0].flatten().tolist() == pytest.approx([0.0, 0.2, 1.0])
+    assert torch.equal(crossed.images[1], images[1]) and crossed.targets[0]["image_id"] == 7
