@@ -130,7 +130,8 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
             ) from error
         self._binding.synchronize_outputs()
         started = self.timing.add("infer_ms", started)
-        outputs: Outputs = {name: value.numpy() for name, value in self._outputs.items()}
+        # Copies: the next results are written to the same memory.
+        outputs: Outputs = {name: value.numpy().copy() for name, value in self._outputs.items()}
         self.timing.add("copy_ms", started)
         return outputs
 
