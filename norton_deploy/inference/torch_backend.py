@@ -162,7 +162,7 @@ class TorchPredictor(Predictor):
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             batch, height, width, _ = shape
-            with torch.no_grad(), self._arithmetic():
+            with torch.no_grad(), full_precision(search=True):
                 try:
                     module = FrameDetector(self.model, (height, width), batch, self.float_type)
                     self._graphs[shape] = FixedCall(module, shape, self.torch_device)
@@ -177,7 +177,7 @@ class TorchPredictor(Predictor):
     def _replay(self, graph: FixedCall, batch: list[Image]) -> list[Detections] | None:
         """What a graph finds, or None where one of its shortcuts was not exact."""
         started = time.perf_counter()
-        with torch.no_grad(), self._arithmetic():
+        with torch.no_grad(), full_precision(search=True):
             graph.submit(np.stack(batch))
             outputs = graph.wait()
         started = self.timing.add("infer_ms", started)
@@ -190,12 +190,6 @@ class TorchPredictor(Predictor):
         found = [decode_outputs(outputs, index, as_it_is, self.categories.labels, paste) for index in range(len(batch))]
         self.timing.add("postprocess_ms", started)
         return found
-
-    @contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        """No TF32; cuDNN tries its algorithms while a graph is recorded, since shapes are fixed."""
-        with full_precision(), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
-            yield
 
     @contextmanager
     def _finite_scores(self) -> Iterator[None]:
@@ -237,15 +231,21 @@ class TorchPredictor(Predictor):
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 means fp32: no product is rounded to TF32, as cuDNN's convolutions are by default."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+def full_precision(*, search: bool = False) -> Iterator[None]:
+    """fp32 means fp32: no product is rounded to TF32, as cuDNN's convolutions are by default.
+
+    Args:
+        search: let cuDNN try its algorithms, for shapes that stay.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    # One by one: `cudnn.flags` would switch cuDNN off.
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    cudnn.benchmark = cudnn.benchmark or search
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+from norton_deploy.inference.torch_graph import FrameDetector
 from norton_deploy.structures import TASKS, Task
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "lift_fresh")
@@ -37,7 +38,7 @@ class HostTraffic(TorchDispatchMode):
         return result
 
 
-def traffic(static: StaticRCNN, frames: torch.Size) -> tuple[list[str], dict[str, torch.Tensor]]:
+def traffic(static: torch.nn.Module, frames: torch.Size) -> tuple[list[str], dict[str, torch.Tensor]]:
     """What crosses between host and GPU in one call, and the (fake) outputs."""
     on_gpu = copy.deepcopy(static)
     with FakeTensorMode():
@@ -69,6 +70,13 @@ def test_nothing_crosses_where_the_graph_resizes_frames() -> None:
     settings = GraphSettings(IMAGE_SIZE, target="tensorrt", nms_iterations=4, input_size=(90, 160))
     static = StaticRCNN(lower_model(reduced_detector("keypoint")), settings)
     assert traffic(static, torch.Size((1, 90, 160, 3)))[0] == []
+
+
+@pytest.mark.parametrize("float_type", ["fp32", "fp16"])
+def test_nothing_crosses_where_the_models_own_resizing_is_inside(float_type: str) -> None:
+    frames = FrameDetector(lower_model(reduced_detector("mask")), (90, 160), 2, float_type)
+    found, outputs = traffic(frames, torch.Size((2, 90, 160, 3)))
+    assert found == [] and {tensor.device.type for tensor in outputs.values()} == {"cuda"}
 
 
 def test_what_the_tests_above_would_catch() -> None:

@@ -116,3 +116,11 @@ def test_fp16_finds_nearly_the_same() -> None:
     [expected] = predictor("box", graphs=False)([frame])
     assert len(found) > 3 and abs(len(found) - len(expected)) <= 3
     np.testing.assert_allclose(found.scores[:3], expected.scores[:3], atol=0.03)
+
+
+def test_full_precision_leaves_cudnn_on() -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    with torch_backend.full_precision(search=True):
+        assert (cudnn.enabled, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32) == (True, True, False, False)
+    assert (cudnn.enabled, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32) == before
