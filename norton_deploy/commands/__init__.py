@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ INTERRUPTED = 130
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the command `name` and return its exit status; a `UserError` becomes one line on stderr."""
+    # Before torch is loaded: its waiting threads would spin, and beside other work take the core that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
         print(help_text(name))
         sys.exit(0)

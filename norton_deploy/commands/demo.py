@@ -1,9 +1,11 @@
 """The paper's detection experiment in small, on the embedded data: compress, fine-tune, train, evaluate, report.
 
-Every step is one of the other commands, printed before it runs; a step that is done is not repeated.
+Every step is one of the other commands, printed before it runs; a step that is done is not repeated. The first training
+steps are timed, so that the demo says how long it will take here and fits into --minutes.
 """
 
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +13,24 @@ from itertools import pairwise
 from pathlib import Path
 
 from norton_deploy.commands import INTERRUPTED, command_line, run, write_json
-from norton_deploy.config import parse_settings
+from norton_deploy.config import from_mapping, parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import read_json, sha256_of
 from norton_deploy.reporting.demo import write_demo_report
 from norton_deploy.structures import Task
+from norton_deploy.training.run_log import read_log
 
 CONFIGS = Path("configs")
+CROPS_A_STEP, SCENES_A_STEP = 32, 4
+"""Batch sizes in configs/train/demo_*.yaml."""
+DATA_STEPS = 2
+"""The first steps, after which there is something to train on."""
+PROBE = {"--steps": "4", "--log-every": "1", "--workers": "0"}
+SMALL_SHARE = 0.65
+"""Of a dense step's time that a compressed one takes: 0.64 and 0.59 in benchmarks/results/demo.json."""
+FIXED_S = 120.0
+"""Drawing, compression, evaluation, latency and report."""
+FEWEST_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,9 @@ class Settings:
     finetune_steps: int = 60
     """Steps of 32 object crops that the compressed ResNet-50 is fine-tuned for."""
     detector_steps: int = 450
-    """Steps of 4 images that the dense and the compressed detector are trained for, each."""
+    """Steps of 4 images that the dense and the compressed detector are trained for, each, at most."""
+    minutes: float = 15.0
+    """Train the detectors for fewer steps where everything would take longer than so many minutes on this machine."""
     seed: int = 0
     """Seed of the data and of the training."""
 
@@ -107,8 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not settings.plan.is_file() or not CONFIGS.is_dir():
         raise UserError(f"{settings.plan}: not found; run the demo from the repository's root folder")
     steps, started = demo_steps(settings), time.perf_counter()
-    for number, step in enumerate(steps, start=1):
-        replace(step, title=f"[{number}/{len(steps) + 1}] {step.title}").run(settings.out)
+    for number in range(len(steps)):
+        if number == DATA_STEPS:
+            settings = fitted(settings, step_times(settings))
+            steps = demo_steps(settings)
+        replace(steps[number], title=f"[{number + 1}/{len(steps) + 1}] {steps[number].title}").run(settings.out)
     print(f"\n[{len(steps) + 1}/{len(steps) + 1}] AP, latency, report", flush=True)
     report = write_demo_report(
         settings.out,
@@ -120,6 +138,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"\n{report} (this run took {(time.perf_counter() - started) / 60:.1f} minutes)")
     return 0
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Attributes: seconds of a training step of the dense classifier and of the dense detector on this machine."""
+
+    classifier: float
+    detector: float
+
+
+def step_times(settings: Settings) -> StepTimes:
+    """Of the first steps of either training, with random weights in a folder that is removed again; measured once."""
+    record = settings.out / "times.json"
+    if record.is_file():
+        return from_mapping(StepTimes, read_json(record, "times of the demo's steps"), str(record))
+    print("\ntime the first steps of both trainings", flush=True)
+    times = StepTimes(*(_seconds_a_step(demo_steps(settings)[index], settings.out / "probe") for index in (2, 5)))
+    write_json(vars(times), record)
+    return times
+
+
+def _seconds_a_step(step: Step, out: Path) -> float:
+    arguments = dict(zip(step.arguments[::2], step.arguments[1::2], strict=True)) | PROBE
+    arguments.pop("--init", None)
+    if step.command == "train_det":
+        arguments["--evaluation-images"] = "1"
+    words = [word for pair in arguments.items() for word in pair]
+    if run(step.command, [*words, "--out", str(out), "--no-progress", "--overwrite"]):
+        raise UserError(f"failed: tools/{step.command}.py {shlex.join(words)}")
+    lines = [line for line in read_log(out / "log.jsonl") if line["section"] == "train"]
+    images = {"train_cls": CROPS_A_STEP, "train_det": SCENES_A_STEP}[step.command]
+    shutil.rmtree(out)
+    return float(min(images / line["images_per_s"] for line in lines[1:]))
+
+
+def fitted(settings: Settings, times: StepTimes) -> Settings:
+    """The settings with as many detector steps as --minutes allow, and how long that will take, said."""
+    before = FIXED_S + times.classifier * (settings.pretrain_steps + SMALL_SHARE * settings.finetune_steps)
+    both = times.detector * (1 + SMALL_SHARE)
+    fitting = int((60 * settings.minutes - before) / both) // 10 * 10
+    steps = min(settings.detector_steps, max(FEWEST_STEPS, fitting))
+    takes, all_take = ((before + count * both) / 60 for count in (steps, settings.detector_steps))
+    said = f"{times.classifier:.2f} s a pretraining step, {times.detector:.2f} s a detector step: about {takes:.0f} min"
+    if steps < settings.detector_steps:
+        said += f" with {steps} detector steps; --minutes {all_take + 1:.0f} allows {settings.detector_steps}"
+    print(f"on this machine {said}", flush=True)
+    return replace(settings, detector_steps=steps)
 
 
 def demo_steps(settings: Settings) -> list[Step]:

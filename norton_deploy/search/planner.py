@@ -160,8 +160,8 @@ class Planner:
         cheapest = self.solve(math.inf, dense.choice)
         if cheapest.cost > budget:
             raise UserError(
-                f"budget {budget:.4g}: the smallest plan considered costs {cheapest.cost:.4g} (dense: "
-                f"{dense.cost:.4g}); allow more, or consider smaller widths"
+                f"budget {budget:.4g}: the smallest plan considered costs {cheapest.cost:.4g}, "
+                f"{dense.cost / cheapest.cost:.2g} times less than dense; ask for no more (--budget, --speedup)"
             )
         front = self.frontier()
         low, high = 0.0, max(cheapest.harm, 1e-12) / dense.cost * 1e-3

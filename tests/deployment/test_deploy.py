@@ -129,6 +129,7 @@ def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_pa
         ("--task mask --target torch:86", "--target torch:86: expected one of"),
         ("--task box", "--task box: no packaged detector"),
         ("--model nothing.pth --data d", "--model nothing.pth: no such file"),
+        ("--task mask --data d", "d/annotations/instances_train2017.json: not found; expected COCO's layout in d"),
         ("--task mask --images 0", "--images: expected at least 1, got 0"),
     ],
 )
