@@ -255,7 +255,7 @@ def _speed(models: tuple[ModelRecord, ...], pictures: Path) -> list[Block]:
             *(f"{time:.1f}" for time in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
             f"{100 * latency.spread:.0f} %",
             f"{latency.fps:.1f}",
-            f"{latency.throughput_fps:.1f}",
+            "-" if latency.throughput_fps is None else f"{latency.throughput_fps:.1f}",
             f"{latency.detections:.1f}",
         )
         for name, latency in timed.items()

@@ -27,15 +27,16 @@ class LatencySummary(TimeSummary):
 
     Attributes:
         fps: 1000 / p50_ms, images per second of one-image calls.
-        throughput_fps: images per second of a stream (`Predictor.stream`), where one image's work overlaps the next's.
         stages_ms: mean of each stage of `StageTiming`.
         detections: mean number of detections per image.
+        throughput_fps: images per second of a stream (`Predictor.stream`), where one image's work overlaps the next's;
+            None where none was timed (older results).
     """
 
     fps: float
-    throughput_fps: float
     stages_ms: dict[str, float]
     detections: float
+    throughput_fps: float | None = None
 
 
 @dataclass(frozen=True)

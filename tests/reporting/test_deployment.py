@@ -24,7 +24,7 @@ def record(name: str, ap: float, ms: float) -> ModelRecord:
     )
     measure = MeasureScore(dict.fromkeys(OVERLAP_METRICS, ap), categories, {"0.50": curve, "0.75": curve})
     stages = {"decode_ms": 2.0, "preprocess_ms": 3.0, "copy_ms": 0.0, "infer_ms": ms - 6, "postprocess_ms": 1.0}
-    latency = LatencySummary(40, ms, ms, ms * 1.1, ms * 1.2, 0.05, 1e3 / ms, 1.2e3 / ms, stages, 7.0)
+    latency = LatencySummary(40, ms, ms, ms * 1.1, ms * 1.2, 0.05, 1e3 / ms, stages, 7.0, 1.2e3 / ms)
     return ModelRecord(
         name=name, file=f"{name}.onnx", runs_on="ONNX Runtime, CPU", macs=1e9 * ms, params=1e6 * ms,
         file_bytes=int(1e6 * ms), scores={"bbox": measure}, latency=latency,
