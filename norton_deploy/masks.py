@@ -1,10 +1,9 @@
-"""Masks as detectors give them, box by box, and how they come into the image. NumPy only.
+"""Masks as detectors give them, box by box, and how they come into the image. NumPy and OpenCV only.
 
 `torchvision.models.detection.roi_heads.paste_masks_in_image` pads each mask by one zero on all sides, expands
-its box by the same ratio, truncates the box to whole pixels and resizes the mask to it bilinearly. A bilinear
-resize is a product with hat weights along each axis, so a mask costs two small matrix products, and only the
-pixels of its own box are ever touched. Detectron2 truncates nothing ("subpixel"): it samples the mask at the
-centres of the image's pixels, with zeros around the mask.
+its box by the same ratio, truncates the box to whole pixels and resizes the mask to it bilinearly, as OpenCV does.
+Detectron2 truncates nothing ("subpixel"): it samples the mask at the centres of the image's pixels, with zeros around
+the mask; a product with hat weights along each axis. Only the pixels of its own box are ever touched.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -66,12 +66,16 @@ class MasksInBoxes:
         if self.mask_paste == "subpixel":
             rows, vertical = _centre_weights(box[1], box[3], height, side)
             columns, horizontal = _centre_weights(box[0], box[2], width, side)
-        else:
-            mask, side = np.pad(mask, PADDING), side + 2 * PADDING
-            x1, y1, x2, y2 = expand_box(box, side / (side - 2 * PADDING)).tolist()
-            rows, vertical = _resize_weights(y1, y2, height, side)
-            columns, horizontal = _resize_weights(x1, x2, width, side)
-        return (rows, columns), vertical @ mask @ horizontal.T > THRESHOLD
+            return (rows, columns), vertical @ mask @ horizontal.T > THRESHOLD
+        padded = np.zeros((side + 2 * PADDING,) * 2, np.float32)
+        padded[PADDING:-PADDING, PADDING:-PADDING] = mask
+        x1, y1, x2, y2 = expand_box(box, len(padded) / side).tolist()
+        rows, columns = _inside(y1, y2, height), _inside(x1, x2, width)
+        if rows.start == rows.stop or columns.start == columns.stop:
+            return (rows, columns), np.zeros((rows.stop - rows.start, columns.stop - columns.start), bool)
+        whole = cv2.resize(padded, (x2 - x1 + 1, y2 - y1 + 1), interpolation=cv2.INTER_LINEAR)
+        part = whole[rows.start - y1 : rows.stop - y1, columns.start - x1 : columns.stop - x1]
+        return (rows, columns), np.asarray(part > THRESHOLD)
 
     def paste(self) -> npt.NDArray[np.bool_]:
         """All masks in the image, bool [N, H, W]."""
@@ -82,11 +86,10 @@ class MasksInBoxes:
         return pasted
 
 
-def _resize_weights(low: int, high: int, pixels: int, side: int) -> tuple[slice, npt.NDArray[np.float32]]:
-    """The image's pixels of low..high, and the weights there of a mask of `side` cells that is resized to all of it."""
+def _inside(low: int, high: int, pixels: int) -> slice:
+    """Those of the pixels low..high that the image has; an empty slice within it where it has none."""
     start = min(max(low, 0), pixels)
-    stop = max(start, min(high + 1, pixels))
-    return slice(start, stop), hat_weights(side, high - low + 1, start - low, stop - low)
+    return slice(start, max(start, min(high + 1, pixels)))
 
 
 def _centre_weights(low: np.float32, high: np.float32, pixels: int, side: int) -> tuple[slice, npt.NDArray[np.float32]]:
@@ -96,7 +99,8 @@ def _centre_weights(low: np.float32, high: np.float32, pixels: int, side: int) -
     span = slice(max(int(np.floor(low - reach)), 0), max(min(int(np.ceil(high + reach)), pixels), 0))
     centres = np.arange(span.start, max(span.start, span.stop), dtype=np.float32) + np.float32(0.5)
     positions = (centres - low) / extent * np.float32(side) - np.float32(0.5)
-    return slice(span.start, span.start + len(centres)), _hats(positions, side)
+    distance = np.abs(positions[:, None] - np.arange(side, dtype=np.float32)[None, :])
+    return slice(span.start, span.start + len(centres)), np.maximum(np.float32(1) - distance, np.float32(0))
 
 
 def expand_box(box: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.int64]:
@@ -104,18 +108,3 @@ def expand_box(box: npt.NDArray[np.float32], scale: float) -> npt.NDArray[np.int
     centre = (box[2:] + box[:2]) * np.float32(0.5)
     half = (box[2:] - box[:2]) * np.float32(0.5) * np.float32(scale)
     return np.concatenate([centre - half, centre + half]).astype(np.int64)
-
-
-def hat_weights(source: int, target: int, start: int, stop: int) -> npt.NDArray[np.float32]:
-    """Bilinear resizing along one axis as a matrix [target, source] (pixel centres at half integers), its rows from
-    `start` to `stop`."""
-    step = np.float32(source / target)
-    positions = (np.arange(start, stop, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
-    return _hats(positions.clip(0, source - 1), source)
-
-
-def _hats(positions: npt.NDArray[np.float32], side: int) -> npt.NDArray[np.float32]:
-    """Weights [N, side] of a mask's cells at positions [N]."""
-    distance = np.abs(positions[:, None] - np.arange(side, dtype=np.float32)[None, :])
-    weights: npt.NDArray[np.float32] = np.maximum(np.float32(1) - distance, np.float32(0))
-    return weights

@@ -17,8 +17,7 @@ from norton_deploy.data.image_file import read_image
 from norton_deploy.errors import UserError
 from norton_deploy.inference.predictor import Predictor
 
-STREAM_FRAMES = 6
-STREAM_ROUNDS = 3
+STREAM_FRAMES, STREAM_ROUNDS = 4, 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class LatencySummary(TimeSummary):
         stages_ms: mean of each stage of `StageTiming`.
         detections: mean number of detections per image.
         throughput_fps: images per second of a stream (`Predictor.stream`), where one image's work overlaps the next's;
-            None where none was timed (older results).
+            `fps` where a predictor overlaps nothing, None in older results.
     """
 
     fps: float
@@ -46,21 +45,24 @@ class LatencyRun(Turns):
     Attributes:
         stages_ms: per detector, one `StageTiming` as a dict per call.
         detections: int [rounds, detectors].
-        streams: streams of `STREAM_FRAMES` images each, in turn.
+        streams: streams of `STREAM_FRAMES` images each, in turn, of the detectors that overlap them.
     """
 
     stages_ms: tuple[tuple[dict[str, float], ...], ...]
     detections: npt.NDArray[np.int64]
-    streams: Turns
+    streams: Turns | None
 
     def summary(self, name: str) -> LatencySummary:
         """Statistics of one detector."""
         index = self.names.index(name)
         times, stages = super().summary(name), self.stages_ms[index]
+        fps = throughput = 1e3 / times.p50_ms
+        if self.streams is not None and name in self.streams.names:
+            throughput = 1e3 * STREAM_FRAMES / self.streams.summary(name).p50_ms
         return LatencySummary(
             **vars(times),
-            fps=1e3 / times.p50_ms,
-            throughput_fps=1e3 * STREAM_FRAMES / self.streams.summary(name).p50_ms,
+            fps=fps,
+            throughput_fps=throughput,
             stages_ms={stage: float(np.mean([call[stage] for call in stages])) for stage in stages[0]},
             detections=float(self.detections[:, index].mean()),
         )
@@ -106,8 +108,12 @@ def measure_alternating(
     turns = time_in_turns(calls, rounds=rounds, warm_up=warm_up, clock=clock)
     counts = np.array(list(detections.values())).T
     frames = list(islice(cycle(images), STREAM_FRAMES))
-    streamed = {name: partial(_stream, predictor, frames) for name, predictor in predictors.items()}
-    streams = time_in_turns(streamed, rounds=STREAM_ROUNDS, warm_up=0, clock=clock)
+    streamed = {
+        name: partial(_stream, predictor, frames)
+        for name, predictor in predictors.items()
+        if type(predictor).stream is not Predictor.stream
+    }
+    streams = time_in_turns(streamed, rounds=STREAM_ROUNDS, warm_up=0, clock=clock) if streamed else None
     return LatencyRun(turns.names, turns.times_ms, tuple(map(tuple, stages.values())), counts, streams)
 
 

@@ -4,7 +4,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from norton_deploy.errors import UserError
-from norton_deploy.masks import MasksInBoxes, hat_weights
+from norton_deploy.masks import MasksInBoxes
 
 
 def random_case(seed: int, count: int, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -38,15 +38,14 @@ def test_boxes_past_the_border_and_tiny_ones(box: list[float]) -> None:
     np.testing.assert_array_equal(MasksInBoxes(probabilities, boxes, (60, 90)).paste(), expected)
 
 
+def test_a_box_outside_the_image_pastes_nothing() -> None:
+    probabilities, _ = random_case(1, 2, (60, 90))
+    boxes = np.array([[95, 5, 120, 30], [-40, 2, -20, 9]], dtype=np.float32)
+    assert not MasksInBoxes(probabilities, boxes, (60, 90)).paste().any()
+
+
 def test_no_detections_and_wrong_shapes() -> None:
     empty = MasksInBoxes(np.zeros((0, 28, 28), np.float32), np.zeros((0, 4), np.float32), (5, 6)).paste()
     assert empty.shape == (0, 5, 6)
     with pytest.raises(UserError, match=r"\[N, M, M\]"):
         MasksInBoxes(np.zeros((2, 28, 27), np.float32), np.zeros((2, 4), np.float32), (5, 6)).paste()
-
-
-@pytest.mark.parametrize(("source", "target"), [(30, 7), (30, 61), (3, 1), (4, 4)])
-def test_hat_weights_are_the_bilinear_resize(source: int, target: int) -> None:
-    identity = torch.eye(source)[None]
-    expected = torch.nn.functional.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T
-    np.testing.assert_allclose(hat_weights(source, target, 0, target), expected.numpy(), atol=1e-5)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import StageTiming
+from norton_deploy.inference.predictor import Predictor, StageTiming
 from norton_deploy.reporting import latency
 from norton_deploy.reporting.latency import measure_alternating
 
@@ -29,11 +29,18 @@ class ScriptedPredictor:
             yield []
 
 
+class PlainPredictor(ScriptedPredictor):
+    """Overlaps nothing."""
+
+    stream = Predictor.stream
+
+
 def test_detectors_take_turns_on_the_same_image(monkeypatch):
     monkeypatch.setattr(latency, "read_image", lambda path: path)
     log: list = []
     now_s = [0.0]
-    predictors = {name: ScriptedPredictor(name, range(10, 20), log, now_s) for name in ("a", "bb", "ccc")}
+    kinds = {"a": ScriptedPredictor, "bb": ScriptedPredictor, "ccc": PlainPredictor}
+    predictors = {name: kind(name, range(10, 20), log, now_s) for name, kind in kinds.items()}
     run = measure_alternating(predictors, ["x", "y"], rounds=3, warm_up=1, clock=lambda: now_s[0])
     rounds = [log[i : i + 3] for i in range(0, len(log), 3)]
     assert len(rounds) == 4
@@ -44,6 +51,7 @@ def test_detectors_take_turns_on_the_same_image(monkeypatch):
     summary = run.summary("bb")
     assert summary.detections == 2 and summary.fps == pytest.approx(1000 / 12)
     assert summary.throughput_fps == pytest.approx(200)
+    assert run.summary("ccc").throughput_fps == run.summary("ccc").fps
     assert summary.stages_ms["infer_ms"] == 11 and summary.stages_ms["decode_ms"] == 1
     assert list(summary.to_dict())[-4:] == ["fps", "stages_ms", "detections", "throughput_fps"]
     for nothing in (({}, ["x"]), (predictors, [])):
