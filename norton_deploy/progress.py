@@ -8,6 +8,8 @@ from tqdm import tqdm
 
 EVERY_S = 10.0
 """Off a terminal a line is written so often at most."""
+OPEN = "{desc}: {n_fmt} {unit}, {elapsed} passed"
+"""Where nobody knows of how many."""
 PLAIN = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left"
 
 
@@ -39,12 +41,18 @@ def progress_bar(
         iterable: what to count; None: `update` counts.
         desc: the work, in a word or two.
         unit: what is counted, "image" or "layer".
-        total: how many there are, if the iterable does not say.
+        total: how many there are, if the iterable does not say; None: nobody knows.
         initial: how many were done before.
         show: False for no output at all.
     """
     terminal = sys.stderr.isatty()
     looks: dict[str, Any] = {"dynamic_ncols": True, "leave": False}
     if not terminal:
-        looks = {"file": PlainLines(), "bar_format": PLAIN, "mininterval": EVERY_S, "maxinterval": EVERY_S}
+        known = total is not None or hasattr(iterable, "__len__")
+        looks = {
+            "file": PlainLines(),
+            "bar_format": PLAIN if known else OPEN,
+            "mininterval": EVERY_S,
+            "maxinterval": EVERY_S,
+        }
     return tqdm(iterable, desc, total, initial=initial, unit=unit, disable=not show, **looks)

@@ -118,15 +118,15 @@ def _images(folder: Path | None, limit: int) -> Iterator[Tensor] | None:
 
 
 class LayerBars(ExitStack):
-    """A progress bar for each stage of the compression, closed together."""
+    """A progress bar for each stage of the compression, closed together; 0 layers: nobody knows how many."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bars: dict[str, tqdm[NoReturn]] = {}
 
     def advance(self, stage: str, layer: str, layers: int) -> None:
-        """One layer of a stage is done."""
+        """One layer of a stage, or one batch of images, is done."""
         if stage not in self.bars:
-            self.bars[stage] = self.enter_context(progress_bar(total=layers, desc=stage, unit="layer"))
+            self.bars[stage] = self.enter_context(progress_bar(total=layers or None, desc=stage, unit="steps"))
         self.bars[stage].set_postfix_str(layer)
         self.bars[stage].update()

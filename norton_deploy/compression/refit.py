@@ -8,7 +8,7 @@ FactoredConv the forms of `fit_chain`, and a CPDBlock has one for each factor gi
 read each other share their passes over the images, and passes begin behind what is final (`Frontier`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +90,7 @@ def refit(
         samples: output positions per layer, or twice its number of inputs if that is more.
         sweeps: rounds over the factors of a decomposed layer.
         seed: of the choice of positions.
-        progress: told of each layer.
+        progress: told of each batch that the dense model has seen, then of each layer.
 
     Returns:
         What happened to each layer, in order. The error on the sampled positions never rises: a filter, or a layer
@@ -112,7 +112,16 @@ def refit(
     }
     order = _layers_in_order(small, probes[0])
     report = progress or (lambda name, layers: None)
-    targets = _dense_outputs(dense, order, _budgets(small, order, samples), channels, probes, seed)
+    steps = len(probes) + len(order)
+    targets = _dense_outputs(
+        dense,
+        order,
+        _budgets(small, order, samples),
+        channels,
+        probes,
+        seed,
+        lambda number: report(f"batch {number}", steps),
+    )
     results: dict[str, LayerRefit] = {}
     with Frontier(small) as frontier:
         for names in _passes(order):
@@ -120,7 +129,7 @@ def refit(
             for name in names:
                 prior = _cut_weight(dense.get_submodule(name), name, channels, readers)
                 results[name] = _refit_layer(small.get_submodule(name), prior, halves.pop(name), name, sweeps)
-                report(name, len(order))
+                report(name, steps)
             pending = [name for name in order if name not in results]
             frontier.advance(pending, lambda: _run_all(small, probes, frontier))
     small.train(modes[0]), dense.train(modes[1])
@@ -197,6 +206,7 @@ def _dense_outputs(
     channels: dict[str, Tensor],
     probes: Sequence[Probe],
     seed: int,
+    report: Callable[[int], None],
 ) -> dict[str, list[list[_Call]]]:
     """Layer -> probe -> call -> sampled positions and outputs of the dense layer."""
     generator = torch.Generator().manual_seed(seed)
@@ -214,10 +224,11 @@ def _dense_outputs(
         for name in order:
             layer = dense.get_submodule(name)
             hooks.enter_context(layer.register_forward_hook(lambda _m, _i, output, name=name: record(name, output)))
-        for probe in probes:
+        for number, probe in enumerate(probes, start=1):
             for calls in found.values():
                 calls.append([])
             run_stages(dense, probe)
+            report(number)
     return found
 
 
