@@ -39,6 +39,7 @@ SECTIONS = {
     "recovery": "Quick recovery without labels",
     "recovery_shared": "Shared factors without labels",
     "operator_profile": "Where a compressed detector's time goes",
+    "operator_forms": "RoIAlign, TopK and suppression in other forms",
     "table4_rank": "Table IV: rank",
     "table1_cifar": "Table I: VGG-16 on CIFAR-10",
     "table1_cifar_long": "Table I: longer fine-tuning",
