@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from norton_deploy.checkpoints.checkpoint import save_checkpoint
+from norton_deploy.checkpoints.open_model import with_image_size
 from norton_deploy.commands import command_line
 from norton_deploy.detectron2.checkpoint import import_detectron2
 from norton_deploy.files import check_output_file
@@ -25,6 +26,8 @@ class Settings:
     """Checkpoint to write (.safetensors)."""
     annotations: Path | None = None
     """COCO annotation file of the training data, for the names and ids of its categories; COCO's own need none."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels of the images that it is for; by default the configuration's."""
     overwrite: bool = False
     """Replace --out if it is there already."""
 
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=argv, prog="import_detectron2", description=__doc__)
     check_output_file(settings.out, "--out", ".safetensors", overwrite=settings.overwrite)
     imported = import_detectron2(settings.config, settings.weights, settings.annotations)
+    if settings.image_size is not None:
+        imported = with_image_size(imported, settings.image_size)
     header = imported.header.made_by(command_line("import_detectron2", argv), settings.weights)
     save_checkpoint(settings.out, imported.model, header)
     count = len(header.categories.labels)

@@ -187,14 +187,7 @@ class _Run:
         if self._used_as_it_is():
             return self.file
         out, request = self.out / "model.safetensors", self.request
-        if request.weights is None:
-            categories = request.categories
-            if categories is None and not source_model.is_checkpoint(self.file):
-                categories = annotation_file(self.data, "val", self.task)
-            options = {"categories": categories, "image_size": request.image_size}
-            command = tool("import_model", model=self.file, out=out, **options)
-        else:
-            command = tool("import_detectron2", config=self.file, weights=request.weights, out=out)
+        command = source_model.import_command(request, self.file, annotation_file(self.data, "val", self.task), out)
 
         def save() -> dict[str, Any]:
             save_checkpoint(out, opened.model, opened.header.made_by(command, request.weights or self.file))

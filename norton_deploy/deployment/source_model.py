@@ -5,8 +5,10 @@ from pathlib import Path
 from norton_deploy.checkpoints.checkpoint import Checkpoint, read_header
 from norton_deploy.checkpoints.open_model import names_no_categories, open_model, with_image_size
 from norton_deploy.data.coco_index import annotation_file
+from norton_deploy.deployment.making import tool
 from norton_deploy.deployment.request import DeployRequest
 from norton_deploy.detectron2.checkpoint import import_detectron2
+from norton_deploy.detectron2.config import read_config
 from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import PACKAGED_TASKS, packaged_detector
 from norton_deploy.structures import Task
@@ -56,7 +58,7 @@ def open_source(request: DeployRequest, file: Path) -> Checkpoint:
     categories = request.categories
     if file.suffix in (".yaml", ".yml"):
         assert request.weights is not None  # the request was checked
-        opened = import_detectron2(file, request.weights, categories or _datas_own(request, "box"))
+        opened = import_detectron2(file, request.weights, categories or _datas_own(request, read_config(file).task))
     else:
         if categories is None and names_no_categories(file):
             categories = _datas_own(request, request.task or "box")
@@ -66,6 +68,16 @@ def open_source(request: DeployRequest, file: Path) -> Checkpoint:
     if request.task not in (None, opened.header.task):
         raise UserError(f"{file}: a detector for task '{opened.header.task}', --task is '{request.task}'")
     return opened if request.image_size is None else with_image_size(opened, request.image_size)
+
+
+def import_command(request: DeployRequest, file: Path, annotations: Path, out: Path) -> str:
+    """The command that does alone what `open_source` does and writes it; `annotations` are the data's."""
+    categories = request.categories or annotations
+    if request.weights is not None:
+        return tool("import_detectron2", config=file, weights=request.weights, annotations=categories,
+                    image_size=request.image_size, out=out)  # fmt: skip
+    named = None if is_checkpoint(file) else categories
+    return tool("import_model", model=file, out=out, categories=named, image_size=request.image_size)
 
 
 def _datas_own(request: DeployRequest, task: Task) -> Path | None:

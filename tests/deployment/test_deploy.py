@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 
-from norton_deploy.commands import run
+from norton_deploy.commands import import_detectron2, run
 from norton_deploy.config import parse_settings
 from norton_deploy.data.synthetic import CATEGORIES
 from norton_deploy.deployment.compare import CompareRequest, compare
 from norton_deploy.deployment.deploy import deploy
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
+from norton_deploy.deployment.source_model import import_command
 from norton_deploy.errors import UserError
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -136,6 +138,32 @@ def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_pa
 def test_mistakes(arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("deploy", [*arguments.split(), "--out", str(tmp_path / "run")]) == 1
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_the_printed_import_of_a_detectron2_model_names_the_categories_and_the_size() -> None:
+    request = DeployRequest(model=Path("c.yaml"), weights=Path("w.pkl"), data=Path("d"), out=Path("o"),
+                            image_size=(320, 480))  # fmt: skip
+    command = import_command(request, Path("c.yaml"), Path("d/annotations/a.json"), Path("o/model.safetensors"))
+    program, *words = shlex.split(command)
+    read = tyro.cli(import_detectron2.Settings, args=words)
+    assert program == "tools/import_detectron2.py" and read.image_size == (320, 480)
+    assert (read.config, read.weights, read.annotations) == (
+        Path("c.yaml"),
+        Path("w.pkl"),
+        Path("d/annotations/a.json"),
+    )
+    mine = import_command(replace(request, model=Path("m.pth"), weights=None), Path("m.pth"), Path("a.json"), Path("o"))
+    assert shlex.split(mine)[1:] == [
+        "--model",
+        "m.pth",
+        "--out",
+        "o",
+        "--categories",
+        "a.json",
+        "--image-size",
+        "320",
+        "480",
+    ]
 
 
 def test_targets() -> None:
