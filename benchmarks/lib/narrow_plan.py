@@ -6,11 +6,11 @@ from pathlib import Path
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint
-from norton_deploy.checkpoints.compress_checkpoint import Choice, compress_checkpoint
+from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.compression.channel_groups import channel_groups, output_width
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.data.image_folder import read_images
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import Choice, CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import provenance
 
@@ -61,7 +61,7 @@ def compress_narrow(
     *,
     refit: int = 64,
     reestimate: int = 256,
-    choose: Choice = "angles",
+    choose: Choice | None = None,
 ) -> Checkpoint:
     """A trained detector compressed by a plan in its widths, and recovered on so many unlabelled images.
 
@@ -72,7 +72,7 @@ def compress_narrow(
         images: folder of training images.
         refit: images of the layer-wise least squares; 0 leaves it out.
         reestimate: images of new BatchNorm statistics; 0 leaves them.
-        choose: the filters that survive (`compress_checkpoint`).
+        choose: the filters that survive, in place of what the plan says.
     """
     full = DetectorSettings(num_classes=dense.header.detector.num_classes).build(dense.header.task)
     return compress_checkpoint(

@@ -1,9 +1,9 @@
 """From a dense checkpoint to a compressed one: compress, recover without labels, say where it comes from."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -15,10 +15,8 @@ from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.refit import refit
 from norton_deploy.errors import UserError
 from norton_deploy.method.filter_selection import AngleMeasure, choose_by_angles
-from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
+from norton_deploy.method.plan import WHOLE_DETECTOR, Choice, CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
-
-Choice = Literal["angles", "harm"]
 
 
 def compress_checkpoint(
@@ -30,7 +28,7 @@ def compress_checkpoint(
     seed: int = 0,
     starts: int = 4,
     measure: AngleMeasure = "largest",
-    choose: Choice = "angles",
+    choose: Choice | None = None,
     refit_images: Iterable[Tensor] | None = None,
     refit_side: int | None = None,
     reestimate_images: Iterable[Tensor] | None = None,
@@ -46,8 +44,7 @@ def compress_checkpoint(
         seed: of the decomposition's random starts and of the refit's choice of positions.
         starts: starts per decomposition; the best is kept per filter.
         measure: how the principal angles of two factors become one distance (`pabs_distance`).
-        choose: the filters that survive: by the "angles" between their factors (eq. 11, Algorithm 1), or those whose
-            loss does least "harm" to the next layers on the refit's images (`choose_by_harm`).
+        choose: which filters are kept, in place of what the plan says (`CompressionPlan.choose`).
         refit_images: unlabelled images on which every layer is refitted to the dense one's outputs (`refit`);
             float [3, H, W], 0..1 RGB, of any sizes; they stay in memory. None leaves the refit out.
         refit_side: short side of those images in pixels, at most; None: the detector's own.
@@ -68,8 +65,12 @@ def compress_checkpoint(
     if plan.architecture not in (settings.architecture, WHOLE_DETECTOR):
         raise UserError(f"{plan.source}: a plan for {plan.architecture}, and the model is a {settings.architecture}")
     report = progress or (lambda stage, layer, layers: None)
-    if choose == "harm" and refit_images is None:
-        raise UserError("filters are chosen by harm on the images of the refit: give some")
+    plan = plan if choose is None else replace(plan, choose=choose)
+    if plan.choose == "harm" and plan.keep and refit_images is None:
+        raise UserError(
+            f"{plan.source}: its filters are chosen by harm on the images of the refit: give some (--refit FOLDER), "
+            "or choose by angles (--choose angles)"
+        )
     probes = []
     if refit_images is not None:
         seen = settings
@@ -84,7 +85,7 @@ def compress_checkpoint(
         seed=seed,
         starts=starts,
         choose=partial(choose_by_angles, measure=measure),
-        chosen=choose_by_harm(dense.model, plan, probes, seed=seed) if choose == "harm" else None,
+        chosen=choose_by_harm(dense.model, plan, probes, seed=seed) if plan.choose == "harm" and probes else None,
         progress=partial(report, "compress"),
     )
     small, kept = compressed.model, compressed.kept

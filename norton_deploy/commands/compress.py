@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from norton_deploy.checkpoints.checkpoint import save_checkpoint
-from norton_deploy.checkpoints.compress_checkpoint import Choice, compress_checkpoint
+from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
@@ -19,7 +19,7 @@ from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.method.filter_selection import AngleMeasure
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import Choice, CompressionPlan
 from norton_deploy.progress import progress_bar
 
 FIRST = ("model", "weights", "categories", "image-size", "refit", "refit-images", "overwrite", "json")
@@ -41,9 +41,9 @@ class Settings:
     """Categories of a .pth file: a COCO annotation file or a list of names, one a line."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels of the images that the detector is for; by default its own (of a .pth 800, 1333)."""
-    choose: Choice = "angles"
+    choose: Choice | None = None
     """Which filters survive: by the angles between their factors, as in the paper, or by what the next layers lose on
-    the images of --refit (harm)."""
+    the images of --refit (harm); by default what the plan says."""
     measure: AngleMeasure = "largest"
     """How the principal angles of two factors become one distance."""
     starts: int = 4

@@ -17,7 +17,7 @@ from norton_deploy.reporting.plan_report import verdict, write_plan_report
 from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 
-FIRST = ("image-size", "images", "ranks", "multiple", "compare", "resume", "overwrite", "json")
+FIRST = ("image-size", "images", "fit-images", "forms", "multiple", "compare", "resume", "overwrite", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, file in (("--out", out), ("--report", report), ("--picture", picture)):
         check_output_file(file, option, overwrite=settings.overwrite)
     table = TimingTable(out.with_suffix(".times.json"), machine_values(origin), settings.provider)
-    with progress_bar(desc="sensitivity", unit="choice") as bar:
+    with progress_bar(desc="harm of choices", unit="group") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -52,36 +52,39 @@ class ChainKernels:
         return chain_weight(self.entry, self.middle, self.exit, self.groups)
 
 
-def fit_chain(equations: NormalEquations, present: ChainKernels, sweeps: int) -> ChainKernels:
+def fit_chain(
+    equations: NormalEquations, present: ChainKernels, sweeps: int, *, best: Tensor | None = None
+) -> ChainKernels:
     """The least-squares kernels of a chain.
 
     Args:
         equations: of patches [I * Kh * Kw] and the wanted outputs; regular, as `NormalEquations.with_prior` makes them.
         present: kernels that say what form and widths the chain has; layer CPD starts from them.
         sweeps: rounds over the factors.
+        best: the unconstrained least-squares weights [O, I * Kh * Kw], float64, where they are known.
 
     Returns:
         New kernels.
     """
-    if present.exit is None:
-        return _fit_clusters(equations, present, sweeps)
-    if present.groups == 1:
-        return _fit_tucker(equations, present, sweeps)
-    return _fit_layer_cp(equations, present, sweeps)
+    if present.exit is not None and present.groups > 1:
+        return _fit_layer_cp(equations, present, sweeps)
+    if best is None:
+        best = _regression(equations.gram, equations.cross)
+    fit = _fit_clusters if present.exit is None else _fit_tucker
+    return fit(equations, present, sweeps, best)
 
 
-def _fit_tucker(equations: NormalEquations, present: ChainKernels, sweeps: int) -> ChainKernels:
+def _fit_tucker(equations: NormalEquations, present: ChainKernels, sweeps: int, best: Tensor) -> ChainKernels:
     """Tucker-2: entry V, core and exit U, W = U core V^T."""
     last, first, kernel_h, kernel_w = present.middle.shape
     channels, positions = present.entry.shape[1], kernel_h * kernel_w
-    best = _regression(equations.gram, equations.cross)  # [O, F]
     basis = _leading(best @ equations.cross, last)
     entry = _entry_for((basis.mT @ best).view(last, channels, positions), equations, first)
     for sweep in range(sweeps + 1):
         gram, cross = _through(entry, equations.gram, equations.cross, positions)
-        best = _regression(gram, cross)
-        basis = _leading(best @ cross, last)
-        core = (basis.mT @ best).view(last, first, positions)
+        through = _regression(gram, cross)
+        basis = _leading(through @ cross, last)
+        core = (basis.mT @ through).view(last, first, positions)
         if sweep < sweeps:
             # U has orthonormal columns, so the error splits into what U cannot reach and this.
             wanted = (equations.cross @ basis).mT
@@ -91,12 +94,12 @@ def _fit_tucker(equations: NormalEquations, present: ChainKernels, sweeps: int) 
     return ChainKernels(entry[:, :, None, None], middle, basis[:, :, None, None], 1)
 
 
-def _fit_clusters(equations: NormalEquations, present: ChainKernels, sweeps: int) -> ChainKernels:
+def _fit_clusters(equations: NormalEquations, present: ChainKernels, sweeps: int, best: Tensor) -> ChainKernels:
     """Coupled filters: each cluster's entry V and its filters' own kernels D, W = D V^T."""
     count, rank, kernel_h, kernel_w = present.middle.shape
     channels, positions = present.entry.shape[1], kernel_h * kernel_w
     entries, middles = [], []
-    best = _regression(equations.gram, equations.cross).view(count, channels, positions)
+    best = best.view(count, channels, positions)
     for part in torch.arange(count).split(count // present.groups):
         cross = equations.cross[:, part]
         entry = _entry_for(best[part], equations, rank)

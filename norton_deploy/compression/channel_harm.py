@@ -48,9 +48,9 @@ def choose_by_harm(
         and plan.keep[name] < output_width(dense.get_submodule(group.producers[0]))
         and not any(producer in plan.coupled for producer in group.producers)
     }
-    moments = _channel_moments(dense, groups, probes, seed)
+    moments = channel_moments(dense, groups, probes, seed)
     return {
-        name: greedy_channels(moments[name], _reader_metric(dense, group), plan.keep[name])
+        name: greedy_channels(moments[name], reader_metric(dense, group), plan.keep[name]).sort().values
         for name, group in groups.items()
     }
 
@@ -58,30 +58,40 @@ def choose_by_harm(
 def greedy_channels(moments: Tensor, metric: Tensor, keep: int) -> Tensor:
     """The `keep` channels from which the others are predicted with least loss, greedily.
 
+    A pivoted Cholesky factorisation of the moments: what is not predicted yet, M - L L^T, is never formed, only its
+    diagonal and the gains, so a step costs two products of a matrix and a vector.
+
     Args:
         moments: M [C, C], second moments of the channels.
         metric: T [C, C], what an error of the channels costs.
         keep: 1 to C.
 
     Returns:
-        [keep] int64, ascending.
+        [keep] int64, in the order in which they are taken: a beginning is the choice of so many.
     """
-    rest = moments.double() + RIDGE * moments.diagonal().mean().double() * torch.eye(len(moments), dtype=torch.float64)
-    cost = metric.double() @ rest  # T times what is not predicted yet
-    chosen = torch.zeros(len(rest), dtype=torch.bool)
-    for _ in range(keep):
+    m, t = moments.double(), metric.double()
+    m = m + RIDGE * m.diagonal().mean() * torch.eye(len(m), dtype=torch.float64)
+    left = m.diagonal().clone()  # of each channel, what is not predicted yet
+    cost = torch.einsum("ij,ij->j", m, t @ m)  # the diagonal of rest T rest
+    known = m.new_zeros(len(m), keep)
+    order = torch.zeros(keep, dtype=torch.int64)
+    taken = torch.zeros(len(m), dtype=torch.bool)
+    for step in range(keep):
         # taking channel j predicts rest[:, j] rest[j, :] / rest[j, j] of what is left
-        gain = torch.einsum("ij,ij->j", rest, cost) / rest.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
-        best = int(gain.masked_fill(chosen, -1).argmax())
-        chosen[best] = True
-        scale = 1 / rest[best, best]
-        column, priced = rest[:, best].clone(), cost[:, best].clone()
-        rest -= torch.outer(column, column) * scale
-        cost -= torch.outer(priced, column) * scale
-    return chosen.nonzero().flatten()
+        gain = cost / left.clamp_min(torch.finfo(torch.float64).tiny)
+        best = int(gain.masked_fill(taken, -torch.inf).argmax())
+        order[step], taken[best] = best, True
+        so_far = known[:, :step]
+        column = m[:, best] - so_far @ so_far[best]
+        priced = t @ column
+        share = column / left[best]
+        cost = cost - 2 * share * (m @ priced - so_far @ (so_far.mT @ priced)) + share.square() * (column @ priced)
+        known[:, step] = column * left[best].rsqrt()
+        left = left - column * share
+    return order
 
 
-def _channel_moments(
+def channel_moments(
     dense: nn.Module, groups: Mapping[str, ChannelGroup], probes: Sequence[Probe], seed: int
 ) -> dict[str, Tensor]:
     """M of every group, from what its readers read."""
@@ -104,7 +114,7 @@ def _channel_moments(
     return moments
 
 
-def _reader_metric(dense: nn.Module, group: ChannelGroup) -> Tensor:
+def reader_metric(dense: nn.Module, group: ChannelGroup) -> Tensor:
     """T of a group, each reader's share of like size."""
     total = torch.zeros(())
     for reader in group.readers:

@@ -101,6 +101,11 @@ class NormalEquations:
             *(own + more for own, more in zip(vars(self).values(), vars(other).values(), strict=True))
         )
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean input [F]."""
+        return self.input_sum / max(self.samples, 1)
+
     def bias(self, weight: Tensor) -> Tensor:
         """The best bias [O] of a layer with these weights [O, F]."""
         return (self.output_sum - weight.double() @ self.input_sum) / max(self.samples, 1)

@@ -76,16 +76,21 @@ class LayerShape:
         return replace(self, in_channels=in_channels, out_channels=out_channels, rank=rank)
 
     @property
+    def output_size(self) -> Pair:
+        """(height, width) of the output."""
+        sizes = []
+        axes = zip(self.input_size[1:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        for size, k, s, p, d in axes:
+            if self.kind == "transposed":
+                sizes.append((size - 1) * s - 2 * p + d * (k - 1) + 1)
+            else:
+                sizes.append((size + 2 * p - d * (k - 1) - 1) // s + 1)
+        return sizes[0], sizes[1]
+
+    @property
     def output_pixels(self) -> int:
         """Positions of one output channel, all images together."""
-        batch, *input_size = self.input_size
-        pixels = batch
-        for size, k, s, p, d in zip(input_size, self.kernel, self.stride, self.padding, self.dilation, strict=True):
-            if self.kind == "transposed":
-                pixels *= (size - 1) * s - 2 * p + d * (k - 1) + 1
-            else:
-                pixels *= (size + 2 * p - d * (k - 1) - 1) // s + 1
-        return pixels
+        return self.input_size[0] * self.output_size[0] * self.output_size[1]
 
     @property
     def macs(self) -> int:

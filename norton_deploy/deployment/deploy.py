@@ -255,8 +255,10 @@ class _Run:
                 seconds=estimates.plan(load_checkpoint(dense).model, search), products=[plan],
             )  # fmt: skip
         small, chosen = self.out / "compressed.safetensors", plan
-        refit = {"refit": self.data / "train2017", "refit_images": self.effort.refit_images,
-                 "refit_side": self.effort.refit_side} if self.effort.refit_images else {}  # fmt: skip
+        refit: dict[str, object] = {"choose": "angles"}
+        if self.effort.refit_images:
+            refit = {"refit": self.data / "train2017", "refit_images": self.effort.refit_images,
+                     "refit_side": self.effort.refit_side}  # fmt: skip
         command = tool("compress", model=dense, plan=plan, out=small, seed=request.seed, **refit)
         self.steps.run(
             "compress", "compress the model and refit its layers", command,

@@ -12,9 +12,9 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.deployment.request import Effort
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.inference.torch_backend import TorchPredictor
+from norton_deploy.search.decisions import list_decisions
 from norton_deploy.search.plan_search import PlanRequest
-from norton_deploy.search.planner import list_decisions
-from norton_deploy.search.sensitivity import Sensitivity
+from norton_deploy.search.sensitivity import MOST_FORMS
 from norton_deploy.structures import TASKS
 
 
@@ -51,10 +51,13 @@ class Estimates:
         return 20 + images * 4 * self.call_s * max(share, 0.3)
 
     def plan(self, dense: nn.Module, request: PlanRequest) -> float:
-        """Search of a plan: each single choice is made and run, and for times graphs are exported and timed."""
-        choices = Sensitivity.count(list_decisions(dense, ranks=request.ranks, multiple=request.multiple))
+        """Search of a plan: each single choice is fitted and run, and for times graphs are exported and timed."""
+        decisions = list_decisions(dense, forms=request.forms, ranks=request.ranks, multiple=request.multiple)
+        fits = sum(len(decision.forms) - 1 for decision in decisions)
+        choices = sum(min(len(decision.forms), MOST_FORMS) + len(decision.widths) for decision in decisions)
         scale = min(1.0, request.sensitivity_size / self.short_side) ** 2
-        seconds = choices * (0.3 + request.images * (0.05 + self.call_s * scale))
+        passes = choices * request.images + len(decisions) * request.fit_images
+        seconds = 0.5 * fits + passes * (0.02 + 0.5 * self.call_s * scale)
         return seconds + (120 + 8 * request.rounds * self.call_s if request.budget.startswith("speedup") else 5)
 
     def compress(self, effort: Effort) -> float:

@@ -54,11 +54,13 @@ def plan_request(request: DeployRequest, data: Path, image_size: tuple[int, int]
         data=data / "train2017",
         image_size=image_size,
         images=effort.plan_images,
+        fit_images=effort.plan_fit_images,
         sensitivity_size=effort.plan_side,
         ranks=effort.ranks,
         multiple=effort.multiple,
         rounds=effort.rounds,
         resume=resume,
+        check_harm=False,
         seed=request.seed,
     )
 
@@ -68,7 +70,8 @@ def search_plan(dense: Path, request: PlanRequest, out: Path, report: Report, pr
     table = TimingTable(out.with_suffix(".times.json"), machine_values(provenance()), CPU)
     search = PlanSearch(
         load_checkpoint(dense), request, table, sensitivity_file=out.with_suffix(".sensitivity.json"),
-        report=lambda line: report(f"    {line}"), progress=lambda done, count: progress("sensitivity", done, count),
+        report=lambda line: report(f"    {line}"),
+        progress=lambda done, count: progress("harm of choices", done, count),
     )  # fmt: skip
     found = search.find()
     found.plan.save(out)
@@ -89,7 +92,7 @@ def compress_file(
     images = read_images(data / "train2017", effort.refit_images) if effort.refit_images else None
     small = compress_checkpoint(
         load_checkpoint(dense), CompressionPlan.load(plan), command=command, source=dense, seed=request.seed,
-        refit_images=images, refit_side=effort.refit_side, progress=advance,
+        choose=None if images else "angles", refit_images=images, refit_side=effort.refit_side, progress=advance,
     )  # fmt: skip
     save_checkpoint(out, small.model, small.header)
     return {}
@@ -191,7 +194,7 @@ def export_command(
 def plan_command(dense: Path, request: PlanRequest, out: Path) -> str:
     """`tools/plan.py` for `search_plan`."""
     values = {name: value for name, value in asdict(request).items() if value not in ((), False, None)}
-    return tool("plan", model=dense, out=out, **values)
+    return tool("plan", model=dense, out=out, no_check_harm=not request.check_harm, **values)
 
 
 def _indented(text: str) -> str:

@@ -9,7 +9,7 @@ from norton_deploy.export.contract import Precision, Target
 from norton_deploy.export.tensorrt_build import Engine
 from norton_deploy.files import sha256_of
 from norton_deploy.inference.predictor import Backend
-from norton_deploy.search.planner import RANKS
+from norton_deploy.search.decisions import RANKS
 from norton_deploy.structures import Task
 
 FINETUNE_STEPS = 2000
@@ -55,7 +55,7 @@ class Effort:
     Attributes:
         images: of val that AP is measured on; None: all.
         refit_images, refit_side: images for the refit, and their short side in pixels at most.
-        plan_images, plan_side, ranks, multiple: see `PlanRequest`.
+        plan_images, plan_fit_images, plan_side, ranks, multiple: see `PlanRequest`.
         by_time: whether the plan is made for measured time; otherwise for MACs.
         parity_images: images that the graph is compared with the model on.
         rounds: timed calls of each model.
@@ -66,6 +66,7 @@ class Effort:
     refit_images: int
     refit_side: int
     plan_images: int
+    plan_fit_images: int
     plan_side: int
     ranks: tuple[int, ...]
     multiple: int
@@ -136,10 +137,10 @@ class DeployRequest:
     def effort(self) -> Effort:
         """What --quick and the single settings come to."""
         if self.quick:
-            return Effort(self.images or 16, min(self.refit_images, 8), 320, 1, 128, (1,), 32, False, 2, 12,
+            return Effort(self.images or 16, min(self.refit_images, 8), 320, 1, 8, 128, (1,), 32, False, 2, 12,
                           self.finetune_steps or 0)  # fmt: skip
         steps = FINETUNE_STEPS if self.finetune_steps is None else self.finetune_steps
-        return Effort(self.images, self.refit_images, 400, 4, 256, RANKS, 16, True, 4, 20, steps)
+        return Effort(self.images, self.refit_images, 400, 4, 32, 256, RANKS, 16, True, 4, 20, steps)
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on, as JSON values: files count by their contents."""

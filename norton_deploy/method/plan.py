@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -15,6 +15,7 @@ from norton_deploy.files import atomic_write
 
 FORMS = ("ranks", "coupled", "tucker", "layer_cp")
 """Sections of a plan that decompose layers."""
+Choice = Literal["angles", "harm"]
 SECTIONS = (*FORMS, "keep")
 _EXPECTED = {
     "ranks": "a whole number",
@@ -36,6 +37,7 @@ _SHARED_HEADER = """\
 # `coupled`, `tucker`, `layer_cp`: layers whose filters share factors instead: {rank, clusters}, [ranks of the input and
 # of the output channels], rank.
 """
+_CHOICE_HEADER = "# `choose: harm`: the kept filters are chosen on unlabelled images (compress --refit).\n"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,34 @@ class Coupling:
 
     rank: int
     clusters: int
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How one layer is decomposed.
+
+    Attributes:
+        form: a section of a plan, or "" for a layer that stays as it is.
+        numbers: of that section: (R,), for coupled filters (R, clusters), for Tucker-2 (R1, R2).
+    """
+
+    form: str = ""
+    numbers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        name = {"": "dense", "ranks": "rank", "layer_cp": "layer CP"}.get(self.form, self.form)
+        return " ".join([name, *map(str, self.numbers)])
+
+    def clipped(self, inputs: int, outputs: int) -> Decomposition:
+        """The same with ranks of channels that are not above the layer's, once it is pruned to so many."""
+        if self.form == "tucker":
+            return Decomposition("tucker", (min(self.numbers[0], inputs), min(self.numbers[1], outputs)))
+        if self.form == "coupled":
+            return Decomposition("coupled", (min(self.numbers[0], inputs), self.numbers[1]))
+        return self
+
+
+DENSE = Decomposition()
 
 
 @dataclass(frozen=True)
@@ -63,6 +93,8 @@ class CompressionPlan:
         coupled: convolution name -> clusters and rank (`decompose_coupled`).
         tucker: convolution name -> ranks (R1, R2) of the input and of the output channels, Tucker-2.
         layer_cp: convolution name -> CP rank of the whole layer, its Kh x Kw kernel positions as one mode.
+        choose: which filters are kept: by the "angles" between their factors, as in the paper (eq. 11, Algorithm 1), or
+            those whose loss does least "harm" to the next layers on unlabelled images (`choose_by_harm`).
     """
 
     architecture: str
@@ -73,8 +105,11 @@ class CompressionPlan:
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     tucker: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     layer_cp: Mapping[str, int] = field(default_factory=dict)
+    choose: Choice = "angles"
 
     def __post_init__(self) -> None:
+        if self.choose not in get_args(Choice):
+            raise UserError(f"{self.source}: choose: expected angles or harm, found {shown(self.choose)}")
         for kind in SECTIONS:
             for name, value in getattr(self, kind).items():
                 for number in _numbers(value):
@@ -94,6 +129,23 @@ class CompressionPlan:
         """Names of all decomposed layers."""
         return tuple(name for kind in FORMS for name in getattr(self, kind))
 
+    def decomposition(self, layer: str) -> Decomposition:
+        """How a layer is decomposed."""
+        for form in FORMS:
+            if layer in getattr(self, form):
+                return Decomposition(form, _numbers(getattr(self, form)[layer]))
+        return DENSE
+
+    def with_decompositions(self, layers: Mapping[str, Decomposition]) -> CompressionPlan:
+        """The same plan with these layers decomposed, and no others."""
+        sections: dict[str, Any] = {form: {} for form in FORMS}
+        for name, found in layers.items():
+            if found.form == "coupled":
+                sections["coupled"][name] = Coupling(*found.numbers)
+            elif found.form:
+                sections[found.form][name] = found.numbers if found.form == "tucker" else found.numbers[0]
+        return replace(self, **sections)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "plan") -> CompressionPlan:
         """Build a plan from its mapping form.
@@ -101,7 +153,7 @@ class CompressionPlan:
         Raises:
             UserError: unknown or missing keys, or values that are not whole numbers >= 1.
         """
-        known = ("architecture", "note", *SECTIONS)
+        known = ("architecture", "note", "choose", *SECTIONS)
         if not isinstance(values, Mapping):
             raise UserError(f"{source}: expected a plan with {', '.join(known)}, found {shown(values)}")
         for key in values:
@@ -121,7 +173,11 @@ class CompressionPlan:
                 raise UserError(f"{source}: {kind}: expected {_EXPECTED[kind]} for each layer; {error}") from None
         note = values.get("note", "")
         return cls(
-            values["architecture"], note=note if isinstance(note, str) else shown(note), source=source, **sections
+            values["architecture"],
+            note=note if isinstance(note, str) else shown(note),
+            source=source,
+            choose=values.get("choose", "angles"),
+            **sections,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,6 +190,7 @@ class CompressionPlan:
         return {
             "architecture": self.architecture,
             "note": self.note,
+            **({"choose": self.choose} if self.choose != "angles" else {}),
             "ranks": dict(self.ranks),
             **{kind: section for kind, section in shared.items() if section},
             "keep": dict(self.keep),
@@ -152,6 +209,7 @@ class CompressionPlan:
         """Write the plan as YAML, whole or not at all."""
         with atomic_write(path, "w") as stream:
             stream.write(_HEADER + (_SHARED_HEADER if self.coupled or self.tucker or self.layer_cp else ""))
+            stream.write(_CHOICE_HEADER if self.choose == "harm" else "")
             yaml.safe_dump(self.to_dict(), stream, sort_keys=False, default_flow_style=False)
 
     def with_prefix(self, architecture: str, prefix: str) -> CompressionPlan:

@@ -34,10 +34,11 @@ def plan_report(record: dict[str, Any], picture: Path | None) -> Report:
     report.blocks.append(
         Paragraph(
             f"One image of {height} x {width} pixels, {record['proposals']} proposals, {record['detections']} "
-            f"detections. Harm is the squared error at the pyramid and the heads' outputs relative to the dense "
-            f"model's, before any recovery, on {record['sensitivity']['images']} images with a short side of "
-            f"{record['sensitivity']['short_side']} pixels; {record['sensitivity']['choices']} single choices were "
-            "measured, and the predicted harm is their sum."
+            f"detections. Harm is the squared error of the heads' outputs relative to the dense model's, after the "
+            f"refit, on {record['sensitivity']['images']} images with a short side of "
+            f"{record['sensitivity']['short_side']} pixels; {record['sensitivity']['choices']} single choices, each "
+            f"fitted in closed form to {record['sensitivity']['fit_images']} other images, were measured, and the "
+            f"predicted harm is their sum. The kept filters are chosen by {record['choose']}."
         )
     )
     if picture is not None:
@@ -91,7 +92,8 @@ def figures_table(record: dict[str, Any]) -> Table:
             ),
             ("Speed-up", "1", f"{record['predicted_speedup']:.2f}", f"{record['measured_speedup']:.2f}"),
         ]
-    rows.append(("Harm", "0", f"{record['predicted_harm']:.3g}", f"{record['measured_harm']:.3g}"))
+    measured = record["measured_harm"]
+    rows.append(("Harm", "0", f"{record['predicted_harm']:.3g}", "-" if measured is None else f"{measured:.3g}"))
     return Table(("", "Dense", "Plan, predicted", "Plan, counted or measured"), tuple(rows))
 
 
@@ -114,18 +116,18 @@ def marks_table(marks: Sequence[dict[str, Any]]) -> Table:
 
 
 def layers_table(layers: Sequence[dict[str, Any]]) -> Table:
-    """Rank, width and measured form of every convolution above 1 x 1."""
+    """Decomposition, width and measured form of every convolution above 1 x 1."""
     rows = tuple(
         (
             layer["name"],
-            str(layer["rank"] or "-"),
+            layer["decomposition"],
             f"{layer['keep']} of {layer['width']}",
-            layer["form"] or ("dense" if layer["dense_because"] else "-"),
+            layer["form"] or "-",
             *(("-" if layer[key] is None else f"{layer[key]:.2f}") for key in ("original_ms", "form_ms")),
         )
         for layer in layers
     )
-    return Table(("Layer", "Rank", "Filters", "Form", "Dense model's, ms", "Now, ms"), rows)
+    return Table(("Layer", "Decomposition", "Filters", "Runs as", "Dense model's, ms", "Now, ms"), rows)
 
 
 def draw_pareto(path: Path, record: dict[str, Any]) -> None:
@@ -144,7 +146,10 @@ def draw_pareto(path: Path, record: dict[str, Any]) -> None:
             [point["ratio"] for point in front], [point["predicted_harm"] for point in front],
             "-o", color=DENSE, markersize=3, label="planner's choices, predicted",
         )  # fmt: skip
-        axes.plot(chosen["ratio"], chosen["measured_harm"], "*", color=LOST, markersize=15, label="this plan, measured")
+        if chosen["measured_harm"] is not None:
+            axes.plot(
+                chosen["ratio"], chosen["measured_harm"], "*", color=LOST, markersize=15, label="this plan, measured"
+            )
         for mark, symbol, colour in zip(uniform, "DsPXv" * len(uniform), COLOURS * len(uniform), strict=False):
             axes.plot(
                 mark["ratio"], mark["measured_harm"], symbol, color=colour, markersize=8,

@@ -1,7 +1,7 @@
 """A found plan with all that is known about it: cost, latency, harm, every layer, and where uniform plans stand."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ from torch import nn
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import Complexity
 from norton_deploy.cost.form_tuning import BlockTuning
-from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.joint_cost import Budget, JointCost
+from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
+from norton_deploy.search.decisions import STEMS, Choice, Decision, forms_and_keep
+from norton_deploy.search.joint_cost import UNITS, Budget, JointCost
 from norton_deploy.search.latency_budget import LatencyResult, Workload
-from norton_deploy.search.planner import STEMS, Choice, Decision, Harm, Point, ranks_and_keep
+from norton_deploy.search.planner import Harm, Point
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,16 @@ class LayerChoice:
 
     Attributes:
         name: the layer.
-        rank: CP rank, 0 when it is not decomposed.
+        decomposition: how it is decomposed, "dense" when it is not.
         keep, width: its kept filters, and the dense model's.
-        form: measured fastest form of a decomposed layer; None when it is not decomposed or nothing was timed.
-        form_ms: time of that form, all calls in one image added up.
+        form: measured fastest form of a layer with CP factors; None for others, or when nothing was timed.
+        form_ms: time of the layer in its form, all calls in one image added up; None when nothing was timed.
         original_ms: time of the dense model's layer.
         dense_because: why it runs dense; None when it does not.
     """
 
     name: str
-    rank: int
+    decomposition: str
     keep: int
     width: int
     form: Form | None = None
@@ -52,8 +53,9 @@ class FoundPlan:
         workload: image size, proposals and detections that every figure is for.
         dense, small: MACs and parameters of the dense and the planned model.
         latency: measured end to end; None for budgets of MACs or parameters.
-        measured_harm: of the plan as a whole.
-        images, short_side: number of images on which harm was measured, and their size in pixels.
+        measured_harm: of the plan as a whole, compressed and refitted; None if it was not measured.
+        images, fit_images: number of images on which harm was measured, and of those that choices were fitted to.
+        short_side: of both in pixels.
         choices: number of single choices whose harm was measured.
         layers: the choice for every convolution that could be decomposed.
         front: undominated choices, by rising cost.
@@ -69,8 +71,9 @@ class FoundPlan:
     dense: Complexity
     small: Complexity
     latency: LatencyResult | None
-    measured_harm: float
+    measured_harm: float | None
     images: int
+    fit_images: int
     short_side: int
     choices: int
     layers: list[LayerChoice]
@@ -102,7 +105,13 @@ class FoundPlan:
             **self._cost(),
             "predicted_harm": self.point.harm,
             "measured_harm": self.measured_harm,
-            "sensitivity": {"images": self.images, "short_side": self.short_side, "choices": self.choices},
+            "choose": self.plan.choose,
+            "sensitivity": {
+                "images": self.images,
+                "fit_images": self.fit_images,
+                "short_side": self.short_side,
+                "choices": self.choices,
+            },
             "layers": [asdict(layer) for layer in self.layers],
             "stays_dense": {
                 layer.name: layer.dense_because for layer in self.layers if layer.dense_because is not None
@@ -153,23 +162,28 @@ def layer_choices(
         tunings: measured forms of the plan's blocks; none for budgets of MACs or parameters.
     """
     timed = {tuning.name: tuning for tuning in tunings}
+    calls = {layer.name: layer for layer in cost.layers}
+    forms, keep = forms_and_keep(choice, decisions)
     found: dict[str, LayerChoice] = {}
     for decision in decisions:
         option, width = choice[decision.group], decision.widths[0]
-        because = None if option.rank else _why_dense(decision, decisions, choice, cost, harm, unit)
+        because = None if option.form.form else _why_dense(decision, decisions, choice, cost, harm, unit)
         for name in decision.decomposed:
             tuning = timed.get(name)
-            if tuning is None:
-                found[name] = LayerChoice(name, option.rank, option.keep, width, dense_because=because)
-                continue
-            slower = tuning.verdict.removeprefix(f"{name}: ") if tuning.form == "dense" else None
-            found[name] = LayerChoice(
-                name, option.rank, option.keep, width, tuning.form, tuning.times_ms[tuning.form], tuning.original_ms,
-                slower,
-            )  # fmt: skip
+            layer = LayerChoice(name, str(option.form), option.keep, width, dense_because=because)
+            if tuning is not None:
+                slower = tuning.verdict.removeprefix(f"{name}: ") if tuning.form == "dense" else None
+                layer = replace(
+                    layer, form=tuning.form, form_ms=tuning.times_ms[tuning.form], original_ms=tuning.original_ms,
+                    dense_because=slower,
+                )  # fmt: skip
+            elif unit == UNITS["latency_ms"] and option.form.form:
+                now, before = cost.layer(calls[name], forms, keep), cost.layer(calls[name], {}, {})
+                layer = replace(layer, form_ms=now / cost.scale, original_ms=before / cost.scale)
+            found[name] = layer
         if decision.group in STEMS:
             stem = decision.group
-            found[stem] = LayerChoice(stem, 0, option.keep, width, dense_because="the stem is never decomposed")
+            found[stem] = LayerChoice(stem, "dense", option.keep, width, dense_because="the stem is never decomposed")
     return [found[name] for name, _ in dense.named_modules() if name in found]
 
 
@@ -177,17 +191,17 @@ def _why_dense(
     decision: Decision, decisions: Sequence[Decision], choice: Choice, cost: JointCost, harm: Harm, unit: str
 ) -> str:
     """What decomposing a group would save at the plan's widths, and do."""
-    ranks, keep = ranks_and_keep(choice, decisions)
+    if len(decision.forms) == 1:
+        return "no decomposition is possible or considered"
+    forms, keep = forms_and_keep(choice, decisions)
     layers = [layer for layer in cost.layers if layer.name in decision.decomposed]
 
-    def of_rank(rank: int) -> float:
-        return sum(cost.layer(layer, {**ranks, layer.name: rank}, keep) for layer in layers)
+    def of_form(form: Decomposition) -> float:
+        return sum(cost.layer(layer, {**forms, layer.name: form}, keep) for layer in layers)
 
-    if len(decision.ranks) == 1:
-        return "no rank is possible or considered"
-    rank = min(decision.ranks[1:], key=of_rank)
-    saved = of_rank(0) - of_rank(rank)
-    if saved <= 1e-3 * of_rank(0):
-        return f"no rank would be cheaper: {of_rank(0):.3g} {unit} dense, at best {of_rank(rank):.3g} at rank {rank}"
-    added = harm(decision.group, rank, decision.widths[0])
-    return f"rank {rank} would save {saved:.3g} {unit} and add a harm of {added:.2g}"
+    form = min(decision.forms[1:], key=of_form)
+    dense, best = of_form(DENSE), of_form(form)
+    if dense - best <= 1e-3 * dense:
+        return f"no decomposition would be cheaper: {dense:.3g} {unit} dense, at best {best:.3g} as {form}"
+    added = harm(decision.group, form, decision.widths[0])
+    return f"{form} would save {dense - best:.3g} {unit} and add a harm of {added:.2g}"

@@ -5,7 +5,7 @@ their widths. So the cost is always that of the joint plan; nothing is linearise
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import nn
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP, channel_groups
 from norton_deploy.cost.complexity import LayerCall, LayerShape, layer_params
 from norton_deploy.errors import UserError
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 
 Measure = Literal["macs", "params", "latency_ms"]
 BudgetKind = Literal[Measure, "speedup"]
@@ -91,32 +91,56 @@ class JointCost:
     fixed: float = 0.0
     per_pyramid_channel: float = 0.0
     pyramid_width: int = 0
-    _known: dict[tuple[str, int, int, int], float] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[str, int, int, Decomposition], float] = field(default_factory=dict, repr=False)
 
-    def of(self, ranks: Mapping[str, int], keep: Mapping[str, int]) -> float:
-        """Cost of a plan given by the ranks of layers and the kept filters of groups (absent: untouched)."""
+    def of(self, forms: Mapping[str, Decomposition], keep: Mapping[str, int]) -> float:
+        """Cost of a plan given by the forms of layers and the kept filters of groups (absent: untouched)."""
         total = self.fixed + self.per_pyramid_channel * keep.get(PYRAMID_GROUP, self.pyramid_width)
-        return total + sum(self.layer(layer, ranks, keep) for layer in self.layers)
+        return total + sum(self.layer(layer, forms, keep) for layer in self.layers)
 
     def of_plan(self, plan: CompressionPlan) -> float:
         """Cost of a plan that was fitted to the model (`fit_plan`)."""
-        return self.of(plan.ranks, plan.keep)
+        return self.of({layer.name: plan.decomposition(layer.name) for layer in self.layers}, plan.keep)
 
-    def layer(self, layer: _Layer, ranks: Mapping[str, int], keep: Mapping[str, int]) -> float:
+    def layer(self, layer: _Layer, forms: Mapping[str, Decomposition], keep: Mapping[str, int]) -> float:
         """Cost of one layer under a plan."""
         first = layer.shapes[0]
         inputs = first.in_channels if layer.reads is None else keep.get(layer.reads, 0) * layer.columns
         outputs = first.out_channels if layer.writes is None else keep.get(layer.writes, 0)
         inputs, outputs = inputs or first.in_channels, outputs or first.out_channels
-        key = (layer.name, inputs, outputs, ranks.get(layer.name, 0))
+        key = (layer.name, inputs, outputs, forms.get(layer.name, DENSE))
         if key not in self._known:
-            shapes = layer.shapes[:1] if self.once else layer.shapes
-            self._known[key] = sum(self.shape_cost(shape.resized(*key[1:])) for shape in shapes)
+            calls = layer.shapes[:1] if self.once else layer.shapes
+            shapes = (shape for call in calls for shape in decomposed_shapes(call, key[3], inputs, outputs))
+            self._known[key] = sum(map(self.shape_cost, shapes))
         return self.scale * self._known[key]
 
     def touching(self, group: str) -> tuple[_Layer, ...]:
         """The layers whose cost depends on a group."""
         return tuple(layer for layer in self.layers if group in (layer.reads, layer.writes))
+
+
+def decomposed_shapes(shape: LayerShape, form: Decomposition, inputs: int, outputs: int) -> list[LayerShape]:
+    """What a convolution of other widths runs as in a form: a CPDBlock, or the ordinary convolutions of a chain
+    (`FactoredConv`).
+
+    Args:
+        shape: of the dense layer.
+        form: its decomposition; its ranks of channels are clipped to the widths.
+        inputs, outputs: channels that are left.
+    """
+    numbers = form.clipped(inputs, outputs).numbers
+    if form.form in ("", "ranks"):
+        return [shape.resized(inputs, outputs, numbers[0] if numbers else 0)]
+    point = replace(shape, kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
+    if form.form == "coupled":
+        rank, clusters = numbers
+        middle = replace(shape.resized(rank * clusters, outputs, 0), groups=clusters)
+        return [point.resized(inputs, rank * clusters, 0), middle]
+    first, last = numbers if form.form == "tucker" else numbers * 2
+    middle = replace(shape.resized(first, last, 0), groups=1 if form.form == "tucker" else first)
+    exit = replace(point.resized(last, outputs, 0), input_size=(shape.input_size[0], *shape.output_size))
+    return [point.resized(inputs, first, 0), middle, exit]
 
 
 def joint_cost(

@@ -23,8 +23,9 @@ from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.search.decisions import Decision, Option, to_plan
 from norton_deploy.search.joint_cost import Budget, JointCost, calibrate, joint_cost
-from norton_deploy.search.planner import Decision, Harm, Option, Planner, Point, to_plan
+from norton_deploy.search.planner import Harm, Planner, Point
 from norton_deploy.structures import Categories
 
 TOLERANCE = 0.05
@@ -156,8 +157,8 @@ class LatencySearch:
 
     def start(self) -> None:
         """Time the dense model and two uniform plans end to end, and calibrate the cost by all three."""
-        decomposed = {d.group: Option(d.ranks[min(1, len(d.ranks) - 1)], d.widths[0]) for d in self.decisions}
-        narrowed = {d.group: Option(decomposed[d.group].rank, d.widths[len(d.widths) // 2]) for d in self.decisions}
+        decomposed = {d.group: Option(d.forms[len(d.forms) // 2], d.widths[0]) for d in self.decisions}
+        narrowed = {d.group: Option(d.forms[-1], d.widths[len(d.widths) // 2]) for d in self.decisions}
         plans = [to_plan(choice, self.decisions, "rcnn") for choice in (decomposed, narrowed)]
         self.report("timing the dense model and two uniform plans end to end")
         turns = self._measure({"decomposed": plans[0], "narrowed": plans[1]})

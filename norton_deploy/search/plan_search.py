@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
-from norton_deploy.compression.calibration import Probe, make_probes
+from norton_deploy.compression.calibration import PROBE_BATCH, Probe, make_probes
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import FORMS, CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.search.decisions import RANKS, list_decisions, to_plan, untouched
 from norton_deploy.search.found_plan import FoundPlan, layer_choices
 from norton_deploy.search.joint_cost import UNITS, Budget, joint_cost
 from norton_deploy.search.latency_budget import LatencyResult, LatencySearch, Workload
-from norton_deploy.search.planner import RANKS, Planner, list_decisions, to_plan, untouched
+from norton_deploy.search.planner import Planner
 from norton_deploy.search.sensitivity import Sensitivity
 
 TIMING_IMAGES = 4
@@ -42,11 +44,15 @@ class PlanRequest:
     image_size: tuple[int, int] | None = None
     """Height and width for MACs and latency; by default the model's own."""
     images: int = 4
-    """Images on which sensitivity is measured."""
+    """Images on which harm is measured."""
+    fit_images: int = 32
+    """Other images, to which the choices are fitted first."""
     sensitivity_size: int = 256
     """Short side of these images in pixels, for a detector: smaller is faster."""
+    forms: tuple[str, ...] = FORMS
+    """Decompositions to consider: ranks (the filters' own CPD), coupled, tucker, layer_cp; none prunes only."""
     ranks: tuple[int, ...] = RANKS
-    """CP ranks to consider."""
+    """CP ranks of filters to consider."""
     multiple: int = 16
     """Kept filters are rounded to multiples of this."""
     rounds: int = 8
@@ -55,12 +61,16 @@ class PlanRequest:
     """Uniform plans to compare with, for example configs/plans/table3.yaml configs/plans/fast.yaml."""
     resume: bool = False
     """Go on with the sensitivities of an earlier run."""
+    check_harm: bool = True
+    """Also compress and refit by the plan on the images of the fit, and measure its harm as a whole."""
     seed: int = 0
     """Seed of the decompositions."""
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise UserError(f"--multiple: expected at least 1, got {self.multiple}")
+        if unknown := [form for form in self.forms if form not in FORMS]:
+            raise UserError(f"--forms: {unknown[0]} is none of {', '.join(FORMS)}")
         Budget.parse(self.budget)
 
 
@@ -91,7 +101,7 @@ class PlanSearch:
             table: times of layers on the engine that the latency is for; not used for MACs and parameters.
             sensitivity_file: JSON that the sensitivities are kept in.
             report: gets a line for each step of a latency search.
-            progress: called with (done, all) single choices whose harm is known.
+            progress: called with (done, all) channel groups whose choices are measured.
 
         Raises:
             UserError: the model is compressed already, a latency is asked of a classifier, or a plan to compare with
@@ -109,12 +119,14 @@ class PlanSearch:
         self.workload = Workload.of(source.model, request.image_size or settings.input_size)
         plans = {path.stem: CompressionPlan.load(path) for path in request.compare}
         self.uniform = {name: fit_plan(source.model, plan) for name, plan in plans.items()}
-        self.decisions = list_decisions(source.model, ranks=request.ranks, multiple=request.multiple)
+        self.decisions = list_decisions(
+            source.model, forms=request.forms, ranks=request.ranks, multiple=request.multiple
+        )
         self.seconds: dict[str, float] = {}
         with self._clock("sensitivity"):
             self.sensitivity = Sensitivity(
-                source.model, self.architecture, sensitivity_probes(source, request), path=sensitivity_file,
-                resume=request.resume, seed=request.seed,
+                source.model, *sensitivity_probes(source, request), path=sensitivity_file, resume=request.resume,
+                seed=request.seed,
             )  # fmt: skip
 
     def find(self) -> FoundPlan:
@@ -124,9 +136,10 @@ class PlanSearch:
             UserError: the budget is too small.
         """
         model, workload, measure = self.source.model, self.workload, self.budget.measure
-        harm, choices = self.sensitivity.of_option, Sensitivity.count(self.decisions)
+        harm = self.sensitivity.of_option
         with self._clock("sensitivity"):
-            self.sensitivity.measure(self.decisions, lambda done: self.progress(done, choices))
+            self.decisions = self.sensitivity.measure(self.decisions, self.progress)
+        choices = sum(len(decision.forms) + len(decision.widths) - 2 for decision in self.decisions)
         with self._clock("search"):
             latency = self._within_latency() if measure == "latency_ms" else None
             cost = latency.cost if latency else joint_cost(model, workload.calls(model), measure)
@@ -139,7 +152,7 @@ class PlanSearch:
         tunings = tune_blocks(workload.calls(small), self.table, workload.calls(model)) if latency else []
         layers = layer_choices(model, self.decisions, point.choice, cost, harm, UNITS[measure], tunings)
         with self._clock("comparison"):
-            measured_harm = self.sensitivity.of_plan(plan)
+            measured_harm = self.sensitivity.of_plan(plan) if self.request.check_harm else None
             uniform = [self._compare(name, other, planner) for name, other in self.uniform.items()]
             front = planner.frontier()
         return FoundPlan(
@@ -152,7 +165,8 @@ class PlanSearch:
             small=workload.complexity(small),
             latency=latency,
             measured_harm=measured_harm,
-            images=self.request.images,
+            images=len(self.sensitivity.probes),
+            fit_images=self.request.fit_images,
             short_side=self.request.sensitivity_size,
             choices=choices,
             layers=layers,
@@ -191,10 +205,25 @@ class PlanSearch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def sensitivity_probes(source: Checkpoint, request: PlanRequest) -> list[Probe]:
-    """The images on which harm is measured, one per batch so that no padding is computed."""
-    header, images = source.header, read_images(request.data, request.images)
-    if header.task == "cls":
-        return list(make_probes(source.model, images, header.settings))
-    reduced = header.detector.with_short_side(request.sensitivity_size)
-    return list(make_probes(source.model, images, reduced, batch=1))
+def sensitivity_probes(source: Checkpoint, request: PlanRequest) -> tuple[list[Probe], list[Probe]]:
+    """The images on which harm is measured, one per batch so that no padding is computed, and those of the fit.
+
+    Raises:
+        UserError: there are not enough images for both.
+    """
+    header, wanted = source.header, request.images + request.fit_images
+    images = list(read_images(request.data, wanted))
+    if len(images) <= request.images:
+        raise UserError(
+            f"{request.data}: {len(images)} images; harm is measured on --images {request.images}, and others are "
+            "needed to fit the choices to"
+        )
+    settings = header.settings
+    if isinstance(settings, DetectorSettings):
+        settings = settings.with_short_side(request.sensitivity_size)
+    judged, fitted = images[: request.images], images[request.images :]
+    one = 1 if header.task != "cls" else PROBE_BATCH
+    return (
+        list(make_probes(source.model, judged, settings, batch=one)),
+        list(make_probes(source.model, fitted, settings)),
+    )

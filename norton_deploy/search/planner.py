@@ -1,129 +1,28 @@
 """The least harmful plan within a budget: a Lagrangian over all groups, with the cost of the joint plan.
 
-A decision gives each channel group a rank and a number of kept filters. Minimise harm(x) + lambda * cost(x) over the
-joint choice x, and find the smallest lambda whose solution keeps the budget. Harm is a sum over groups, but cost is
-not: a layer costs about the product of the widths on its two sides.
-For one lambda, groups are therefore optimised in turn, each exactly given all others; the objective falls with
-every change, so this ends. The solutions next to the budget, below and above it, are then brought close to it by
-single changes: what is left over is spent on the most useful ones, what is missing is saved by the least harmful.
+A decision gives each channel group a decomposition and a number of kept filters. Minimise harm(x) + lambda * cost(x)
+over the joint choice x, and find the smallest lambda whose solution keeps the budget. Harm is a sum over groups, but
+cost is not: a layer costs about the product of the widths on its two sides. For one lambda, groups are therefore
+optimised in turn, each exactly given all others; the objective falls with every change, so this ends. The solutions
+next to the budget, below and above it, are then brought close to it by single changes: what is left over is spent on
+the most useful ones, what is missing is saved by the least harmful.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from norton_deploy.compression.channel_groups import PYRAMID_GROUP, channel_groups, output_width
+from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.errors import UserError
-from norton_deploy.method.cp import max_rank
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import Decomposition
+from norton_deploy.search.decisions import Choice, Decision, Option, forms_and_keep, untouched
 from norton_deploy.search.joint_cost import JointCost
 
-RANKS = (1, 2, 4)
-FRACTIONS = (0.75, 0.5, 0.375, 0.25)
-STEMS = ("conv1", "backbone.body.conv1")
 SWEEPS = 30
 BISECTIONS = 40
 
-
-@dataclass(frozen=True)
-class Option:
-    """One choice for a group: CP rank of its convolutions (0: not decomposed) and number of kept filters."""
-
-    rank: int
-    keep: int
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A channel group and its options; coupled layers (a residual stage, the pyramid's levels) are one group.
-
-    Attributes:
-        group: name of the channel group.
-        decomposed: its producers that get the rank; 1x1 convolutions and linear layers have none.
-        ranks: ranks to choose from, 0 (not decomposed) first.
-        widths: numbers of filters to choose from, the whole width first.
-    """
-
-    group: str
-    decomposed: tuple[str, ...]
-    ranks: tuple[int, ...]
-    widths: tuple[int, ...]
-
-    @property
-    def options(self) -> tuple[Option, ...]:
-        """All combinations, the untouched group first."""
-        return tuple(Option(rank, width) for rank in self.ranks for width in self.widths)
-
-
-Choice = Mapping[str, Option]
-"""Group name -> its option, for every decision."""
-
-
-def list_decisions(
-    model: nn.Module,
-    *,
-    ranks: tuple[int, ...] = RANKS,
-    fractions: tuple[float, ...] = FRACTIONS,
-    multiple: int = 16,
-) -> list[Decision]:
-    """All decisions about a dense model.
-
-    Args:
-        model: classifier or detector.
-        ranks: CP ranks to consider; those above eq. 8 are left out. A network's stem is never decomposed.
-        fractions: shares of a group's filters to consider keeping.
-        multiple: kept numbers are rounded to multiples of this, because engines compute in blocks of channels.
-    """
-    decisions = []
-    for name, group in channel_groups(model).items():
-        layers = {producer: model.get_submodule(producer) for producer in group.producers}
-        width = output_width(next(iter(layers.values())))
-        kept = (max(multiple, round(width * fraction / multiple) * multiple) for fraction in fractions)
-        widths = (width, *sorted({count for count in kept if count < width}, reverse=True))
-        convolutions = {
-            producer: layer
-            for producer, layer in layers.items()
-            if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1 and producer not in STEMS
-        }
-        limit = min(
-            (
-                max_rank(layer.in_channels, layer.kernel_size[0], layer.kernel_size[1])
-                for layer in convolutions.values()
-            ),
-            default=0,
-        )
-        possible = (0, *(rank for rank in sorted(ranks) if rank <= limit))
-        decisions.append(Decision(name, tuple(convolutions), possible, widths))
-    return decisions
-
-
-def ranks_and_keep(choice: Choice, decisions: Sequence[Decision]) -> tuple[dict[str, int], dict[str, int]]:
-    """Rank of every layer that could be decomposed, 0 if it is not, and kept filters of every group."""
-    ranks = {layer: choice[decision.group].rank for decision in decisions for layer in decision.decomposed}
-    return ranks, {decision.group: choice[decision.group].keep for decision in decisions}
-
-
-def to_plan(choice: Choice, decisions: Sequence[Decision], architecture: str, note: str = "") -> CompressionPlan:
-    """The plan of a joint choice; what stays whole is not named."""
-    ranks, keep = ranks_and_keep(choice, decisions)
-    widths = {decision.group: decision.widths[0] for decision in decisions}
-    return CompressionPlan(
-        architecture,
-        {layer: rank for layer, rank in ranks.items() if rank},
-        {group: count for group, count in keep.items() if count < widths[group]},
-        note,
-    )
-
-
-def untouched(decisions: Sequence[Decision]) -> dict[str, Option]:
-    """The choice that leaves the model dense."""
-    return {decision.group: decision.options[0] for decision in decisions}
-
-
-Harm = Callable[[str, int, int], float]
-"""(group, rank, keep) -> predicted harm of that option."""
+Harm = Callable[[str, Decomposition, int], float]
+"""(group, form, keep) -> predicted harm of that option."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +43,9 @@ class Planner:
 
     def point(self, choice: Choice) -> Point:
         """Predicted cost and harm of a choice."""
-        ranks, keep = ranks_and_keep(choice, self.decisions)
-        harm = sum(self.harm(group, option.rank, option.keep) for group, option in choice.items())
-        return Point(dict(choice), self.cost.of(ranks, keep), harm)
+        forms, keep = forms_and_keep(choice, self.decisions)
+        harm = sum(self.harm(group, option.form, option.keep) for group, option in choice.items())
+        return Point(dict(choice), self.cost.of(forms, keep), harm)
 
     def within(self, budget: float) -> Point:
         """The least harmful choice found that costs at most `budget`.
@@ -196,37 +95,37 @@ class Planner:
     def solve(self, weight: float, start: Choice) -> Point:
         """Minimise harm + weight * cost by optimising one group after the other; inf: cost alone."""
         choice = dict(start)
-        ranks, keep = ranks_and_keep(choice, self.decisions)
+        forms, keep = forms_and_keep(choice, self.decisions)
         for _ in range(SWEEPS):
             changed = False
             for decision in self.decisions:
                 present = choice[decision.group]
-                scores = {option: self._score(weight, ranks, keep, decision, option) for option in decision.options}
+                scores = {option: self._score(weight, forms, keep, decision, option) for option in decision.options}
                 best = min(scores, key=scores.__getitem__)
                 if scores[best] < scores[present] - 1e-12 * abs(scores[present]):
                     choice[decision.group], changed = best, True
-                self._set(ranks, keep, decision, choice[decision.group])
+                self._set(forms, keep, decision, choice[decision.group])
             if not changed:
                 break
         return self.point(choice)
 
     def _score(
-        self, weight: float, ranks: dict[str, int], keep: dict[str, int], decision: Decision, option: Option
+        self, weight: float, forms: dict[str, Decomposition], keep: dict[str, int], decision: Decision, option: Option
     ) -> float:
-        """Harm + weight * cost of what depends on this group; leaves the option in `ranks` and `keep`."""
-        self._set(ranks, keep, decision, option)
-        cost = sum(self.cost.layer(layer, ranks, keep) for layer in self._touching[decision.group])
+        """Harm + weight * cost of what depends on this group; leaves the option in `forms` and `keep`."""
+        self._set(forms, keep, decision, option)
+        cost = sum(self.cost.layer(layer, forms, keep) for layer in self._touching[decision.group])
         if decision.group == PYRAMID_GROUP:
             cost += self.cost.per_pyramid_channel * option.keep
         if math.isinf(weight):
             return cost
-        return self.harm(decision.group, option.rank, option.keep) + weight * cost
+        return self.harm(decision.group, option.form, option.keep) + weight * cost
 
     @staticmethod
-    def _set(ranks: dict[str, int], keep: dict[str, int], decision: Decision, option: Option) -> None:
+    def _set(forms: dict[str, Decomposition], keep: dict[str, int], decision: Decision, option: Option) -> None:
         keep[decision.group] = option.keep
         for layer in decision.decomposed:
-            ranks[layer] = option.rank
+            forms[layer] = option.form
 
     def _cut(self, point: Point, budget: float) -> Point | None:
         """Single changes that add the least harm for what they save, until the budget is kept; None: it cannot be."""

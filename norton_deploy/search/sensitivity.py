@@ -1,38 +1,53 @@
-"""Harm of single choices: the error they cause where the model is judged, on real images.
+"""Harm of single choices: the error they cause where the model is judged, on real images, once they are fitted.
 
-A layer's own reconstruction error says little about what a detector loses by it. Here one group at a time is
-compressed, coupled layers together, and the dense model's feature pyramid and head outputs are compared with those
-that come out now, at the same boxes.
+A layer's own reconstruction error says little about what a detector loses by it, and its loss before any repair little
+about what is left after one. Here one group at a time is changed, coupled layers together. A decomposition is fitted in
+closed form to the inputs of its layer; where channels go, their readers make up for them from those that stay. Then the
+dense model's head outputs are compared with those that come out now, at the dense model's own proposals, on images that
+the fit has not seen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.compression.calibration import Probe, run_stages
-from norton_deploy.compression.channel_groups import PYRAMID_GROUP
+from norton_deploy.compression.channel_groups import ChannelGroup, channel_groups
+from norton_deploy.compression.channel_harm import channel_moments, choose_by_harm, greedy_channels, reader_metric
 from norton_deploy.compression.compress import compress_with_kept
+from norton_deploy.compression.frontier import Frontier
+from norton_deploy.compression.refit import refit
 from norton_deploy.files import ResultFile
-from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.search.planner import Decision
+from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
+from norton_deploy.search.decisions import Decision, form_macs
+from norton_deploy.search.head_harm import Judge, total_harm
+from norton_deploy.search.layer_fit import absorbed, clustered, fitted_weight, input_moments, problem_of
+
+MOST_FORMS = 5
+"""Decompositions of a group whose harm is measured."""
 
 
 class Sensitivity:
-    """Harm of each rank and each width of each decision, measured once and kept in a JSON file.
+    """Harm of each decomposition and each width of each decision, measured once and kept in a JSON file.
 
-    The harm of outputs y' against the dense model's y is sum (y' - y)^2 / sum (y - mean y)^2, averaged over the
-    kinds of output (pyramid, objectness, box deltas, class logits, masks or heatmaps). The harms of a group's rank
-    and width are added, and so are those of different groups.
+    First every candidate's relative error at the layer's own output is computed; only candidates that no other beats in
+    both MACs and error are tried in the model. The harms of a group's decomposition and width are added, and so are
+    those of different groups.
+
     """
 
     def __init__(
         self,
         dense: nn.Module,
-        architecture: str,
         probes: Sequence[Probe],
+        fit_probes: Sequence[Probe],
         *,
         path: Path | None = None,
         resume: bool = False,
@@ -41,65 +56,182 @@ class Sensitivity:
         """
         Args:
             dense: in evaluation mode.
-            architecture: of the plans, "rcnn" for a detector.
-            probes: images with boxes (`make_probes`).
+            probes: images with boxes (`make_probes`) on which harm is measured.
+            fit_probes: others, to which choices are fitted.
             path: file that the results are kept in, with digests of what they depend on.
             resume: go on with the file's results.
-            seed: of the decompositions.
+            seed: of the decompositions and of the choice of positions.
 
         Raises:
             UserError: the file to go on with is about another model, other images or another seed.
         """
-        self.dense, self.architecture, self.probes, self.seed = dense, architecture, probes, seed
+        self.dense, self.probes, self.fit_probes, self.seed = dense, probes, fit_probes, seed
+        pixels = {str(number): probe.pixels for number, probe in enumerate((*probes, *fit_probes))}
         identity = {
-            "weights": tensors_digest(dense.state_dict()),
-            "pixels": tensors_digest({str(number): probe.pixels for number, probe in enumerate(probes)}),
-            "seed": seed,
-        }
+            "weights": tensors_digest(dense.state_dict()), "pixels": tensors_digest(pixels), "seed": seed,
+            "fit_batches": len(fit_probes),
+        }  # fmt: skip
         otherwise = "measured for another model, seed or other images: run without --resume"
         self._file = ResultFile(path, identity, resume=resume, otherwise=otherwise)
-        self.harm: dict[str, float] = self._file.cells
         with torch.no_grad():
-            self._wanted = [run_stages(dense, probe) for probe in probes]
+            self._judges = [Judge(run_stages(dense, probe), probe.boxes) for probe in probes]
+        self._energies = [judge.energies() for judge in self._judges]
 
-    def measure(self, decisions: Sequence[Decision], progress: Callable[[int], None] | None = None) -> None:
-        """Measure what is missing; the file is written after every choice, and `progress` gets how many are done."""
-        for done, (key, plan) in enumerate(self._single_choices(decisions), start=1):
-            if key not in self.harm:
-                self._file.add({key: self.of_plan(plan)})
-            if progress is not None:
-                progress(done)
+    def measure(
+        self, decisions: Sequence[Decision], progress: Callable[[int, int], None] = lambda done, count: None
+    ) -> list[Decision]:
+        """Measure what is missing; the file is written after every group.
 
-    def of_option(self, group: str, rank: int, keep: int) -> float:
+        Args:
+            decisions: about the dense model, with all candidates.
+            progress: gets how many decisions are done, and how many there are.
+
+        Returns:
+            The decisions with those decompositions only whose harm is known.
+        """
+        order = {name: place for place, (name, _) in enumerate(self.dense.named_modules())}
+        groups = channel_groups(self.dense)
+        changed = {d.group: {*d.decomposed, *(reader.layer for reader in groups[d.group].readers)} for d in decisions}
+        first = {group: min((order[name] for name in names), default=0) for group, names in changed.items()}
+        narrowed: dict[str, Decision] = {}
+        with torch.no_grad():
+            moments = channel_moments(self.dense, self._narrowed_groups(decisions), self.fit_probes, self.seed)
+            with Frontier(self.dense) as frontier:
+                for decision in sorted(decisions, key=lambda d: first[d.group]):
+                    rest = {name for d in decisions if d.group not in narrowed for name in changed[d.group]}
+                    frontier.advance(rest, partial(self._run_all, frontier))
+                    kept = self._measure_forms(decision, frontier)
+                    narrowed[decision.group] = replace(decision, forms=(DENSE, *kept))
+                    if decision.group in moments:
+                        self._measure_widths(decision, moments.pop(decision.group), frontier)
+                    self._file.save()
+                    progress(len(narrowed), len(decisions))
+        return [narrowed[decision.group] for decision in decisions]
+
+    def of_option(self, group: str, form: Decomposition, keep: int) -> float:
         """Predicted harm of one group's option; what was not measured is untouched."""
-        return self.harm.get(f"{group} rank {rank}", 0.0) + self.harm.get(f"{group} keep {keep}", 0.0)
+        return self._known(f"{group} {form}", "harm", 0.0) + self._known(f"{group} keep {keep}", "harm", 0.0)
 
     @torch.no_grad()
     def of_plan(self, plan: CompressionPlan) -> float:
-        """Measured harm of a plan."""
-        small = compress_with_kept(self.dense, plan, seed=self.seed, starts=1)
-        squared: dict[str, float] = {}
-        energy: dict[str, float] = {}
-        for probe, wanted in zip(self.probes, self._wanted, strict=True):
-            for name, found in run_stages(small.model, probe).items():
-                target = wanted[name]
-                if found.shape != target.shape:  # A narrower pyramid is compared where it still exists.
-                    target = target[:, small.kept[PYRAMID_GROUP]]
-                kind = name.partition(".")[0]
-                squared[kind] = squared.get(kind, 0.0) + float((found - target).square().sum())
-                energy[kind] = energy.get(kind, 0.0) + float((target - target.mean()).square().sum())
-        return sum(squared[kind] / energy[kind] for kind in squared) / len(squared)
+        """Measured harm of a plan, compressed and refitted on the images of the fit."""
+        chosen = choose_by_harm(self.dense, plan, self.fit_probes, seed=self.seed) if plan.choose == "harm" else None
+        small = compress_with_kept(self.dense, plan, seed=self.seed, starts=1, chosen=chosen)
+        refit(small.model, self.dense, small.kept, self.fit_probes, seed=self.seed)
+        return self._harm(small.model)
 
-    @staticmethod
-    def count(decisions: Sequence[Decision]) -> int:
-        """Number of single choices to measure."""
-        return sum(len(decision.ranks) + len(decision.widths) - 2 for decision in decisions)
+    def _narrowed_groups(self, decisions: Sequence[Decision]) -> dict[str, ChannelGroup]:
+        """Groups with a width whose harm is not known."""
+        groups = channel_groups(self.dense)
+        return {
+            d.group: groups[d.group]
+            for d in decisions
+            if any(self._known(f"{d.group} keep {width}", "harm") is None for width in d.widths[1:])
+        }
 
-    def _single_choices(self, decisions: Sequence[Decision]) -> Iterator[tuple[str, CompressionPlan]]:
-        for decision in decisions:
-            for rank in decision.ranks[1:]:
-                ranks = dict.fromkeys(decision.decomposed, rank)
-                yield f"{decision.group} rank {rank}", CompressionPlan(self.architecture, ranks)
-            for width in decision.widths[1:]:
-                keep = {decision.group: width}
-                yield f"{decision.group} keep {width}", CompressionPlan(self.architecture, {}, keep)
+    def _measure_forms(self, decision: Decision, frontier: Frontier) -> list[Decomposition]:
+        """The group's decompositions that no other beats, their harm measured."""
+        group, layers = decision.group, {name: _convolution(self.dense, name) for name in decision.decomposed}
+        candidates = decision.forms[1:]
+        names = {form: f"{group} {form}" for form in candidates}
+        nmse = {form: self._known(name, "nmse") for form, name in names.items()}
+        if all(value is not None for value in nmse.values()):
+            kept = undominated(layers, nmse)
+            if all(self._known(names[form], "harm") is not None for form in kept):
+                return kept
+        moments = input_moments(
+            self.dense, decision.decomposed, self._run_fit(frontier), len(self.fit_probes), self.seed
+        )
+        problems = {name: problem_of(conv, moments[name]) for name, conv in layers.items()}
+        energy = sum(float(problem.energy.sum()) for problem in problems.values())
+        fitted: dict[Decomposition, dict[str, Tensor]] = {}
+        for form in candidates:
+            order = (
+                clustered([conv.weight.detach() for conv in layers.values()], form) if form.form == "coupled" else None
+            )
+            fitted[form] = {
+                name: fitted_weight(conv, problems[name], form, order, seed=self.seed) for name, conv in layers.items()
+            }
+            error = sum(float(p.squared_error(fitted[form][name].flatten(1)).sum()) for name, p in problems.items())
+            nmse[form] = error / max(energy, torch.finfo(torch.float32).tiny)
+            self._file.cells[names[form]] = {"nmse": nmse[form]}
+        kept = undominated(layers, nmse)
+        for form in kept:
+            biases = {
+                name: conv.bias + (conv.weight - fitted[form][name]).flatten(1) @ moments[name].mean.float()
+                for name, conv in layers.items()
+                if conv.bias is not None
+            }
+            with _changed(self.dense, fitted[form], biases):
+                self._file.cells[names[form]]["harm"] = self._harm(self.dense, frontier)
+        return kept
+
+    def _measure_widths(self, decision: Decision, moments: Tensor, frontier: Frontier) -> None:
+        """Harm of each width of a group."""
+        group = channel_groups(self.dense)[decision.group]
+        order = greedy_channels(moments, reader_metric(self.dense, group), decision.widths[1])
+        for width in decision.widths[1:]:
+            weights = absorbed(self.dense, group, moments.double(), order[:width].sort().values)
+            with _changed(self.dense, weights, {}):
+                harm = self._harm(self.dense, frontier)
+            self._file.cells[f"{decision.group} keep {width}"] = {"harm": harm}
+
+    def _known(self, choice: str, what: str, otherwise: Any = None) -> Any:
+        return self._file.cells.get(choice, {}).get(what, otherwise)
+
+    def _harm(self, model: nn.Module, frontier: Frontier | None = None) -> float:
+        errors = []
+        for number, (probe, judge) in enumerate(zip(self.probes, self._judges, strict=True)):
+            if frontier is not None:
+                frontier.probe = number
+            errors.append(judge.errors(run_stages(model, probe)))
+        return total_harm(errors, self._energies)
+
+    def _run_fit(self, frontier: Frontier) -> Callable[[int], None]:
+        """Runs the dense model on one probe of the fit, whose numbers follow those of the others."""
+
+        def run(number: int) -> None:
+            frontier.probe = len(self.probes) + number
+            run_stages(self.dense, self.fit_probes[number])
+
+        return run
+
+    def _run_all(self, frontier: Frontier) -> None:
+        for number, probe in enumerate((*self.probes, *self.fit_probes)):
+            frontier.probe = number
+            run_stages(self.dense, probe)
+
+
+def undominated(layers: Mapping[str, nn.Conv2d], nmse: Mapping[Decomposition, float]) -> list[Decomposition]:
+    """Decompositions of layers that no other beats in both MACs and error, at most `MOST_FORMS`, evenly spread; by
+    falling MACs."""
+    macs = {form: sum(form_macs(conv, form) for conv in layers.values()) for form in nmse}
+    found: list[Decomposition] = []
+    for form in sorted(nmse, key=lambda form: (macs[form], nmse[form])):
+        if not found or nmse[form] < nmse[found[-1]]:
+            found.append(form)
+    if len(found) > MOST_FORMS:
+        found = [found[round(place * (len(found) - 1) / (MOST_FORMS - 1))] for place in range(MOST_FORMS)]
+    return found[::-1]
+
+
+@contextmanager
+def _changed(model: nn.Module, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other weights and biases of some layers, for the time being."""
+    new = {f"{name}.weight": value for name, value in weights.items()}
+    new |= {f"{name}.bias": value for name, value in biases.items()}
+    parameters = {name: model.get_parameter(name) for name in new}
+    old = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = new[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = old[name]
+
+
+def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Conv2d)  # a decision names convolutions only
+    return layer

@@ -54,7 +54,11 @@ def test_filters_are_chosen_by_harm_on_the_images_of_the_refit(dense: Checkpoint
     chosen = choose_by_harm(dense.model, PLAN, probes)
     by_hand = compress_with_kept(dense.model, PLAN, starts=1, chosen=chosen)
     refit(by_hand.model, dense.model, by_hand.kept, probes)
-    found = compress_checkpoint(dense, PLAN, command="", choose="harm", starts=1, refit_images=images())
+    plan = replace(PLAN, choose="harm")
+    with pytest.raises(UserError, match="--choose angles"):
+        compress_checkpoint(dense, plan, command="", starts=1)
+    found = compress_checkpoint(dense, plan, command="", starts=1, refit_images=images())
+    assert found.header.plan == plan
     assert tensors_digest(found.model.state_dict()) == tensors_digest(by_hand.model.state_dict())
 
 

@@ -1,5 +1,6 @@
 """Plans: YAML in and out, and mistakes that name the layer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.errors import UserError
-from norton_deploy.method.plan import CompressionPlan, Coupling
+from norton_deploy.method.plan import DENSE, CompressionPlan, Coupling, Decomposition
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
@@ -21,6 +22,27 @@ def test_round_trip(tmp_path: Path) -> None:
     plan = CompressionPlan("resnet50", {"layer1.0.conv2": 2}, {"layer1": 200}, "why")
     plan.save(tmp_path / "plan.yaml")
     assert CompressionPlan.load(tmp_path / "plan.yaml") == plan
+    assert "choose" not in plan.to_dict()  # the paper's choice
+    harm = replace(plan, choose="harm")
+    harm.save(tmp_path / "harm.yaml")
+    assert CompressionPlan.load(tmp_path / "harm.yaml") == harm
+
+
+def test_decompositions_are_the_sections_of_a_plan() -> None:
+    forms = {
+        "a": Decomposition("ranks", (2,)),
+        "b": Decomposition("coupled", (4, 16)),
+        "c": Decomposition("tucker", (8, 24)),
+        "d": Decomposition("layer_cp", (32,)),
+        "e": DENSE,
+    }
+    plan = CompressionPlan("rcnn", {"gone": 1}, {"group": 3}).with_decompositions(forms)
+    assert plan == CompressionPlan(
+        "rcnn", {"a": 2}, {"group": 3}, coupled={"b": Coupling(4, 16)}, tucker={"c": (8, 24)}, layer_cp={"d": 32}
+    )
+    assert {name: plan.decomposition(name) for name in forms} == forms
+    assert str(forms["c"].clipped(6, 16)) == "tucker 6 16"
+    assert str(forms["b"].clipped(3, 16)) == "coupled 3 16"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +50,7 @@ def test_round_trip(tmp_path: Path) -> None:
     [
         ("ranks: {}", "'architecture' is missing"),
         ("architecture: resnet50\nrank: {}", "unknown key 'rank'"),
+        ("architecture: resnet50\nchoose: luck", "choose: expected angles or harm, found 'luck'"),
         ("architecture: resnet50\nranks: {layer1.0.conv2: 0}", "layer 'layer1.0.conv2': expected at least 1"),
         ("architecture: resnet50\nkeep: {layer1: 1.5}", "'layer1': expected a whole number"),
         ("architecture: resnet50\nkeep: {layer1: true}", "'layer1': expected a whole number"),

@@ -14,7 +14,7 @@ from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import LayerShape, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.turns import Turns
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import DENSE, CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.plan_report import plan_report
@@ -60,13 +60,13 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, l
     monkeypatch.setattr(latency_budget, "tuned_predictor", macs_of)
     monkeypatch.setattr(latency_budget, "time_in_turns", in_turn)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("norton_deploy.search.plan_search.read_images", lambda *_: iter([image]))
+    monkeypatch.setattr("norton_deploy.search.plan_search.read_images", lambda *_: iter([image, 1 - image]))
     monkeypatch.setattr("norton_deploy.search.plan_search.find_images", lambda _: [tmp_path])
     monkeypatch.setattr("norton_deploy.search.plan_search.read_image", lambda _: np.zeros((64, 64, 3), np.uint8))
     CompressionPlan("rcnn", {}, {"backbone.body.layer4": 256}).save(tmp_path / "stage.yaml")
     request = PlanRequest(
-        budget="speedup=2", data=tmp_path, images=1, sensitivity_size=64, ranks=(1,), rounds=4,
-        compare=(tmp_path / "stage.yaml",),
+        budget="speedup=2", data=tmp_path, images=1, fit_images=1, sensitivity_size=64, forms=("ranks", "tucker"),
+        ranks=(1,), rounds=4, check_harm=False, compare=(tmp_path / "stage.yaml",),
     )  # fmt: skip
     lines: list[str] = []
     table = TimingTable(tmp_path / "times.json", {})
@@ -97,8 +97,15 @@ def test_a_speedup_is_found_and_every_figure_is_recorded(found: tuple[FoundPlan,
     assert lines[-1].startswith("plan ")
 
     forms = {layer["name"]: layer for layer in record["layers"]}
-    assert all((forms[name]["form"] == "grouped") == (rank > 0) for name, rank in plan.plan.ranks.items())
-    assert set(record["stays_dense"]) == forms.keys() - plan.plan.ranks.keys()
+    assert plan.plan.decomposed
+    for name, layer in forms.items():
+        decomposition = plan.plan.decomposition(name)
+        assert (layer["form"] == "grouped") == (decomposition.form == "ranks")
+        assert (layer["decomposition"] == "dense") == (decomposition == DENSE)
+        if decomposition != DENSE:
+            assert layer["form_ms"] < layer["original_ms"]
+    assert set(record["stays_dense"]) == forms.keys() - set(plan.plan.decomposed)
+    assert (record["choose"], plan.plan.choose, record["measured_harm"]) == ("harm", "harm", None)
 
     text = plan_report({**record, "command": "c", "provenance": {}}, tmp_path / "plan.png").to_markdown(tmp_path)
     assert f"prediction off by {100 * abs(record['prediction_error']):.1f} %" in text

@@ -34,9 +34,12 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
     model, out = tmp_path / "model.safetensors", tmp_path / "plan.yaml"
     save_checkpoint(model, settings.build().eval(), header)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    cv2.imwrite(str(tmp_path / "image.png"), pixels)
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.roll(pixels, 7 * number, axis=1))
     figures = tmp_path / "figures.json"
-    arguments = ["--model", str(model), "--data", str(tmp_path / "image.png"), "--out", str(out), "--ranks", "1"]
+    arguments = ["--model", str(model), "--data", str(tmp_path / "images"), "--out", str(out)]
+    arguments += ["--ranks", "1", "--forms", "ranks", "tucker", "--images", "1", "--fit-images", "2"]
     uniform = tmp_path / "uniform.yaml"
     CompressionPlan("resnet18", {"layer4.0.conv1": 1, "layer4.1.conv1": 1}, {"layer3": 128}).save(uniform)
     tiny = tmp_path / "tiny.yaml"
@@ -57,15 +60,17 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
     assert below["planned_at_equal_cost"] is None  # Nothing considered is as cheap as one channel everywhere.
     layers = {layer["name"]: layer for layer in result["layers"]}
     assert result["stays_dense"]["conv1"] == "the stem is never decomposed"
-    assert all((layer["rank"] == 0) == (name in result["stays_dense"]) for name, layer in layers.items())
+    assert all((layer["decomposition"] == "dense") == (name in result["stays_dense"]) for name, layer in layers.items())
+    assert "chosen by harm" in out.with_suffix(".md").read_text()
     report = out.with_suffix(".md").read_text()
     assert "prediction off by 0.0 %" in report
     assert "(plan.png)" in report
     plan = CompressionPlan.load(out)
     assert plan.architecture == "resnet18"
-    assert plan.ranks
+    assert plan.choose == "harm"
+    assert plan.tucker
     assert plan.keep
-    assert all(layers[name]["rank"] == rank for name, rank in plan.ranks.items())
+    assert all(layers[name]["decomposition"].startswith("tucker") for name in plan.tucker)
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
     kept = out.with_suffix(".sensitivity.json").read_text()
