@@ -95,7 +95,7 @@ def _squared_error(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def decompose_filters(
-    weight: Tensor, rank: int, *, seed: int = 0, starts: int = 3, max_iterations: int = 50, tolerance: float = 3e-4
+    weight: Tensor, rank: int, *, seed: int = 0, starts: int = 3, max_iterations: int = 300, tolerance: float = 3e-5
 ) -> CPFactors:
     """Least-squares CPD of every filter of a layer (eq. 2), all filters at once.
 

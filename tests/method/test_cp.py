@@ -86,6 +86,20 @@ def test_as_good_as_tensorly(rank: int, kind: str) -> None:
     assert float(ours) <= 1.02 * float(np.mean(theirs))
 
 
+def test_filters_with_nearly_parallel_terms_settle() -> None:
+    """Where ALS is slow: each filter against tensorly's best of four starts."""
+    rank = 4
+    generator = torch.Generator().manual_seed(3)
+    A, B, C = (torch.randn(8, size, rank, generator=generator) for size in (3, 3, 16))
+    weight = CPFactors(*(part[:, :, :1] + 0.3 * part for part in (A, B, C))).reconstruct()
+    weight = weight + 0.02 * weight.std() * torch.randn(weight.shape, generator=generator)
+    ours = nmse(weight, decompose_filters(weight, rank))
+    for filter_, error in zip(weight.double().numpy(), ours, strict=True):
+        rebuilt = (cp_to_tensor(parafac(filter_, rank, init="random", random_state=start)) for start in range(4))
+        best = min(((filter_ - one) ** 2).sum() for one in rebuilt) / (filter_**2).sum()
+        assert float(error) <= 1.05 * best
+
+
 @pytest.mark.parametrize("in_channels", [32, 3])
 def test_the_error_falls_with_the_rank(in_channels: int) -> None:
     weight = structured_weight(16, in_channels, (3, 3), noise=0.3)
