@@ -14,7 +14,7 @@ from norton_deploy.search.joint_cost import decomposed_shapes
 RANKS = (1, 2)
 FRACTIONS = (0.75, 0.5, 0.375, 0.25)
 TUCKER_SHARES = (1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
-LAYER_CP_SHARES = (1, 1 / 2, 1 / 4)
+LAYER_CP_SHARES = (1 / 2, 1 / 4)
 COUPLINGS = ((8, 4), (16, 4), (4, 16), (8, 16))
 """Ranks and clusters."""
 RANK_STEP = 8

@@ -96,7 +96,7 @@ def fitted_weight(
     numbers = form.numbers
     if form.form == "ranks":
         factors = decompose_filters(weight, numbers[0], seed=seed, starts=1)
-        return fit_factors(problem, factors, sweeps=1).reconstruct()
+        return fit_factors(problem, factors, sweeps=0).reconstruct()
     best = weight.flatten(1).double()
 
     def shaped(first: int, last: int, groups: int, has_exit: bool) -> ChainKernels:

@@ -1,5 +1,6 @@
 """The search for a latency, with invented times: calibration, correction, spread, and what the report says of it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import LayerShape, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.turns import Turns
-from norton_deploy.method.plan import DENSE, CompressionPlan
+from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget
+from norton_deploy.search.decisions import Decision
 from norton_deploy.search.found_plan import FoundPlan
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
+from norton_deploy.search.sensitivity import Sensitivity
 
 SETTINGS = DetectorSettings(
     num_classes=3,
@@ -37,6 +40,20 @@ def invented_times(shape: LayerShape, forms: list[Form], provider: str) -> list[
     """A form's MACs per second are a fixed share of the dense form's."""
     dense = shape.resized(shape.in_channels, shape.out_channels, 0)
     return [FORM_MS[form] * (dense if form == "dense" else shape).macs / 1e6 for form in forms]
+
+
+def two_forms(_: Sensitivity, decisions: list[Decision], __: object) -> list[Decision]:
+    """Of every group one CPD and one Tucker-2 at most."""
+    chosen = {section: [f for d in decisions for f in d.forms if f.form == section] for section in ("ranks", "tucker")}
+    assert all(chosen.values())
+    return [
+        replace(d, forms=(DENSE, *d.forms[1:2], *(f for f in d.forms[-1:] if f.form == "tucker"))) for d in decisions
+    ]
+
+
+def invented_harm(_: Sensitivity, group: str, form: Decomposition, keep: int) -> float:
+    """Falls with ranks and width."""
+    return (1 + len(group) % 3) * (sum(1 / number for number in form.numbers) + 40 / keep)
 
 
 @pytest.fixture
@@ -57,6 +74,8 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, l
         return lambda images: count_complexity(model, (64, 64), proposals=20, detections=5).macs
 
     monkeypatch.setattr(tuning, "time_forms", invented_times)
+    monkeypatch.setattr(Sensitivity, "measure", two_forms)
+    monkeypatch.setattr(Sensitivity, "of_option", invented_harm)
     monkeypatch.setattr(latency_budget, "tuned_predictor", macs_of)
     monkeypatch.setattr(latency_budget, "time_in_turns", in_turn)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.compression import channel_harm
 from norton_deploy.compression.calibration import Probe, make_probes, run_stages
 from norton_deploy.compression.channel_groups import channel_groups, cut_inputs, cut_outputs
 from norton_deploy.compression.channel_harm import channel_moments, greedy_channels, reader_metric
@@ -68,7 +69,8 @@ def test_forms_fitted_to_inputs_lose_less_of_the_outputs_than_forms_of_bare_weig
     x = torch.einsum("ij,njhw->nihw", mix, torch.randn(4, 6, 9, 9))
     weight = fitted_weight(conv, problem_of(conv, moments_of(conv, x)), form)
     bare = fitted_weight(conv, problem_of(conv, moments_of(conv, torch.randn(64, 6, 9, 9))), form)
-    assert output_error(conv, weight, x) < 0.9 * output_error(conv, bare, x)
+    # of a filter's own CPD only C is fitted
+    assert output_error(conv, weight, x) < (1 if form.form == "ranks" else 0.9) * output_error(conv, bare, x)
 
 
 def test_with_full_ranks_nothing_is_lost() -> None:
@@ -157,7 +159,7 @@ def test_heatmaps_that_are_shifted_as_a_whole_say_the_same() -> None:
 
 
 def some(dense: nn.Module) -> list[Decision]:
-    wanted = ("backbone.body.layer4.1.conv1", RPN, "roi_heads.mask_head.0.0")
+    wanted = ("backbone.body.layer2.1.conv1", RPN, "roi_heads.mask_head.0.0")
     decisions = list_decisions(dense, fractions=(0.5,))
     return [
         replace(d, forms=(DENSE, *(form for form in d.forms if form.form in ("tucker", "ranks"))))
@@ -198,6 +200,7 @@ def narrowed(dense: nn.Module, decision: Decision, width: int, fit: list[Probe])
 def test_harm_of_a_choice_is_that_of_the_model_with_it(
     dense: nn.Module, probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(channel_harm, "POSITIONS", 10**6)  # all, so that nothing is random
     path, decisions, fit = tmp_path / "harm.json", some(dense), probes[1:]
     sensitivity = Sensitivity(dense, probes[:1], fit, path=path)
     seen: list[tuple[int, int]] = []
