@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -50,7 +51,7 @@ class Decision:
     widths: tuple[int, ...]
     reads: tuple[tuple[str | None, int], ...] = ()
 
-    @property
+    @cached_property
     def options(self) -> tuple[Option, ...]:
         """All combinations, the untouched group first; clusters stay equally large."""
         return tuple(

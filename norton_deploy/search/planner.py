@@ -20,6 +20,7 @@ from norton_deploy.search.joint_cost import JointCost
 
 SWEEPS = 30
 BISECTIONS = 40
+ROUNDING = 1e-9
 
 Harm = Callable[[str, Decomposition, int], float]
 """(group, form, keep) -> predicted harm of that option."""
@@ -114,12 +115,15 @@ class Planner:
     ) -> float:
         """Harm + weight * cost of what depends on this group; leaves the option in `forms` and `keep`."""
         self._set(forms, keep, decision, option)
-        cost = sum(self.cost.layer(layer, forms, keep) for layer in self._touching[decision.group])
-        if decision.group == PYRAMID_GROUP:
-            cost += self.cost.per_pyramid_channel * option.keep
+        cost = self._local_cost(forms, keep, decision)
         if math.isinf(weight):
             return cost
         return self.harm(decision.group, option.form, option.keep) + weight * cost
+
+    def _local_cost(self, forms: dict[str, Decomposition], keep: dict[str, int], decision: Decision) -> float:
+        """Cost of what depends on a group."""
+        cost = sum(self.cost.layer(layer, forms, keep) for layer in self._touching[decision.group])
+        return cost + (self.cost.per_pyramid_channel * keep[PYRAMID_GROUP] if decision.group == PYRAMID_GROUP else 0.0)
 
     @staticmethod
     def _set(forms: dict[str, Decomposition], keep: dict[str, int], decision: Decision, option: Option) -> None:
@@ -140,14 +144,24 @@ class Planner:
                 return (candidate.harm - present.harm) / (present.cost - max(candidate.cost, budget))
 
             point = min(cheaper, key=price)
-        return point
+        return self.point(point.choice)
 
     def _neighbours(self, point: Point) -> Iterator[Point]:
         """All choices that differ in one group."""
+        forms, keep = forms_and_keep(point.choice, self.decisions)
         for decision in self.decisions:
+            group, present = decision.group, point.choice[decision.group]
+            cost = point.cost - self._local_cost(forms, keep, decision)
+            harm = point.harm - self.harm(group, present.form, present.keep)
             for option in decision.options:
-                if option != point.choice[decision.group]:
-                    yield self.point({**point.choice, decision.group: option})
+                if option != present:
+                    self._set(forms, keep, decision, option)
+                    yield Point(
+                        {**point.choice, group: option},
+                        cost + self._local_cost(forms, keep, decision),
+                        harm + self.harm(group, option.form, option.keep),
+                    )
+            self._set(forms, keep, decision, present)
 
     def _spend_rest(self, point: Point, budget: float) -> Point:
         """Single changes that lower the harm and still keep the budget, the largest gain first."""
@@ -155,8 +169,8 @@ class Planner:
             better = [
                 candidate
                 for candidate in self._neighbours(point)
-                if candidate.harm < point.harm and candidate.cost <= budget
+                if candidate.harm < (1 - ROUNDING) * point.harm and candidate.cost <= budget
             ]
             if not better:
-                return point
+                return self.point(point.choice)
             point = min(better, key=lambda candidate: candidate.harm)

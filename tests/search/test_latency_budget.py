@@ -1,5 +1,6 @@
 """The search for a latency, with invented times: calibration, correction, spread, and what the report says of it."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories
+from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import LayerShape, count_complexity
@@ -51,6 +53,10 @@ def two_forms(_: Sensitivity, decisions: list[Decision], __: object) -> list[Dec
     ]
 
 
+def structure_of(dense: nn.Module, plan: CompressionPlan, **_: object) -> nn.Module:
+    return apply_structure(copy.deepcopy(dense), plan)
+
+
 def invented_harm(_: Sensitivity, group: str, form: Decomposition, keep: int) -> float:
     """Falls with ranks and width."""
     return (1 + len(group) % 3) * (sum(1 / number for number in form.numbers) + 40 / keep)
@@ -77,6 +83,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, l
     monkeypatch.setattr(Sensitivity, "measure", two_forms)
     monkeypatch.setattr(Sensitivity, "of_option", invented_harm)
     monkeypatch.setattr(latency_budget, "tuned_predictor", macs_of)
+    monkeypatch.setattr(latency_budget, "compress", structure_of)
     monkeypatch.setattr(latency_budget, "time_in_turns", in_turn)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("norton_deploy.search.plan_search.read_images", lambda *_: iter([image, 1 - image]))
