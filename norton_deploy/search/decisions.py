@@ -10,6 +10,7 @@ from norton_deploy.compression.channel_groups import channel_groups, output_widt
 from norton_deploy.cost.complexity import LayerShape
 from norton_deploy.method.cp import max_rank
 from norton_deploy.method.plan import DENSE, FORMS, CompressionPlan, Decomposition
+from norton_deploy.method.plan import Choice as FilterChoice
 from norton_deploy.search.joint_cost import decomposed_shapes
 
 RANKS = (1, 2)
@@ -148,7 +149,8 @@ def to_plan(choice: Choice, decisions: Sequence[Decision], architecture: str, no
         for layer, (source, inputs) in zip(decision.decomposed, decision.reads, strict=True)
     }
     narrowed = {d.group: keep[d.group] for d in decisions if keep[d.group] < d.widths[0]}
-    return CompressionPlan(architecture, {}, narrowed, note, choose="harm").with_decompositions(forms)
+    choose: FilterChoice = "harm" if narrowed else "angles"
+    return CompressionPlan(architecture, {}, narrowed, note, choose=choose).with_decompositions(forms)
 
 
 def untouched(decisions: Sequence[Decision]) -> dict[str, Option]:

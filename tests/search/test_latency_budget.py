@@ -82,6 +82,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FoundPlan, l
     monkeypatch.setattr(tuning, "time_forms", invented_times)
     monkeypatch.setattr(Sensitivity, "measure", two_forms)
     monkeypatch.setattr(Sensitivity, "of_option", invented_harm)
+    monkeypatch.setattr(Sensitivity, "of_plan", lambda *_: 0.5)
     monkeypatch.setattr(latency_budget, "tuned_predictor", macs_of)
     monkeypatch.setattr(latency_budget, "compress", structure_of)
     monkeypatch.setattr(latency_budget, "time_in_turns", in_turn)

@@ -1,5 +1,6 @@
 """The planner against exhaustive search, and its costs and harms against the real models."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
-from norton_deploy.compression.compress import compress
+from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.cost.complexity import count_complexity, layer_calls
 from norton_deploy.errors import UserError
@@ -64,7 +65,7 @@ def test_joint_costs_are_those_of_the_compressed_model(dense: nn.Module, decisio
     macs = joint_cost(dense, calls, "macs")
     choice = {d.group: d.options[(3 * index) % len(d.options)] for index, d in enumerate(decisions)}
     plan = to_plan(choice, decisions, "rcnn")
-    small = compress(dense, plan, starts=1)
+    small = apply_structure(copy.deepcopy(dense), plan)
     counted = count_complexity(small, SIZE, proposals=10, detections=4)
     assert macs.of_plan(plan) == counted.macs
     assert Planner(decisions, macs, toy_harm).point(choice).cost == counted.macs
@@ -128,7 +129,7 @@ def test_a_planned_detector_fits_its_model(dense: nn.Module, decisions: list[Dec
     point = Planner(decisions, cost, toy_harm).within(0.4 * cost.of({}, {}))
     plan = to_plan(point.choice, decisions, "rcnn", "test")
     assert fit_plan(dense, plan) == plan
-    assert count_complexity(compress(dense, plan, starts=1), SIZE, detections=100).macs == point.cost
+    assert count_complexity(apply_structure(copy.deepcopy(dense), plan), SIZE, detections=100).macs == point.cost
 
 
 def test_ranks_of_channels_follow_the_kept_widths(dense: nn.Module) -> None:
