@@ -15,7 +15,7 @@ from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
 from norton_deploy.export.tensorrt_build import build_or_explain
 from norton_deploy.inference.predictor import read_image
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import FORMS, CompressionPlan
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
@@ -56,6 +56,7 @@ def plan_request(request: DeployRequest, data: Path, image_size: tuple[int, int]
         images=effort.plan_images,
         fit_images=effort.plan_fit_images,
         sensitivity_size=effort.plan_side,
+        forms=("tucker",) if request.quick else FORMS,
         ranks=effort.ranks,
         multiple=effort.multiple,
         rounds=effort.rounds,

@@ -165,8 +165,8 @@ class PlanSearch:
             small=workload.complexity(small),
             latency=latency,
             measured_harm=measured_harm,
-            images=len(self.sensitivity.probes),
-            fit_images=self.request.fit_images,
+            images=sum(len(probe.pixels) for probe in self.sensitivity.probes),
+            fit_images=sum(len(probe.pixels) for probe in self.sensitivity.fit_probes),
             short_side=self.request.sensitivity_size,
             choices=choices,
             layers=layers,
@@ -206,22 +206,21 @@ class PlanSearch:
 
 
 def sensitivity_probes(source: Checkpoint, request: PlanRequest) -> tuple[list[Probe], list[Probe]]:
-    """The images on which harm is measured, one per batch so that no padding is computed, and those of the fit.
+    """The images on which harm is measured, one per batch so that no padding is computed, and those of the fit; of few
+    images half for either.
 
     Raises:
-        UserError: there are not enough images for both.
+        UserError: there are fewer than two images.
     """
     header, wanted = source.header, request.images + request.fit_images
     images = list(read_images(request.data, wanted))
-    if len(images) <= request.images:
-        raise UserError(
-            f"{request.data}: {len(images)} images; harm is measured on --images {request.images}, and others are "
-            "needed to fit the choices to"
-        )
+    if len(images) < 2:
+        raise UserError(f"{request.data}: one image; harm is measured on other images than those of the fit")
     settings = header.settings
     if isinstance(settings, DetectorSettings):
         settings = settings.with_short_side(request.sensitivity_size)
-    judged, fitted = images[: request.images], images[request.images :]
+    count = min(request.images, len(images) // 2)
+    judged, fitted = images[:count], images[count:]
     one = 1 if header.task != "cls" else PROBE_BATCH
     return (
         list(make_probes(source.model, judged, settings, batch=one)),
