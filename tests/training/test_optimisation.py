@@ -1,4 +1,6 @@
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,8 +8,10 @@ import torch
 from torch import nn
 
 from norton_deploy.errors import UserError
+from norton_deploy.training import settings as settings_module
 from norton_deploy.training.settings import (
     TrainingSettings,
+    build_accelerator,
     build_optimizer,
     build_weight_average,
     parameter_groups,
@@ -98,3 +102,17 @@ def test_weight_average_follows_its_rising_decay():
 def test_impossible_settings_are_named(changes, field):
     with pytest.raises(UserError, match=f"^{field}: "):
         settings(**changes)
+
+
+def test_deterministic_algorithms_are_for_gpus(monkeypatch, tmp_path):
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(settings_module, "Accelerator", lambda **options: options)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    wanted = TrainingSettings(out=tmp_path, steps=1, deterministic=True)
+    assert build_accelerator(replace(wanted, device="cpu"))["cpu"] and not asked
+    assert not build_accelerator(TrainingSettings(out=tmp_path, steps=1))["cpu"] and not asked
+    assert not build_accelerator(wanted)["cpu"] and asked == [True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert wanted.identity() == TrainingSettings(out=tmp_path, steps=1).identity()
