@@ -3,6 +3,7 @@
 Every step says how long it will take and which command does it alone; a stopped run goes on with the same line.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ class Settings(DeployRequest):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="deploy", description=__doc__ or "")
-    deploy(settings, command=command_line("deploy", argv))
+    try:
+        deploy(settings, command=command_line("deploy", argv))
+    except KeyboardInterrupt:
+        print(f"{settings.out}: stopped; the same line goes on where it was", file=sys.stderr)
+        raise
     print(settings.out / "report.html")
     return 0

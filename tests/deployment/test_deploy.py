@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -138,6 +139,14 @@ def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_pa
 def test_mistakes(arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("deploy", [*arguments.split(), "--out", str(tmp_path / "run")]) == 1
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("norton_deploy.commands.deploy.deploy", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run("deploy", ["--task", "mask", "--out", str(tmp_path)]) == 130
+    assert f"{tmp_path}: stopped; the same line goes on where it was\ninterrupted" in capsys.readouterr().err
 
 
 def test_the_printed_import_of_a_detectron2_model_names_the_categories_and_the_size() -> None:
