@@ -14,12 +14,15 @@ PLAIN = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} le
 
 
 class PlainLines:
-    """A stream for tqdm that makes a line of each of its redrawings."""
+    """A stream for tqdm that makes a line of each of its redrawings; one that says the same again is left out."""
+
+    last = ""
 
     def write(self, text: str) -> None:
         """Whatever tqdm draws, without its control characters."""
         line = text.strip("\r\n\x1b[A ")
-        if line:
+        if line and line != self.last:
+            self.last = line
             print(line, file=sys.stderr, flush=True)
 
     def flush(self) -> None:

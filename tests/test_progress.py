@@ -13,7 +13,7 @@ def test_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[str], monkeypa
     lines = captured.err.splitlines()
     assert captured.out == "" and "\r" not in captured.err
     assert lines[0].startswith("detecting: 0 of 3 image, ") and lines[-1].startswith("detecting: 3 of 3 image, ")
-    assert all(line.startswith("detecting: ") for line in lines)
+    assert all(line.startswith("detecting: ") for line in lines) and len(set(lines)) == len(lines)
 
 
 def test_nothing_where_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
