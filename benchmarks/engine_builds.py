@@ -17,8 +17,12 @@ from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulat
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Precision
 from norton_deploy.export.tensorrt_build import build_or_explain
+from norton_deploy.parity.checked_quantisation import SYNTHETIC
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.structures import TASKS, Task
+
+CALIBRATION = 16
+"""Drawn scenes that int8 takes its ranges from."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Settings:
     plans: tuple[Path, ...] = (Path("configs/plans/table3.yaml"), Path("configs/plans/fast.yaml"))
     """Compressed detectors, beside the dense one."""
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
-    """Precisions."""
+    """Precisions; int8 too."""
     image_size: tuple[int, int] = (800, 800)
     """Height and width of the graphs."""
     compute_capability: str = "86"
@@ -57,7 +61,10 @@ def main(settings: Settings) -> int:
 
 def build(task: Task, plan: Path | None, precision: Precision, settings: Settings) -> dict[str, Any]:
     """One cell: what the export and the build took, or why there is no engine."""
-    options = ExportOptions(image_size=settings.image_size, precision=precision, target="tensorrt")
+    options = ExportOptions(
+        image_size=settings.image_size, precision=precision, target="tensorrt",
+        calibration=SYNTHETIC, calibration_images=CALIBRATION,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         engine = Path(folder) / "detector.engine"
         started = time.perf_counter()

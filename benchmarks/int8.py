@@ -2,7 +2,10 @@
 
 Times are of detectors with random weights that do equal work, every form of a task in turn; sizes are of the same
 files. AP is that of the detectors that come with the package, on drawn scenes that they never saw: of each form the
-very file that is evaluated, calibrated on other scenes. There is no packaged dense detector and none for boxes alone.
+very file that is evaluated, calibrated on other scenes, and what the parity gate finds. There is no packaged dense
+detector and none for boxes alone. Other checkpoints can be evaluated beside them (`--checkpoints`).
+
+int8 with bf16 for what is left in float is not among the forms: OpenVINO 2026.4 cannot compile `fast` so.
 
 `--prepare` makes the graphs and measures nothing, so that the timing itself is short. A finished cell is written at
 once; running again does only what is missing.
@@ -18,21 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, interval, page, run, settings_of, tabulate
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, timing_table
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import read_image
-from norton_deploy.data.synthetic import write_dataset
+from norton_deploy.data.synthetic import draw_scene, write_dataset
 from norton_deploy.evaluation.evaluate import evaluate_detector
+from norton_deploy.export.equalise import equalised
 from norton_deploy.export.letterbox import letterboxed
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.quantise import calibrate, cpu_of_this_machine, write_quantised
+from norton_deploy.export.quantise_sensitivity import HeadErrors
 from norton_deploy.inference.loading import PACKAGED_TASKS, PackagedTask, load_predictor, packaged_detector
 from norton_deploy.inference.predictor import Backend, FloatType, Predictor
+from norton_deploy.inference.static_graph import StaticGraphPredictor
 from norton_deploy.parity.checked_quantisation import SYNTHETIC, calibration_images
 from norton_deploy.parity.export_checked import ExportOptions, export_checked
+from norton_deploy.parity.gate import check_parity
+from norton_deploy.parity.report import BF16
 from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.search.latency_budget import export_tuned
 from norton_deploy.structures import TASKS, Task
@@ -44,11 +53,12 @@ FORMS: dict[str, Form] = {
     "bf16, OpenVINO": ("fp32", "openvino", "bf16"),
     "int8, ONNX Runtime": ("int8", "onnxruntime", None),
     "int8, OpenVINO": ("int8", "openvino", "fp32"),
-    "int8 and bf16, OpenVINO": ("int8", "openvino", "bf16"),
 }
 PLANS = ("dense", "fast")
 BASELINE = "dense, fp32, ONNX Runtime"
-DATA_SEED = 20_000
+WORST = 8
+DATA_SEED, GATE_SEED = 20_000, 30_000
+TOLERANCES_OF_FORM = {"bf16, OpenVINO": BF16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,8 @@ class Settings(WorkSettings):
     """Which random detectors to time."""
     packaged: tuple[PackagedTask, ...] = PACKAGED_TASKS
     """Which packaged detectors to evaluate."""
+    checkpoints: tuple[Path, ...] = ()
+    """More detectors to evaluate as the packaged ones, for example tuned by `train_det --quantise`."""
     prepare: bool = False
     """Make the graphs only."""
     rounds: int = 6
@@ -69,6 +81,8 @@ class Settings(WorkSettings):
     """Images that ranges are taken from."""
     eval_images: int = 100
     """Drawn scenes that AP is measured on."""
+    gate_images: int = 16
+    """Drawn scenes that the parity gate compares detections on."""
     out: Path = RESULTS / "int8.json"
     """Results; a .md is written beside it."""
     work: Path = Path("runs/int8")
@@ -87,8 +101,10 @@ def main(settings: Settings) -> int:
     for task in settings.tasks:
         cells[f"time {task}"] = partial(measure_times, task, settings, models)
     for packaged in settings.packaged:
-        cells[f"AP {packaged}"] = partial(measure_ap, packaged, settings)
-    key = settings_of(settings, "tasks", "packaged", "prepare")
+        cells[f"AP packaged {packaged}"] = partial(measure_ap, packaged_detector(packaged), settings)
+    for checkpoint in settings.checkpoints:
+        cells[f"AP {checkpoint.stem}"] = partial(measure_ap, checkpoint, settings)
+    key = settings_of(settings, "tasks", "packaged", "checkpoints", "prepare")
     return ResultCells(settings.out, key, report).measure_all(cells)
 
 
@@ -102,8 +118,9 @@ def prepare(task: Task, plan: str, settings: Settings, models: RandomDetectors) 
         export_tuned(model, settings.workload, categories, timing_table(settings.work), files["fp32"])
     if not files["int8"].exists():
         print(f"{task}: quantising {plan}", file=sys.stderr)
-        graph = onnx.load(files["fp32"])
-        ranges = calibrate(graph, [read_image(path)[None] for path in images[: settings.calibration]])
+        batches = [read_image(path)[None] for path in images[: settings.calibration]]
+        graph = equalised(onnx.load(files["fp32"]), batches)
+        ranges = calibrate(graph, batches)
         contract = read_contract(files["fp32"])
         write_quantised(graph, contract, files["int8"], ranges, cpu=cpu_of_this_machine())
     return files
@@ -118,9 +135,7 @@ def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> di
         files = prepare(task, plan, settings, models)
         sizes |= {f"{plan}, {precision}": file.stat().st_size for precision, file in files.items()}
         for form, (precision, backend, float_type) in FORMS.items():
-            options: dict[str, Any] = {} if float_type is None else {"float_type": float_type}
-            found = load_predictor(files[precision], device="cpu", backend=backend, **options)
-            predictors[f"{plan}, {form}"] = found
+            predictors[f"{plan}, {form}"] = opened(files[precision], backend, float_type)
     ledger = measure_alternating(predictors, images, rounds=settings.rounds, warm_up=settings.warm_up)
     return {
         "images": images_are,
@@ -133,35 +148,62 @@ def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> di
     }
 
 
-def measure_ap(task: PackagedTask, settings: Settings) -> dict[str, Any]:
-    """AP of every form of a packaged detector, each from its own file."""
+def measure_ap(checkpoint_file: Path, settings: Settings) -> dict[str, Any]:
+    """AP of every form of a trained detector, each from its own file, and what the gate says of it."""
     data = settings.work / f"coco_{settings.eval_images}"
     if not data.exists():
         write_dataset(data, 1, settings.eval_images, seed=DATA_SEED)
-    checkpoint = open_model(str(packaged_detector(task)))
-    categories, model = checkpoint.header.categories, checkpoint.model.eval()
+    checkpoint = open_model(str(checkpoint_file))
+    categories, model, task = checkpoint.header.categories, checkpoint.model.eval(), checkpoint.header.task
+    assert isinstance(model, GeneralizedRCNN) and task != "cls"
     options = ExportOptions(calibration=SYNTHETIC, calibration_images=64)
-    files = {precision: settings.work / f"packaged_{task}_{precision}.onnx" for precision in ("fp32", "int8")}
-    gate = export_checked(model, task, categories, files["fp32"], options)  # type: ignore[arg-type]  # a plain nn.Module
-    size = gate.contract.image_size
-    graph = onnx.load(files["fp32"])
-    ranges = calibrate(graph, [letterboxed([image], size) for image in calibration_images(options, size)])
-    write_quantised(graph, gate.contract, files["int8"], ranges, cpu=cpu_of_this_machine())
+    stem = f"{checkpoint_file.parent.name}_{checkpoint_file.stem}"
+    files = {precision: settings.work / f"{stem}_{precision}.onnx" for precision in ("fp32", "int8")}
+    contract = export_checked(model, task, categories, files["fp32"], options).contract
+    size = contract.image_size
+    batches = [letterboxed([image], size) for image in calibration_images(options, size)]
+    graph = equalised(onnx.load(files["fp32"]), batches)
+    ranges = calibrate(graph, batches)
+    write_quantised(graph, contract, files["int8"], ranges, cpu=cpu_of_this_machine())
     dataset = CocoDetection(data, "val", task, categories=categories)
-    scores = {}
+    scenes = [draw_scene(GATE_SEED + index, size).image for index in range(settings.gate_images)]
+    scores, gate = {}, {}
     for form, (precision, backend, float_type) in FORMS.items():
-        options_of: dict[str, Any] = {} if float_type is None else {"float_type": float_type}
-        predictor = load_predictor(files[precision], device="cpu", backend=backend, **options_of)
+        predictor = opened(files[precision], backend, float_type)
         metrics = evaluate_detector(predictor, dataset, progress=False).metrics
         scores[form] = {measure: float(values["AP"]) for measure, values in metrics.items()}
-    return {"images": settings.eval_images, "AP": scores, "bytes": {p: f.stat().st_size for p, f in files.items()}}
+        parity = check_parity(
+            model, files[precision], scenes, precision="int8" if precision == "int8" else "fp32",
+            predictor=predictor, tolerances=TOLERANCES_OF_FORM.get(form),
+        )  # fmt: skip
+        gate[form] = [stage for stage in parity.to_dict()["stages"] if stage["limit"] is not None]
+    errors = HeadErrors(graph, ranges, batches[:2], symmetric=False)
+    return {
+        "images": settings.eval_images,
+        "AP": scores,
+        "gate": gate,
+        "head_errors": errors.by_head(errors.layers),
+        "layer_errors": errors.each(),
+        "bytes": {precision: file.stat().st_size for precision, file in files.items()},
+    }
+
+
+def opened(file: Path, backend: Backend, float_type: FloatType | None) -> StaticGraphPredictor:
+    """A graph on the CPU."""
+    options: dict[str, Any] = {} if float_type is None else {"float_type": float_type}
+    predictor = load_predictor(file, device="cpu", backend=backend, **options)
+    assert isinstance(predictor, StaticGraphPredictor)
+    return predictor
 
 
 def report(results: ResultCells) -> str:
     """Times, sizes and AP as Markdown."""
     parts: list[Any] = []
     for name, cell in results.cells.items():
-        parts.append(times_table(name, cell) if name.startswith("time ") else ap_table(name, cell))
+        if name.startswith("time "):
+            parts.append(times_table(name, cell))
+        else:
+            parts += [ap_table(name, cell), gate_table(name, cell), layers_table(name, cell)]
     return page(*parts)
 
 
@@ -195,7 +237,39 @@ def ap_table(name: str, cell: Cell) -> Any:
     for measure in measures:
         columns[f"{measure} AP"] = lambda form, measure=measure: f"{cell['AP'][form][measure]:.4f}"  # type: ignore[misc]  # the default binds it
     columns["MB"] = lambda form: f"{cell['bytes'][FORMS[form][0]] / 1e6:.1f}"
-    return tabulate(f"{name}: the packaged `fast` detector on {cell['images']} drawn scenes", cell["AP"], columns)
+    return tabulate(f"{name}: on {cell['images']} drawn scenes", cell["AP"], columns)
+
+
+def gate_table(name: str, cell: Cell) -> Any:
+    """What the parity gate found of each form, the detections' measures."""
+    rows = [
+        (form, stage)
+        for form, stages in cell["gate"].items()
+        for stage in stages
+        if stage["name"] == "final"
+        or not stage["passed"]
+        or (form.startswith("int8, ONNX") and "root" in stage["measure"])
+    ]
+    columns: dict[str, Callable[[tuple[str, Cell]], str]] = {
+        "form": lambda row: row[0],
+        "stage": lambda row: row[1]["name"],
+        "measure": lambda row: row[1]["measure"],
+        "worst": lambda row: f"{row[1]['worst']:.3g}",
+        "limit": lambda row: f"{row[1]['limit']:g}",
+        "passed": lambda row: "yes" if row[1]["passed"] else "NO",
+    }
+    return tabulate(f"{name}: the parity gate", rows, columns)
+
+
+def layers_table(name: str, cell: Cell) -> Any:
+    """The layers that suffer most, each in 8 bits alone."""
+    worst = list(cell["layer_errors"].items())[:WORST]
+    everything = max(cell["head_errors"].values())
+    return tabulate(
+        f"{name}: error at the heads' outputs of the {WORST} worst layers alone (all together: {everything:.3f})",
+        worst,
+        {"layer": lambda row: row[0], "relative root mean square": lambda row: f"{row[1]:.4f}"},
+    )
 
 
 if __name__ == "__main__":

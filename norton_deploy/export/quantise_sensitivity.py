@@ -35,8 +35,10 @@ class HeadErrors:
         self.model, self.ranges, self.batches, self.symmetric = model, ranges, batches, symmetric
         self.layers = list(quantisable_layers(model))
         self.input_name = model.graph.input[0].name
-        written = {name for node in model.graph.node for name in node.output}
-        self.given = [name for name in GIVEN if name in written]
+        written = {name: node for node in model.graph.node for name in node.output}
+        # labels leave as a cast copy, and what is read is its original
+        casts = {name: node.input[0] for name, node in written.items() if node.op_type == "Cast"}
+        self.given = [casts.get(name, name) for name in GIVEN if name in written]
         self.heads = sorted(name for name in written if name.startswith(LAST_STAGES) or name == "masks")
         names = [*self.heads, *self.given]
         session = make_session(_with_outputs(model, names).SerializeToString(), "cpu")
@@ -45,11 +47,15 @@ class HeadErrors:
         ]
 
     def of(self, layers: Collection[str]) -> float:
-        """The largest error of any head's output, root of mean square over that of the output, with only `layers`
-        in 8 bits."""
+        """The largest of `by_head`."""
+        return max(self.by_head(layers).values())
+
+    def by_head(self, layers: Collection[str]) -> dict[str, float]:
+        """Head's output -> its error, root of mean square over that of the output, with only `layers` in 8 bits."""
         rest = [name for name in quantisable_layers(self.model) if name not in layers]
         graph = quantised(self.model, self.ranges, float_layers=rest, symmetric=self.symmetric)
-        session = make_session(_with_given(_with_outputs(graph, self.heads), self.given).SerializeToString(), "cpu")
+        graph = _with_outputs(_with_given(graph, self.given), self.heads)
+        session = make_session(graph.SerializeToString(), "cpu")
         taken = [name for name in self.given if any(_given(name) == value.name for value in session.get_inputs())]
         squares = np.zeros((2, len(self.heads)))
         for batch, expected in zip(self.batches, self.expected, strict=True):
@@ -57,7 +63,7 @@ class HeadErrors:
             for index, (name, found) in enumerate(zip(self.heads, session.run(self.heads, feeds), strict=True)):
                 squares[0, index] += np.square(found - expected[name], dtype=np.float64).sum()
                 squares[1, index] += np.square(expected[name], dtype=np.float64).sum()
-        return float(np.sqrt(squares[0] / np.maximum(squares[1], 1e-12)).max())
+        return dict(zip(self.heads, np.sqrt(squares[0] / np.maximum(squares[1], 1e-12)).tolist(), strict=True))
 
     def each(self) -> dict[str, float]:
         """Layer -> its error alone, the worst first."""

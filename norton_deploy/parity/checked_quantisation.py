@@ -14,6 +14,7 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
+from norton_deploy.export.equalise import equalised
 from norton_deploy.export.letterbox import letterboxed
 from norton_deploy.export.quantise import Cpu, Ranges, calibrate, cpu_of_this_machine, write_quantised
 from norton_deploy.export.quantise_sensitivity import HeadErrors
@@ -28,6 +29,8 @@ FIRST_SCENE = 10_000
 """Seed of the first drawn scene: none that an export is compared on."""
 MEASURED = 2
 """Batches that a layer's error is measured on."""
+EQUALISED = 32
+"""Batches that the ranges of single channels are taken from."""
 NAMED = 3
 """Layers that advice names."""
 
@@ -87,6 +90,7 @@ class Quantisation:
         ]
         if not batches:
             raise UserError(f"--calibration: {len(images)} images are too few for a batch of {size}")
+        model = equalised(model, batches[:EQUALISED])
         cpu = options.cpu or cpu_of_this_machine()
         found = cls(model, calibrate(model, batches), batches, contract, cpu, options.float_layers)
         if contract.target != "tensorrt":

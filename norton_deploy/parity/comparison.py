@@ -114,6 +114,17 @@ def relative_difference(expected: Arrays, found: Arrays) -> float:
     return worst
 
 
+def relative_error(expected: Arrays, found: Arrays) -> float:
+    """Largest root mean square of a tensor's difference, relative to the tensor's own; NaN if a value is not finite."""
+    worst = 0.0
+    for name, values in expected.items():
+        reference = np.asarray(values, np.float64)
+        if reference.size:
+            gap = np.square(reference - np.asarray(found[name], np.float64)).mean()
+            worst = float(np.maximum(worst, np.sqrt(gap / max(float(np.square(reference).mean()), 1e-24))))
+    return worst
+
+
 def set_distance(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
     """Largest distance of a box of either set to the nearest of the other, in pixels; inf if one is empty."""
     if len(first) == 0 or len(second) == 0:

@@ -17,7 +17,9 @@ class Tolerances:
     """How far a graph may be from eager mode.
 
     Attributes:
-        tensor: largest difference of a feature map, logit or delta, relative to the largest value.
+        tensor: difference of a feature map, logit or delta: the largest, relative to the largest value, or ...
+        by_mean_square: ... the root of the mean square, relative to the tensor's own; then the backbone's maps are
+            reported only: an image can leave the deepest one nearly empty, and what counts comes out of the pyramid.
         box_px, score, mask_iou, mask_probability: for pairs of detections, pixels of box-local masks.
         keypoint_loss: how far the heatmap's value at a keypoint may be below its maximum, and the keypoint's score
             from that value, relative to the heatmap's range.
@@ -33,6 +35,7 @@ class Tolerances:
     keypoint_loss: float
     share: float
     unmatched: float
+    by_mean_square: bool = False
 
     @property
     def mask_mean(self) -> float:
@@ -45,11 +48,9 @@ TOLERANCES: dict[Precision, Tolerances] = {
     # Rounding to 11 bits moves single decisions (an NMS winner, the higher of two peaks) by any distance, so
     # fp16 is held to what 9 of 10 detections do.
     "fp16": Tolerances(2e-2, 1.0, 0.02, 0.90, 0.05, 2e-2, share=0.9, unmatched=0.1),
-    # What counts is what is detected, and the AP beside it (export_checked). Tensors may differ by their largest value:
-    # a range that leaves the tails out clips exactly that one.
-    # Provisional: the first, relative one was raised from 0.3 after random detectors had shown 0.58 (clipping changes
-    # just the largest value), and keypoint_loss was set without a measurement.
-    "int8": Tolerances(1.0, 4.0, 0.1, 0.80, 0.2, 0.1, share=0.8, unmatched=0.2),
+    # A range that leaves tails out changes single values by any amount, hence mean squares; 0.3 is noise of a tenth of
+    # the power, another layer's weights give 1 and more. Reasons and what was seen before: docs/decisions.md.
+    "int8": Tolerances(0.3, 4.0, 0.1, 0.80, 0.2, 0.2, share=0.8, unmatched=0.2, by_mean_square=True),
 }
 TOLERANCES["tf32"] = TOLERANCES["fp16"]  # the same mantissa; it holds for engines, the graph itself is in fp32
 BF16 = Tolerances(5e-2, 4.0, 0.05, 0.85, 0.1, 5e-2, share=0.9, unmatched=0.1)

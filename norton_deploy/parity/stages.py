@@ -10,7 +10,7 @@ from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.inference.predictor import Image
 from norton_deploy.inference.static_graph import decode_outputs
 from norton_deploy.masks import MaskPaste
-from norton_deploy.parity.comparison import Arrays, quantile, relative_difference, set_distance
+from norton_deploy.parity.comparison import Arrays, quantile, relative_difference, relative_error, set_distance
 from norton_deploy.parity.eager_stages import EagerStages, doubled
 from norton_deploy.parity.keypoint_loss import keypoint_loss
 from norton_deploy.parity.references import Reference, compare_detections, record_keypoints, thinned
@@ -34,9 +34,17 @@ def compare_layers(report: ParityReport, eager: EagerStages, canvas: Image, stag
         ("fpn", eager.fpn(stages)),
         ("rpn", eager.rpn_head(stages)),
     ):
-        report.record(name, "largest relative difference", relative_difference(tensors, stages), limits.tensor)
-    difference = relative_difference(eager.box_head(stages), stages)
-    report.record("boxes", "largest relative difference", difference, limits.tensor)
+        record_tensors(report, name, tensors, stages, limits)
+    record_tensors(report, "boxes", eager.box_head(stages), stages, limits)
+
+
+def record_tensors(report: ParityReport, name: str, expected: Arrays, found: Arrays, limits: Tolerances) -> None:
+    """How far the tensors of a stage are apart."""
+    if limits.by_mean_square:
+        limit = None if name == "backbone" else limits.tensor
+        report.record(name, "relative root mean square", relative_error(expected, found), limit)
+    else:
+        report.record(name, "largest relative difference", relative_difference(expected, found), limits.tensor)
 
 
 def compare_proposals(
@@ -117,8 +125,8 @@ def compare_task(
         report.record(name, "mean probability difference", mean, limits.mask_mean)
     if "keypoints" in outputs:
         heatmaps = doubled(stages["heatmaps"][rows])
-        gap_relative = relative_difference({"heatmaps": eager.heatmaps(stages, by_image)}, {"heatmaps": heatmaps})
-        report.record(f"{prefix}heatmaps", "largest relative difference", gap_relative, limits.tensor)
+        wanted = {"heatmaps": eager.heatmaps(stages, by_image)}
+        record_tensors(report, f"{prefix}heatmaps", wanted, {"heatmaps": heatmaps}, limits)
         points = outputs["keypoints"].reshape(-1, *outputs["keypoints"].shape[2:])[rows]
         judged = keypoint_loss(heatmaps, boxes.reshape(-1, 4)[rows], points[..., :2])
         name = f"{prefix}keypoints"

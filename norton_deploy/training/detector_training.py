@@ -22,6 +22,7 @@ from norton_deploy.structures import Task
 from norton_deploy.training.batches import Batch, SampledBatches, collate_detections
 from norton_deploy.training.distillation import DetectorImitation, open_detector_teacher
 from norton_deploy.training.initial_weights import initial_detector, training_categories
+from norton_deploy.training.rounding import round_layers
 from norton_deploy.training.run_folder import seed_step
 from norton_deploy.training.settings import TrainingSettings, build_accelerator
 from norton_deploy.training.trainer import Evaluation, LossTerms, Trainer, TrainingResult
@@ -47,7 +48,7 @@ class DetectorTrainingSettings(TrainingSettings):
     plan: Path | None = None
     """Compression plan that gives random weights their structure (without --init)."""
     teacher: Path | None = None
-    """Dense detector that the trained one imitates; usually the one that it was compressed from."""
+    """Detector that the trained one imitates: the dense one that it was compressed from, or one of its own plan."""
     distill: Distill = "pyramid"
     """What is imitated (with --teacher): the feature pyramid, the same with every annotated object weighed alike and as
     much as the background, the heads' answers about the same proposals, or pyramid and heads."""
@@ -55,6 +56,9 @@ class DetectorTrainingSettings(TrainingSettings):
     """Weight of the pyramid's imitation, for each of its four levels."""
     head_weight: float = 1.0
     """Weight of the heads' imitation, for each of their losses."""
+    quantise: bool = False
+    """Train for int8: weights and layers' inputs are rounded to 8 bits as in an int8 graph; the float detector itself
+    (--init) can be the --teacher."""
     flip: float = 0.5
     """Probability of mirroring a training image."""
     photometric: bool = False
@@ -73,6 +77,8 @@ class DetectorTrainingSettings(TrainingSettings):
         for name in ("distillation_weight", "head_weight"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.quantise and (self.cpu_forms or self.recompose_blocks):
+            raise UserError("quantise: gives the layers forms of its own; leave cpu_forms and recompose_blocks out")
         if self.evaluation_images is not None and self.evaluation_images < 1:
             raise UserError(f"evaluation_images: expected at least 1, got {self.evaluation_images}")
 
@@ -143,11 +149,15 @@ def train_detector(
     keep_boxes_in_float32(start.model)
     loss_terms: LossTerms = detection_losses
     notes = []
+    if settings.quantise:
+        round_layers(start.model)
+        notes.append("weights and inputs of layers are rounded to 8 bits")
     if settings.teacher is not None:
         teacher, channels = open_detector_teacher(
             settings.teacher,
             start.model,
             start.settings,
+            start.plan,
             start.pyramid_channels,
             task=settings.task,
             categories=train.categories,

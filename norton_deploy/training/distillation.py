@@ -23,6 +23,7 @@ from torch.nn import functional
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.checkpoints.open_model import names_no_categories, open_for_data
 from norton_deploy.errors import UserError
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories, Task
 from norton_deploy.training.batches import Batch
@@ -173,18 +174,19 @@ def open_detector_teacher(
     path: Path,
     student: nn.Module,
     settings: DetectorSettings,
+    plan: CompressionPlan | None,
     pyramid_channels: tuple[int, ...] | None,
     *,
     task: Task,
     categories: Categories,
     named: Path | None = None,
 ) -> tuple[nn.Module, Tensor | None]:
-    """Open the dense detector that a student is to imitate.
+    """Open the detector that a student is to imitate: a dense one, or one that was compressed as the student was.
 
     Args:
         path: its checkpoint (.safetensors, or torchvision's .pth).
         student: the detector in training.
-        settings: of the student.
+        settings, plan: of the student.
         pyramid_channels: which of the dense pyramid's channels the student has (`CheckpointHeader`).
         task, categories: of the training.
         named: the categories of a .pth file, where they are not the training's (`open_for_data`).
@@ -193,15 +195,17 @@ def open_detector_teacher(
         The teacher, and the channels [C] (int64) of its pyramid that are the student's, None when all are.
 
     Raises:
-        UserError: it is not a dense detector, or task, categories, image settings or the pyramid's width differ;
-            the message names the field.
+        UserError: it is compressed otherwise than the student, or task, categories, image settings or the pyramid's
+            width differ; the message names the field.
     """
     teacher, _ = open_for_data(path, task, categories, named if names_no_categories(path) else None)
     header = teacher.header
     if header.task != task:
         raise UserError(f"--teacher {path}: task is {header.task}, the student's is {task}")
     if header.plan is not None:
-        raise UserError(f"--teacher {path}: plan: it is compressed itself; give the dense detector")
+        if header.plan != plan:
+            raise UserError(f"--teacher {path}: plan: it is compressed otherwise than the student; give the dense one")
+        pyramid_channels = None  # its pyramid is as narrow as the student's
     if header.categories != categories:
         raise UserError(
             f"--teacher {path}: categories are {', '.join(header.categories.names)}; the student's are "

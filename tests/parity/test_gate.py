@@ -10,6 +10,7 @@ from norton_deploy.parity.comparison import (
     pair_detections,
     quantile,
     relative_difference,
+    relative_error,
     set_distance,
 )
 from norton_deploy.parity.report import TOLERANCES, ParityReport
@@ -60,6 +61,8 @@ def test_iou_and_distances() -> None:
     assert set_distance(boxes, boxes[:1]) == 60.0
     assert set_distance(boxes, boxes[:0]) == float("inf") and set_distance(boxes[:0], boxes[:0]) == 0.0
     assert relative_difference({"x": np.array([4.0, -8.0])}, {"x": np.array([4.0, -7.0])}) == 0.125
+    assert relative_error({"x": np.array([3.0, -4.0])}, {"x": np.array([3.0, -3.5])}) == 0.1
+    assert np.isnan(relative_error({"x": np.array([1.0])}, {"x": np.array([np.nan])}))
     assert np.isnan(relative_difference({"x": np.array([1.0])}, {"x": np.array([np.nan])}))
     assert quantile(np.arange(11.0), 0.9) == 9.0 and quantile(np.zeros(0), 1.0) == 0.0
 

@@ -255,7 +255,7 @@ def test_what_is_imitated_is_a_setting(trained, tmp_path):
     ("task", "changes", "message"),
     [
         ("box", {}, "task is mask, the student's is box"),
-        ("mask", {"teacher": "small.safetensors"}, "plan: it is compressed itself"),
+        ("mask", {"teacher": "small.safetensors"}, "plan: it is compressed otherwise"),
         ("mask", {"detector.image.min-size": "72"}, "min_size is 80, the student's is 72"),
         ("mask", {"detector.image.mean": "0 0 0"}, r"image\.mean is \(0\.485, 0\.456, 0\.406\), the student's is"),
         ("mask", {"detector.detectron2.box-delta-weights": "1 1 1 1"}, "box_delta_weights is"),
