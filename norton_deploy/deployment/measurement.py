@@ -41,8 +41,9 @@ def score_file(
         JSON values: "runs_on", "images", "scores" (of `MeasureScore`).
     """
     found = evaluate_file(
-        file, data, task, backend=backend, limit=limit, categories=categories, results=results, resume=True
-    )
+        file, data, task, backend=backend, limit=limit, categories=categories, results=results, resume=True,
+        overwrite=True,
+    )  # fmt: skip
     with atomic_write(results, "w") as stream:
         json.dump(found.evaluation.results, stream)
     if found.journal is not None:

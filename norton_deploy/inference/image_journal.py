@@ -50,7 +50,7 @@ class ImageJournal:
         folder: of the files, beside what they become.
         identity: what the records depend on, as JSON values.
         resume: go on with what a stopped run left.
-        overwrite: throw that away.
+        overwrite: throw that away; with `resume` only where it is of another run.
         processes: all of them make one, with the same arguments.
 
     Attributes:
@@ -74,17 +74,19 @@ class ImageJournal:
         head = json.loads(json.dumps({"of": identity}))
         if self._files() and not (resume or overwrite):
             raise UserError(f"{folder}: a stopped run left this; --resume goes on, --overwrite begins anew")
+        heads = [_parsed(lines[0]) for lines in map(_lines, self._files()) if lines]
+        foreign = any(found not in (head, None) for found in heads)
+        if foreign and not overwrite:
+            raise UserError(f"{folder}: of another model, other data or settings; --overwrite begins anew")
         processes.gather([])
-        if not resume and processes.rank == 0:
+        if processes.rank == 0 and (foreign or not resume):
             self._clear()
         processes.gather([])
         files = self._files()
         self.done: dict[int, Any] = {}
         for file in files:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            if lines and _parsed(lines[0]) not in (head, None):
-                raise UserError(f"{folder}: of another model, other data or settings; --overwrite begins anew")
-            self.done |= {record["id"]: record["found"] for record in map(_parsed, lines[1:]) if record is not None}
+            found = filter(None, map(_parsed, _lines(file)[1:]))
+            self.done |= {record["id"]: record["found"] for record in found}
         processes.gather([])  # nobody writes before all have read
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +125,10 @@ class ImageJournal:
     def _write(self, record: Mapping[str, Any]) -> None:
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _parsed(line: str) -> Any:

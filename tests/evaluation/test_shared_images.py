@@ -107,6 +107,9 @@ def test_what_a_stopped_run_left_is_of_that_run_only(tmp_path: Path) -> None:
     assert ImageJournal(folder, {"model": "a"}, resume=True).done == {7: [1.5]}
     with pytest.raises(UserError, match="--resume goes on, --overwrite begins anew"):
         ImageJournal(folder, {"model": "a"}, resume=False)
+    ImageJournal(folder, {"model": "a"}, resume=True, overwrite=True)
+    assert ImageJournal(folder, {"model": "a"}, resume=True, overwrite=True).done == {7: [1.5]}
     with pytest.raises(UserError, match="of another model, other data or settings"):
         ImageJournal(folder, {"model": "b"}, resume=True)
+    assert ImageJournal(folder, {"model": "b"}, resume=True, overwrite=True).done == {}
     assert ImageJournal(folder, {"model": "b"}, resume=False, overwrite=True).done == {}
