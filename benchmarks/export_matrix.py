@@ -11,10 +11,12 @@ The results file is written after every cell; starting again continues.
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
+
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, settings_of, tabulate
 from norton_deploy.checkpoints.open_model import published_categories
@@ -76,8 +78,7 @@ def sources(seeds: int) -> Iterator[Source]:
 
 def export(source: Source, settings: Settings) -> dict[str, Any]:
     """What the gate said."""
-    plan = None if source.plan == "dense" else CompressionPlan.load(Path(f"configs/plans/{source.plan}.yaml"))
-    model = random_detector(source.task, settings.image_size, plan, source.seed)
+    model = detector(source.task, settings.image_size, source.plan, source.seed)
     categories = published_categories(source.task, 2 if source.task == "keypoint" else 91)
     options = ExportOptions(image_size=settings.image_size, target=source.target, precision=source.precision)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,6 +94,13 @@ def export(source: Source, settings: Settings) -> dict[str, Any]:
         "export_s": round(found.export_s, 1),
         "parity_s": round(found.parity_s, 1),
     }
+
+
+@lru_cache(1)
+def detector(task: Task, image_size: tuple[int, int], plan: str, seed: int) -> GeneralizedRCNN:
+    """That of the cells of all targets and precisions, which follow one another."""
+    fitted = None if plan == "dense" else CompressionPlan.load(Path(f"configs/plans/{plan}.yaml"))
+    return random_detector(task, image_size, fitted, seed)
 
 
 def report(results: ResultCells) -> str:

@@ -65,7 +65,7 @@ def judge(bench: Bench, subject: Subject, precision: Precision) -> dict[str, Any
         compare_layers(report, eager, batch, stages, limits)
         compare_selection(report, "detections", eager, stages, direct, limits, np.ones(1, bool))
         compare_task(report, eager, stages, direct, limits)
-        pairs = [("final", eager.references(batch), direct)]
+        pairs = [("final", eager.references(batch, limits), direct)]
         if expected is not None:
             sample = thinned(len(expected[index]))
             prepared = Reference(expected[index], sample, expected[index][sample].masks)

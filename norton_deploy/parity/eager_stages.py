@@ -24,7 +24,13 @@ from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.models.detectron2_layers import NormalisedKeypointPredictor
 from norton_deploy.parity.comparison import Arrays
 from norton_deploy.parity.references import Reference, thinned
+from norton_deploy.parity.report import Tolerances
 from norton_deploy.structures import Categories, Detections
+
+MASK_THRESHOLD = 0.5
+"""A pixel of a higher probability belongs to the object, as in `paste_masks`."""
+MOVES = ((0, 0, 0, 0), (1, 1, 1, 1), (-1, -1, -1, -1), (-1, -1, 1, 1), (1, 1, -1, -1))
+"""Of a box's corners, as far as boxes may differ: not at all, both ways, larger and smaller."""
 
 
 def without_resize(model: GeneralizedRCNN, image_size: tuple[int, int], max_detections: int) -> GeneralizedRCNN:
@@ -71,9 +77,11 @@ class EagerStages:
         return self._predictor(list(images))
 
     @torch.no_grad()
-    def references(self, images: npt.NDArray[np.uint8]) -> list[Reference]:
+    def references(self, images: npt.NDArray[np.uint8], limits: Tolerances) -> list[Reference]:
         """Images uint8 [B, H, W, 3] -> as `whole`, masks and keypoints for a sample of the detections only.
 
+        `limits` say which pixels of a mask are undecided: where another box or probability that they allow would
+        decide otherwise. A small box that moves across a whole pixel changes a tenth of its mask.
         The steps are those of torchvision's `RoIHeads.forward`; a test holds them to `whole`.
         """
         model, heads = self.model, self.model.roi_heads
@@ -92,21 +100,31 @@ class EagerStages:
         ]
         boxes = [part["boxes"] for part in sampled]
         masks: list[Any] = [None] * len(images)
+        undecided: list[Any] = [None] * len(images)
         heatmaps: list[Any] = [None] * len(images)
         if heads.has_mask():
             local = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
             local = maskrcnn_inference(local, [part["labels"] for part in sampled])
-            parts = [part | {"masks": mask} for part, mask in zip(sampled, local, strict=True)]
-            pasted = model.transform.postprocess(parts, sizes, sizes)
-            masks = [part["masks"][:, 0].numpy() > 0.5 for part in pasted]
+            for index, (part, mask) in enumerate(zip(sampled, local, strict=True)):
+                masks[index], undecided[index] = self._pasted(part["boxes"], mask, limits)
         if heads.has_keypoint():
             pooled = heads.keypoint_roi_pool(maps, boxes, sizes)
             every = heads.keypoint_predictor(heads.keypoint_head(pooled))
             heatmaps = [part.numpy() for part in every.split([len(part) for part in boxes])]
         return [
-            Reference(_detections(result, self.image_size), sample, mask, maps_of, self.by_probability)
-            for result, sample, mask, maps_of in zip(results, samples, masks, heatmaps, strict=True)
+            Reference(_detections(result, self.image_size), *parts, self.by_probability)
+            for result, *parts in zip(results, samples, masks, undecided, heatmaps, strict=True)
         ]
+
+    def _pasted(self, boxes: Tensor, local: Tensor, limits: Tolerances) -> list[npt.NDArray[np.bool_]]:
+        """Boxes [N, 4] and their masks [N, 1, M, M] -> masks [N, H, W] in the image, and which pixels are undecided."""
+        pasted = []
+        for move in MOVES:
+            part = {"boxes": boxes + limits.box_px * torch.tensor(move), "masks": local}
+            pasted.append(self.model.transform.postprocess([part], *[[self.image_size]] * 2)[0]["masks"][:, 0].numpy())
+        inside = [part > MASK_THRESHOLD for part in pasted]
+        close = [np.abs(part - MASK_THRESHOLD) <= limits.mask_probability for part in pasted]
+        return [inside[0], np.any([*close, *(part != inside[0] for part in inside[1:])], axis=0)]
 
     def backbone(self, images: npt.NDArray[np.uint8]) -> Arrays:
         """Images uint8 [B, H, W, 3] -> "body.NAME" feature maps."""

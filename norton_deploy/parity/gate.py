@@ -126,7 +126,7 @@ def check_parity(
         if contract.resize == "graph":
             outputs = to_canvas(outputs, Letterbox.fit(contract.input_size, contract.image_size))
         found = decoded(outputs, eager, contract.mask_paste)
-        references = chosen(eager.references(canvas), judged)
+        references = chosen(eager.references(canvas, limits), judged)
         compare_detections(report, "final", references, chosen(found, judged), limits, **eager.cuts)
         if keep is not None:
             keep += map(Example, chosen(list(frames), judged), references)

@@ -25,6 +25,7 @@ class Reference:
         detections: boxes, scores and labels, in pixels of the graph's canvas.
         sample: [S], falling in score: those that have the following.
         masks: bool [S, H, W], or None.
+        undecided: bool [S, H, W], pixels that a difference within the limits could change; None where all are judged.
         heatmaps: float32 [S, K, M, M], or None.
         by_probability: whether a keypoint's score is the exponential of its heatmap's value.
     """
@@ -32,6 +33,7 @@ class Reference:
     detections: Detections
     sample: npt.NDArray[np.int64]
     masks: npt.NDArray[np.bool_] | None = None
+    undecided: npt.NDArray[np.bool_] | None = None
     heatmaps: npt.NDArray[np.float32] | None = None
     by_probability: bool = False
 
@@ -81,13 +83,34 @@ def compare_detections(
         first, second = pairing.pairs[np.isin(pairing.pairs[:, 0], reference.sample)].T
         place = np.searchsorted(reference.sample, first)
         if reference.masks is not None and theirs.masks is not None:
-            report.count("masks", len(place))
-            lowest = 1.0 - quantile(1.0 - mask_iou(reference.masks[place], theirs.masks[second]), share)
-            report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
+            record_masks(report, name, reference, place, theirs.masks[second], limits)
         if reference.heatmaps is not None and theirs.keypoints is not None:
             points = theirs.keypoints[second]
             judged = keypoint_loss(reference.heatmaps[place], theirs.boxes[second], points[..., :2])
             record_keypoints(report, name, judged, points[..., 2], reference.by_probability, limits)
+
+
+def record_masks(
+    report: ParityReport,
+    name: str,
+    reference: Reference,
+    place: npt.NDArray[np.int64],
+    theirs: npt.NDArray[np.bool_],
+    limits: Tolerances,
+) -> None:
+    """Masks at a `place` [P] of the reference and their partners [P, H, W] as stage `name`, by their decided pixels.
+
+    How much of either mask was left out is reported; a mask of which nothing is left was not compared.
+    """
+    assert reference.masks is not None
+    ours = reference.masks[place]
+    left_out = np.zeros_like(ours) if reference.undecided is None else reference.undecided[place]
+    either = ours | theirs
+    area, judged = (part.sum(axis=(1, 2)) for part in (either, either & ~left_out))
+    report.count("masks", int(((judged > 0) | (area == 0)).sum()))
+    lowest = 1.0 - quantile(1.0 - mask_iou(ours & ~left_out, theirs & ~left_out), limits.share)
+    report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
+    report.record(name, "share of a mask left out", quantile(1 - judged / np.maximum(area, 1), 1.0), None)
 
 
 def record_keypoints(

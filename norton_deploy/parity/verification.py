@@ -77,8 +77,9 @@ class ReferenceFile:
             reference, found = example.reference, example.reference.detections
             arrays |= {f"{index}.frame": example.frame, f"{index}.sample": reference.sample[:most]}
             arrays |= {f"{index}.{name}": getattr(found, name) for name in ("boxes", "scores", "labels")}
-            if reference.masks is not None:
-                arrays[f"{index}.masks"] = np.packbits(reference.masks[:most], axis=2)
+            for name in ("masks", "undecided"):
+                if (pixels := getattr(reference, name)) is not None:
+                    arrays[f"{index}.{name}"] = np.packbits(pixels[:most], axis=2)
             if reference.heatmaps is not None:
                 arrays[f"{index}.heatmaps"] = reference.heatmaps[:most]
         with atomic_write(path) as stream:
@@ -110,15 +111,14 @@ class ReferenceFile:
 
 def _example(stored: Any, index: int, contract: GraphContract, by_probability: bool) -> Example:
     part = {name: stored[f"{index}.{name}"] for name in ("boxes", "scores", "labels")}
-    masks = heatmaps = None
-    if f"{index}.masks" in stored:
-        masks = np.unpackbits(stored[f"{index}.masks"], axis=2, count=contract.image_size[1]).astype(bool)
-    if f"{index}.heatmaps" in stored:
-        heatmaps = stored[f"{index}.heatmaps"]
-    found = Detections(part["boxes"], part["scores"], part["labels"], contract.image_size)
-    return Example(
-        stored[f"{index}.frame"], Reference(found, stored[f"{index}.sample"], masks, heatmaps, by_probability)
+    masks, undecided = (
+        np.unpackbits(stored[name], axis=2, count=contract.image_size[1]).astype(bool) if name in stored else None
+        for name in (f"{index}.masks", f"{index}.undecided")
     )
+    heatmaps = stored[f"{index}.heatmaps"] if f"{index}.heatmaps" in stored else None
+    found = Detections(part["boxes"], part["scores"], part["labels"], contract.image_size)
+    reference = Reference(found, stored[f"{index}.sample"], masks, undecided, heatmaps, by_probability)
+    return Example(stored[f"{index}.frame"], reference)
 
 
 def reference_path(model_path: str | Path) -> Path:

@@ -20,6 +20,7 @@ from norton_deploy.parity import engine_check
 from norton_deploy.parity.eager_stages import EagerStages
 from norton_deploy.parity.engine_check import check_engine
 from norton_deploy.parity.references import Example
+from norton_deploy.parity.report import TOLERANCES
 from norton_deploy.parity.verification import ReferenceFile, reference_path, verify, verify_once
 
 
@@ -30,7 +31,7 @@ def shipped(exported: Callable, tmp_path: Path) -> Path:
     path = tmp_path / "model.onnx"
     path.write_bytes(graph.read_bytes())
     images = blobs(2, seed=5).numpy()
-    examples = map(Example, images, EagerStages(model, IMAGE_SIZE, 20).references(images))
+    examples = map(Example, images, EagerStages(model, IMAGE_SIZE, 20).references(images, TOLERANCES["fp32"]))
     ReferenceFile.of(read_contract(path), "fp32", model, list(examples)).save(reference_path(path))
     return path
 

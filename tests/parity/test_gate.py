@@ -1,5 +1,7 @@
 """Pairing of detections and the parity report; whole graphs are compared in tests/export/test_onnx_export.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from norton_deploy.parity.comparison import (
     relative_error,
     set_distance,
 )
+from norton_deploy.parity.references import Reference, compare_detections
 from norton_deploy.parity.report import TOLERANCES, ParityReport
 from norton_deploy.structures import Detections
 
@@ -87,3 +90,30 @@ def test_fp32_limits_are_those_the_project_promises() -> None:
     limits = TOLERANCES["fp32"]
     assert (limits.box_px, limits.score, limits.mask_iou, limits.keypoint_loss) == (0.05, 1e-4, 0.99, 1e-3)
     assert (limits.share, limits.unmatched) == (1.0, 0.0)
+
+
+def masks_report(undecided: slice, flipped: slice) -> ParityReport:
+    """Of a mask of ten columns in which some are flipped."""
+    found = detections([A], [0.9], [1])
+    ours = np.zeros((1, 100, 100), bool)
+    ours[:, 10:30, 10:20] = True
+    theirs, open_pixels = ours.copy(), np.zeros_like(ours)
+    theirs[..., flipped] = ~theirs[..., flipped] & (np.arange(100) < 30)[:, None] & (np.arange(100) >= 10)[:, None]
+    open_pixels[..., undecided] = True
+    report = ParityReport("m.onnx", "fp32")
+    reference = Reference(found, np.zeros(1, np.int64), ours, open_pixels)
+    given = replace(found, masks=theirs)
+    compare_detections(
+        report, "final", [reference], [given], TOLERANCES["fp32"], score_threshold=0.05, max_detections=3
+    )
+    return report
+
+
+def test_masks_are_judged_where_rounding_does_not_decide() -> None:
+    nothing = slice(0)
+    assert not masks_report(nothing, slice(18, 20)).passed
+    assert not masks_report(slice(19, 20), slice(18, 20)).passed
+    report = masks_report(slice(18, 20), slice(18, 20))
+    assert report.passed and report.compared["masks"] == 1
+    assert next(stage.worst for stage in report.stages if "left out" in stage.measure) == pytest.approx(0.2)
+    assert masks_report(slice(10, 20), slice(10, 20)).compared["masks"] == 0
