@@ -115,7 +115,7 @@ def _example(stored: Any, index: int, contract: GraphContract, by_probability: b
         np.unpackbits(stored[name], axis=2, count=contract.image_size[1]).astype(bool) if name in stored else None
         for name in (f"{index}.masks", f"{index}.undecided")
     )
-    heatmaps = stored[f"{index}.heatmaps"] if f"{index}.heatmaps" in stored else None
+    heatmaps = stored.get(f"{index}.heatmaps")
     found = Detections(part["boxes"], part["scores"], part["labels"], contract.image_size)
     reference = Reference(found, stored[f"{index}.sample"], masks, undecided, heatmaps, by_probability)
     return Example(stored[f"{index}.frame"], reference)
