@@ -3,6 +3,7 @@
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -42,9 +43,29 @@ def one_line_errors(loader: Iterable[T]) -> Iterator[T]:
     """The loader's batches.
 
     Raises:
-        UserError: as the dataset raised it; torch would put a worker's whole traceback into its message.
+        UserError: as the dataset raised it (torch would put a worker's whole traceback into its message), or see
+            `worker_deaths`.
     """
     try:
-        yield from loader
+        with worker_deaths():
+            yield from loader
     except UserError as error:
         raise UserError(str(error.args[0]).rpartition(f"{UserError.__name__}: ")[2]) from None
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """torch raises the death of a process that reads data in whatever its parent is doing; here it is one line.
+
+    Raises:
+        UserError: one died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise UserError(
+            f"a process that reads images died ({str(error).splitlines()[0].strip()}); too little memory is the usual "
+            "reason: give fewer --workers or a smaller --batch-size; a training run goes on with --resume"
+        ) from error

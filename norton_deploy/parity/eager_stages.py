@@ -112,8 +112,8 @@ class EagerStages:
             every = heads.keypoint_predictor(heads.keypoint_head(pooled))
             heatmaps = [part.numpy() for part in every.split([len(part) for part in boxes])]
         return [
-            Reference(_detections(result, self.image_size), *parts, self.by_probability)
-            for result, *parts in zip(results, samples, masks, undecided, heatmaps, strict=True)
+            Reference(_detections(result, self.image_size), sample, mask, unsure, maps_of, self.by_probability)
+            for result, sample, mask, unsure, maps_of in zip(results, samples, masks, undecided, heatmaps, strict=True)
         ]
 
     def _pasted(self, boxes: Tensor, local: Tensor, limits: Tolerances) -> list[npt.NDArray[np.bool_]]:

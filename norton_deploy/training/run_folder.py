@@ -185,9 +185,10 @@ def save_state(path: Path, state: RunState) -> None:
     with atomic_write(path) as stream:
         try:
             torch.save({"format": FORMAT, **vars(state)}, stream)
-        except RuntimeError as error:  # what torch makes of an OSError
+        except RuntimeError as error:  # what torch makes of an OSError, or of an interruption
             stream.flush()  # raises what the system said, if it was that
-            raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+            reason = str(error.__context__ or error).splitlines()[0]
+            raise UserError(f"{path}: cannot be written ({reason}); the state before stays") from error
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> RunState:

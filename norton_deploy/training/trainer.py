@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, worker_deaths
 from norton_deploy.files import atomic_write
 from norton_deploy.progress import progress_bar
 from norton_deploy.training.batches import Batch, EpochLoader
@@ -170,7 +170,7 @@ class Trainer:
             enabled=main,
             tracker=self.settings.tracker,
         )
-        with log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
+        with worker_deaths(), log, bar, StopSignals(enabled=self.accelerator.num_processes == 1) as self._signals:
             while self.step < self.total_steps:
                 self._run_epoch(log, bar)
             if self.evaluated_step < self.step:  # killed after the last step, before its evaluation

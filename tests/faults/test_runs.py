@@ -2,17 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import cross_entropy, tiny_settings, tiny_trainer
+from tiny_run import RandomImages, cross_entropy, tiny_settings, tiny_trainer
+from torch.utils.data import DataLoader
 
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, new_folder
+from norton_deploy.training.batches import Batch
 from norton_deploy.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +89,26 @@ def test_a_folder_that_refuses_writing_in_the_middle_is_named(tmp_path):
     run.unlink()
     gone.rename(run)
     assert tiny_trainer(tiny_settings(run, resume=True)).run().steps == 15
+
+
+class KilledReader(RandomImages):
+    """Reads in a process of its own, which is killed before batch 8 of all."""
+
+    def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        loader = iter(DataLoader(list(super().batches(epoch, first_batch)), batch_size=None, num_workers=1))
+        for index, batch in enumerate(loader):
+            if len(self) * epoch + first_batch + index == 7:
+                os.kill(loader._workers[0].pid, signal.SIGKILL)
+                time.sleep(60)  # until torch's handler of the death breaks in
+            yield batch
+
+
+def test_a_process_that_reads_and_dies_ends_a_run_with_one_line_and_it_goes_on(tmp_path):
+    trainer = tiny_trainer(tiny_settings(tmp_path / "run"))
+    trainer.loader = KilledReader(4, 0, 1)
+    with pytest.raises(UserError, match=r"a process that reads images died .*signal: Killed"):
+        trainer.run()
+    assert tiny_trainer(tiny_settings(tmp_path / "run", resume=True)).run().steps == 15
 
 
 def test_a_second_run_is_kept_out_and_a_dead_one_is_not_in_the_way(tmp_path):
