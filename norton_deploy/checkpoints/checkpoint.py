@@ -312,8 +312,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's training scripts store theirs
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        reason = f"({' '.join(str(error).split())[:300] or type(error).__name__})"
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        told = re.split("trusted source.|WeightsUnpickler error: ", str(error))[-1]  # before it, advice to run it
+        reason = f"({' '.join(told.split())[:300] or type(error).__name__})"
         if foreign is not None:
             reason = (
                 f"but a pickle of {foreign[1]}, which would run as code; open it where it was made and save its "

@@ -18,6 +18,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper, _convert_to_roi_format, _filter_input
 
+from norton_deploy.errors import UserError
 from norton_deploy.masks import MaskPaste
 
 ImageResize = Literal["torchvision", "antialiased"]
@@ -41,10 +42,19 @@ class DetectorTransform(GeneralizedRCNNTransform):
         return image if self.image_resize == "antialiased" else super().normalize(image)
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Resize an image [3, H, W] and its target to the settings' size."""
+        """Resize an image [3, H, W] and its target to the settings' size.
+
+        Raises:
+            UserError: nothing would be left of the image's short side.
+        """
+        old = (image.shape[-2], image.shape[-1])
+        if self.max_size * min(old) <= max(old):
+            raise UserError(
+                f"an image of {old[0]}x{old[1]} pixels is too thin: with its long side at {self.max_size} pixels "
+                "nothing is left of the short one; crop it"
+            )
         if self.image_resize == "torchvision":
             return super().resize(image, target)
-        old = (image.shape[-2], image.shape[-1])
         short_side = self.torch_choice(list(self.min_size)) if self.training else self.min_size[-1]
         new = shortest_edge_size(old, short_side, self.max_size)
         image = super().normalize(resize_like_pillow(image, new))

@@ -19,6 +19,7 @@ GEOMETRIES = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("kind", LAYER_FORMS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_the_chain_equals_the_recomposed_convolution(kind: LayerForm, geometry: dict) -> None:

@@ -185,8 +185,11 @@ class _Malicious:
 
 def test_pth_files_run_no_code(tmp_path: Path) -> None:
     torch.save({"weight": _Malicious()}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=r"bad\.pth: not a file of plain tensors"):
-        read_tensors(tmp_path / "bad.pth")
+    (tmp_path / "worse.pth").write_bytes(b"\x80\x02cos\nsystem\n(S'id'\ntR.")
+    for name in ("bad.pth", "worse.pth"):
+        with pytest.raises(UserError, match=rf"{name}: not a file of plain tensors") as refused:
+            read_tensors(tmp_path / name)
+        assert "weights_only" not in str(refused.value)  # torch advises to run it
 
 
 def test_torchvision_classifier_file(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_another_name_for_a_known_category_is_remarked_upon(hand_made: Any) -> N
 
 def test_given_categories_decide_the_labels(hand_made: Any) -> None:
     root = hand_made.write()
-    theirs = Categories((4, 9), (1, 37), ("person", "ball"))
+    theirs = Categories((4, 9), (1, 37), ("person", "sports ball"))
     assert CocoDetection(root, "val", "box", categories=theirs).target(0)["labels"].tolist() == [4, 9]
     with pytest.raises(UserError, match=r"category 37 \(sports ball\) is unknown"):
         CocoDetection(root, "val", "box", categories=Categories((1,), (1,), ("person",)))

@@ -1,5 +1,7 @@
 """Anchors, RoIAlign, resizing and pasting in the ways that torchvision's detectors do not have."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,8 @@ from norton_deploy.masks import MasksInBoxes
 from norton_deploy.models.detector_parts import BackboneSettings, Detectron2Settings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.models.detectron2_layers import (
+    DetectorTransform,
+    ImageResize,
     PyramidAnchorGenerator,
     PyramidRoIAlign,
     paste_subpixel,
@@ -117,3 +121,12 @@ def test_keypoint_probabilities_are_those_of_the_heatmap() -> None:
         heatmaps = predictor(torch.randn(2, 8, 14, 14))
     assert heatmaps.shape == (2, 17, 56, 56)
     torch.testing.assert_close(heatmaps.exp().sum((2, 3)), torch.ones(2, 17))
+
+
+@pytest.mark.parametrize("image_resize", ["torchvision", "antialiased"])
+def test_an_image_of_which_nothing_would_be_left_is_refused(image_resize: ImageResize) -> None:
+    changes: dict[str, Any] = {"image_resize": image_resize, "mask_paste": "whole_pixels", "keypoint_score": "logit"}
+    transform = DetectorTransform(64, 100, [0.0] * 3, [1.0] * 3, **changes).eval()
+    assert transform.resize(torch.zeros(3, 1, 99))[0].shape == (3, 1, 100)
+    with pytest.raises(UserError, match="an image of 300x3 pixels is too thin"):
+        transform.resize(torch.zeros(3, 300, 3))
