@@ -27,11 +27,13 @@ test-all: $(INSTALLED)
 
 # Ten thousand damaged and malicious files of every kind, in processes that may crash, hang or grow.
 fuzz: $(INSTALLED)
-	$(BIN)/python -m tests.fuzz.run --cases 10000
+	rm -f runs/fuzz.json
+	$(BIN)/python -m tests.fuzz.run --out runs/fuzz.json
 
 # Fifty kills of a training run at random moments; then memory over thousands of predictions and an hour of video.
 faults: $(INSTALLED)
-	PYTHONPATH=.:tests/training $(BIN)/python tests/faults/kill_runs.py --kills 50
+	rm -f runs/faults.json
+	$(BIN)/python -m tests.faults.kill_runs --out runs/faults.json
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py

@@ -52,6 +52,8 @@ SECTIONS = {
     "size_buckets": "Fixed image sizes",
     "compression_time": "Time to compress a layer",
     "drawing": "Drawing and writing a frame",
+    "fuzz": "Ten thousand damaged and malicious inputs",
+    "faults": "Training runs killed at random moments",
     "soak": "Memory over thousands of predictions and an hour of video",
     "training_forms": "Forms of layers in training on a CPU",
     "gradcam": "Feature preservation: Grad-CAM",

@@ -1,12 +1,9 @@
-"""Kills a training run at random moments, over and over, and compares what comes out with a run that was never killed.
-
-    PYTHONPATH=.:tests/training python tests/faults/kill_runs.py --kills 50
+"""Kills a training run at random moments, over and over (`make faults`), and compares what comes out with a whole run.
 
 Every child resumes where the last one was killed, by SIGKILL at a moment drawn from the time that a whole run takes; a
-run that reached its end is compared and the next one begins. Prints JSON: kills, runs, and what was wrong.
+run that reached its end is compared and the next one begins.
 """
 
-import argparse
 import json
 import os
 import random
@@ -14,14 +11,74 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from tiny_run import RandomImages, cross_entropy, tiny_model, tiny_settings
 
+from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulate
 from norton_deploy.errors import UserError
 from norton_deploy.training.settings import build_accelerator
 from norton_deploy.training.trainer import Evaluation, Trainer
+from tests.training.tiny_run import RandomImages, cross_entropy, tiny_model, tiny_settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `make faults`."""
+
+    out: Path = RESULTS / "faults.json"
+    """Results file; a Markdown table is written beside it."""
+    kills: int = 50
+    """Of all runs together, at least."""
+    seed: int = 0
+    """Of the moments."""
+
+
+def main(settings: Settings) -> int:
+    """Status 1 if a run came out otherwise."""
+    results = ResultCells(settings.out, settings_of(settings), report)
+    return results.measure_all({"training run": partial(kill_often, settings)})
+
+
+def report(results: ResultCells) -> str:
+    """Kills and faults."""
+    return tabulate(
+        "Runs killed at random moments and resumed, against a run that was never killed: weights bit for bit, lines of "
+        "the log, files",
+        results.cells.items(),
+        {
+            "What": lambda row: row[0],
+            "Kills": lambda row: str(row[1]["kills"]),
+            "Runs that ended": lambda row: str(row[1]["runs"]),
+            "Seconds a run": lambda row: f"{row[1]['seconds_a_run']:.1f}",
+            "Faults": lambda row: row[1].get("failure", "none"),
+        },
+    ).to_markdown()
+
+
+def kill_often(settings: Settings) -> dict[str, Any]:
+    """Kill, resume, compare."""
+    drawn, kills, runs, faults = random.Random(settings.seed), 0, 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        started = time.monotonic()
+        run_child(whole, False, None)
+        whole_s = time.monotonic() - started
+        while kills < settings.kills:
+            out = Path(folder) / f"run{runs}"
+            ended = False
+            while not ended:
+                resume = (out / "settings.json").exists()
+                last = kills >= settings.kills
+                ended = run_child(out, resume, None if last else drawn.uniform(0, whole_s))
+                kills += not ended
+            runs += 1
+            faults += [f"{out.name}: {fault}" for fault in faults_of(out, whole)]
+    found = {"kills": kills, "runs": runs, "seconds_a_run": round(whole_s, 2)}
+    return found | {"failure": "; ".join(faults)} if faults else found
 
 
 def train(out: Path, resume: bool) -> None:
@@ -74,31 +131,5 @@ def faults_of(out: Path, whole: Path) -> list[str]:
     return [*faults, *(f"{name} is left over or missing" for name in sorted(left))]
 
 
-def main() -> None:
-    """Kill, resume, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    drawn, kills, runs, faults = random.Random(options.seed), 0, 0, []
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole"
-        started = time.monotonic()
-        run_child(whole, False, None)
-        whole_s = time.monotonic() - started
-        while kills < options.kills:
-            out = Path(folder) / f"run{runs}"
-            ended = False
-            while not ended:
-                resume = (out / "settings.json").exists()
-                last = kills >= options.kills
-                ended = run_child(out, resume, None if last else drawn.uniform(0, whole_s))
-                kills += not ended
-            runs += 1
-            faults += [f"{out.name}: {fault}" for fault in faults_of(out, whole)]
-    print(json.dumps({"kills": kills, "runs": runs, "seconds_a_run": round(whole_s, 2), "faults": faults}))
-    sys.exit(bool(faults))
-
-
 if __name__ == "__main__":
-    main()
+    run(Settings, main)

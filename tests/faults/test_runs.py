@@ -31,12 +31,11 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_runs_resume_bit_for_bit_and_leave_nothing():
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'training'}"}
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "kill_runs.py"), "--kills", "4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_killed_runs_resume_bit_for_bit_and_leave_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.faults.kill_runs", "--kills", "4", "--out", str(tmp_path / "faults.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["kills"] >= 4
+    assert json.loads((tmp_path / "faults.json").read_text())["cells"]["training run"]["kills"] >= 4
 
 
 FILLED = """

@@ -7,7 +7,6 @@ worker goes on behind it.
 
 from __future__ import annotations
 
-import json
 import queue
 import random
 import subprocess
@@ -16,16 +15,15 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from norton_deploy.config import parse_settings
-from norton_deploy.files import atomic_write
+from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulate
 
 SLOWEST_S = 5.0
 LARGEST_BYTES = 2 * 10**9
@@ -39,10 +37,10 @@ WEIGHTS = {"coco": 4, "picture": 4, "graph": 2, "checkpoint": 1, "state_dict": 1
 class Settings:
     """Settings of the long fuzz."""
 
+    out: Path = RESULTS / "fuzz.json"
+    """Results file; a Markdown table is written beside it. Kinds that are there already are not run again."""
     cases: int = 10_000
     """Inputs of all kinds together."""
-    out: Path | None = None
-    """Write the counts as JSON here."""
     first_seed: int = 0
     """Seed of the first input of each kind."""
     worker: str = ""
@@ -147,35 +145,49 @@ def shares(cases: int) -> dict[str, int]:
     return counts
 
 
-def main() -> int:
+def main(settings: Settings) -> int:
     """Run; returns 1 if an input broke the promise."""
-    settings = parse_settings(Settings, prog="make fuzz", description=__doc__ or "")
     if settings.worker:
         kind, first, last = settings.worker.split()
         work(kind, int(first), int(last))
         return 0
-    from norton_deploy.reporting.provenance import provenance
+    limits = {"slowest_s": SLOWEST_S, "largest_bytes": LARGEST_BYTES}
+    results = ResultCells(settings.out, settings_of(settings, "worker") | limits, report)
+    return results.measure_all(
+        {kind: partial(attack, kind, settings.first_seed, count) for kind, count in shares(settings.cases).items()}
+    )
 
-    cells: dict[str, Any] = {}
-    for kind, count in shares(settings.cases).items():
-        outcome, seed, last = Outcome(), settings.first_seed, settings.first_seed + count
-        while seed < last:
-            seed = watch(kind, seed, last, outcome)
-        cells[kind] = {"cases": count, "accepted": outcome.accepted, "refused": outcome.refused,
-                       "slowest_s": round(outcome.slowest_s, 2),
-                       "failures": {str(number): reason for number, reason in outcome.failures.items()}}  # fmt: skip
-        print(f"{kind}: {cells[kind]}", flush=True)
-    failures = sum(len(cell["failures"]) for cell in cells.values())
-    total = Counter({key: sum(cell[key] for cell in cells.values()) for key in ("cases", "accepted", "refused")})
-    print(f"{total['cases']} inputs: {total['accepted']} accepted, {total['refused']} refused, {failures} failures")
-    if settings.out is not None:
-        limits = {"slowest_s": SLOWEST_S, "largest_bytes": LARGEST_BYTES, "first_seed": settings.first_seed}
-        record = {"settings": limits, **total, "failures": failures, "kinds": cells, "provenance": provenance()}
-        with atomic_write(settings.out, "w") as stream:
-            json.dump(record, stream, indent=1)
-            stream.write("\n")
-    return int(failures > 0)
+
+def attack(kind: str, first: int, count: int) -> dict[str, Any]:
+    """All inputs of a kind."""
+    outcome, seed, last = Outcome(), first, first + count
+    while seed < last:
+        seed = watch(kind, seed, last, outcome)
+    found = {"cases": count, "accepted": outcome.accepted, "refused": outcome.refused}
+    found["slowest_s"] = round(outcome.slowest_s, 2)
+    failures = "; ".join(f"seed {number}: {reason}" for number, reason in outcome.failures.items())
+    return found | {"failure": failures} if failures else found
+
+
+def report(results: ResultCells) -> str:
+    """A row for each kind, and all together."""
+    counted = ("cases", "accepted", "refused")
+    total = {name: sum(cell[name] for cell in results.cells.values()) for name in counted}
+    total["slowest_s"] = max((cell["slowest_s"] for cell in results.cells.values()), default=0.0)
+    return tabulate(
+        "Damaged and malicious inputs: taken with a correct result, or refused in one line; failures are crashes, "
+        f"tracebacks, wrong results, more than {SLOWEST_S:g} s or {LARGEST_BYTES / 1e9:g} GB",
+        [*results.cells.items(), ("all", total)],
+        {
+            "Kind": lambda row: row[0],
+            "Inputs": lambda row: str(row[1]["cases"]),
+            "Accepted": lambda row: str(row[1]["accepted"]),
+            "Refused": lambda row: str(row[1]["refused"]),
+            "Slowest, s": lambda row: f"{row[1]['slowest_s']:.2f}",
+            "Failures": lambda row: row[1].get("failure", "none"),
+        },
+    ).to_markdown()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(Settings, main)
