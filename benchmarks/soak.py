@@ -22,14 +22,15 @@ from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
-from norton_deploy.inference.loading import packaged_detector
-from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
-from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.inference.loading import load_predictor, packaged_detector
+from norton_deploy.inference.predictor import Backend, Image, Predictor
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.video.pipeline import VideoPipeline
 from norton_deploy.video.sinks import VideoFile
 from norton_deploy.video.sources import FrameSource, SyntheticSource
 
+BACKENDS: tuple[Backend, ...] = ("torch", "onnxruntime", "openvino")
+"""An engine of TensorRT needs a GPU."""
 SAMPLE_EVERY, FLAT_MIB, PROPOSALS = 100, 20.0, 50
 
 
@@ -42,7 +43,7 @@ class Settings:
     work: Path = Path("runs/soak")
     """Folder for the graph and the recording."""
     only: tuple[str, ...] = ()
-    """Run these cells only: torch, onnxruntime, video."""
+    """Run these cells only: torch, onnxruntime, openvino, video."""
     predictions: int = 2000
     """In each backend."""
     video_minutes: float = 60.0
@@ -79,8 +80,7 @@ def main(settings: Settings) -> int:
     """Run what is missing; status 1 when memory grew."""
     settings.work.mkdir(parents=True, exist_ok=True)
     cells: dict[str, Callable[[], dict[str, Any]]] = {
-        "torch": partial(in_new_process, predict_often, settings, "torch"),
-        "onnxruntime": partial(in_new_process, predict_often, settings, "onnxruntime"),
+        **{name: partial(in_new_process, predict_often, settings, name) for name in BACKENDS},
         "video": partial(in_new_process, record, settings),
     }
     chosen = {name: cell for name, cell in cells.items() if name in (settings.only or cells)}
@@ -107,7 +107,7 @@ def in_new_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict
         return pool.submit(work, *arguments).result()
 
 
-def predict_often(settings: Settings, backend: str) -> dict[str, Any]:
+def predict_often(settings: Settings, backend: Backend) -> dict[str, Any]:
     """Predictions one by one on moving scenes, memory every 100."""
     predictor, source = small_predictor(settings, backend), SyntheticSource(settings.image_size)
     samples, found = [], 0
@@ -139,7 +139,7 @@ def record(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def small_predictor(settings: Settings, backend: str) -> Predictor:
+def small_predictor(settings: Settings, backend: Backend) -> Predictor:
     """The packaged mask detector for small images, with few proposals."""
     opened = open_model(str(packaged_detector("mask")), image_size=settings.image_size)
     detector, categories = opened.header.detector, opened.header.categories
@@ -151,7 +151,7 @@ def small_predictor(settings: Settings, backend: str) -> Predictor:
         return TorchPredictor(model, "mask", categories, device="cpu")
     path = settings.work / "soak.onnx"
     export_onnx(StaticRCNN(model, GraphSettings(settings.image_size)), path, categories=categories)
-    return OnnxRuntimePredictor(path, device="cpu")
+    return load_predictor(path, backend=backend, device="cpu")
 
 
 def growth(samples_mib: list[float], first: int) -> dict[str, Any]:
