@@ -1,6 +1,7 @@
 """What a training run tells: log.jsonl in its folder, and TensorBoard, W&B, MLflow or trackio."""
 
 import json
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class RunLog:
             new one of the same name. One that fails on the way is left with a warning.
 
     Raises:
-        UserError: the tracker cannot be started.
+        UserError: the log cannot be written, or the tracker cannot be started.
     """
 
     def __init__(
@@ -59,18 +60,25 @@ class RunLog:
         self._stream = None
         self._path = folder.log
         self._tracker: GeneralTracker | None = None
+        self._thread_errors = threading.excepthook
         self.start_interval()
         if not enabled:
             return
         if folder.log.exists():
             _keep_until(folder.log, first_step, evaluated_step)
-        self._stream = open(folder.log, "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
-        self._tracker = _started(tracker, folder, first_step)
+        threading.excepthook = self._from_thread
+        try:
+            self._stream = open(folder.log, "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
+            self._tracker = _started(tracker, folder, first_step)
+        except OSError as error:
+            self.__exit__(type(error))
+            raise self._unwritable(error) from error
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        threading.excepthook = self._thread_errors
         if self._stream is None:
             return
         for close in (self._stream.close, *([] if self._tracker is None else [self._tracker.finish])):
@@ -79,6 +87,11 @@ class RunLog:
             except OSError as error:  # on a full disk closing fails once more
                 if kind is None:
                     raise self._unwritable(error) from error
+
+    def _from_thread(self, arguments: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands what it cannot write to `write`, and raises it besides."""
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            self._thread_errors(arguments)
 
     def _unwritable(self, error: OSError) -> UserError:
         paths = f"{self._path} or {self._path.parent}"
