@@ -34,6 +34,7 @@ from benchmarks import (
     whole_detector,
 )
 from benchmarks.lib.cells import RESULTS, ResultCells
+from tests.faults import kill_runs
 from tests.fuzz import run as fuzz
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "engine_builds": engine_builds,
     "export_matrix": export_matrix,
     "export_parity": export_parity,
+    "faults": kill_runs,
     "fuzz": fuzz,
     "gpu": gpu,
     "gradcam": gradcam,
