@@ -6,18 +6,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
+from xml.etree import ElementTree
 
 import numpy as np
 import supervision as sv
 
-from norton_deploy.data.coco_index import annotation_file, image_folder
+from norton_deploy.config import read_yaml
+from norton_deploy.data.coco import CocoDetection
+from norton_deploy.data.coco_index import Split, annotation_file, image_folder
 from norton_deploy.data.dataset_check import SPLITS
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
 from norton_deploy.files import new_folder
 
 Layout = Literal["yolo", "voc"]
 FOLDERS: dict[Layout, tuple[str, str]] = {"yolo": ("images", "labels"), "voc": ("JPEGImages", "Annotations")}
 """Usual names of the folder of images and of that of annotations beside it."""
+FARTHEST = 1e5
+"""Largest number in an annotation: a polygon with a corner far away takes OpenCV hours to fill."""
 
 
 def import_dataset(
@@ -38,9 +43,12 @@ def import_dataset(
     Raises:
         UserError: a folder or annotation cannot be read; `out` holds something.
     """
-    if layout == "yolo" and names is None:
-        raise UserError("--names: needed with yolo, its data.yaml")
-    read = {split: _read(layout, path, names) for split, path in zip(SPLITS, (train, val), strict=True)}
+    if layout == "yolo":
+        if names is None:
+            raise UserError("--names: needed with yolo, its data.yaml")
+        read_yaml(names)
+    path_of = dict(zip(SPLITS, (train, val), strict=True))
+    read = {split: _read(layout, path, names) for split, path in path_of.items()}
     classes = sorted({name for dataset in read.values() for name in dataset.classes}, key=_order(read["train"]))
     counts: dict[str, tuple[int, int]] = {}
     with new_folder(out) as partial, _one_line(out):
@@ -51,6 +59,7 @@ def import_dataset(
             for path in dataset.image_paths:
                 shutil.copyfile(path, images / Path(path).name)
             dataset.as_coco(annotations_path=str(annotations))
+            _check_readable(partial, split, path_of[split])
             written = json.loads(annotations.read_text())
             counts[split] = (len(written["images"]), len(written["annotations"]))
     return counts
@@ -68,6 +77,7 @@ def _read(layout: Layout, path: Path, names: Path | None) -> sv.DetectionDataset
         raise UserError(f"{images}: no such folder of images")
     annotations = _annotations_of(layout, images)
     with _one_line(path):
+        _check_numbers(layout, annotations)
         if layout == "yolo":
             dataset = sv.DetectionDataset.from_yolo(str(images), str(annotations), str(names))
         else:
@@ -76,6 +86,19 @@ def _read(layout: Layout, path: Path, names: Path | None) -> sv.DetectionDataset
     if not paths:
         raise UserError(f"{path}: no images here")
     return sv.DetectionDataset(dataset.classes, paths, {file: dataset.annotations[file] for file in paths})
+
+
+def _check_numbers(layout: Layout, annotations: Path) -> None:
+    for file in sorted(annotations.glob("*.txt" if layout == "yolo" else "*.xml")):
+        if layout == "yolo":
+            words = file.read_text(encoding="utf-8", errors="replace").split()
+        else:
+            shapes = [shape for kind in ("bndbox", "polygon") for shape in ElementTree.parse(file).iter(kind)]
+            words = [value.text or "" for shape in shapes for value in shape]
+        for word in words:
+            with contextlib.suppress(ValueError):  # no number: supervision's to judge
+                if not abs(float(word)) <= FARTHEST:
+                    raise UserError(f"{file}: holds {shown(word)}; expected finite numbers up to {FARTHEST:g}")
 
 
 def _annotations_of(layout: Layout, images: Path) -> Path:
@@ -88,6 +111,14 @@ def _annotations_of(layout: Layout, images: Path) -> Path:
         if beside.is_dir():
             return beside
     return images
+
+
+def _check_readable(root: Path, split: Split, source: Path) -> None:
+    """supervision writes numbers that are no box and lists without an object; they are refused here, as at reading."""
+    try:
+        CocoDetection(root, split, "box")
+    except UserError as error:
+        raise UserError(f"{source}: cannot be converted: {str(error).rpartition('.json: ')[2]}") from error
 
 
 def _order(first: sv.DetectionDataset) -> Callable[[str], tuple[int, str]]:

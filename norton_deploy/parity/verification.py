@@ -7,7 +7,6 @@ somewhere else: there it is compared with what eager mode found in the same imag
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, shown
 from norton_deploy.export.contract import TASK_OUTPUT, GraphContract, Precision
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.files import atomic_write, sha256_of
@@ -103,9 +102,18 @@ class ReferenceFile:
                     examples.append(_example(stored, len(examples), contract, about["by_probability"]))
                 limits = about["precision"]
                 if limits not in TOLERANCES:
-                    raise UserError(f"{path}: of precision '{limits}'; this version knows {', '.join(TOLERANCES)}")
-                return cls(contract, limits, tuple(about["labels"]), about["cuts"], tuple(examples))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+                    raise UserError(f"{path}: of precision {shown(limits)}; this version knows {', '.join(TOLERANCES)}")
+                cuts = {"score_threshold": float, "max_detections": int}
+                return cls(
+                    contract,
+                    limits,
+                    tuple(map(int, about["labels"])),
+                    {name: kind(about["cuts"][name]) for name, kind in cuts.items()},
+                    tuple(examples),
+                )
+        except UserError:
+            raise
+        except Exception as error:  # zipfile, zlib and NumPy have no common base class for what they raise
             raise UserError(f"{path}: not a file of reference detections ({error}); export the model again") from error
 
 
@@ -117,8 +125,13 @@ def _example(stored: Any, index: int, contract: GraphContract, by_probability: b
     )
     heatmaps = stored.get(f"{index}.heatmaps")
     found = Detections(part["boxes"], part["scores"], part["labels"], contract.image_size)
-    reference = Reference(found, stored[f"{index}.sample"], masks, undecided, heatmaps, by_probability)
-    return Example(stored[f"{index}.frame"], reference)
+    frame, sample = stored[f"{index}.frame"], stored[f"{index}.sample"]
+    if frame.dtype != np.uint8 or frame.shape != (*contract.input_size, 3):
+        raise ValueError(f"{index}.frame is no image of the graph's size")
+    if sample.dtype.kind != "i" or not np.isin(sample, np.arange(len(found))).all():
+        raise ValueError(f"{index}.sample is none of its detections")
+    reference = Reference(found, sample, masks, undecided, heatmaps, by_probability)
+    return Example(frame, reference)
 
 
 def reference_path(model_path: str | Path) -> Path:

@@ -173,5 +173,14 @@ CORPUS: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     "shared containers": ("pickle", shared_containers),
     "pickle with bytes that are not there": ("pickle", b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b"abc."),
     "pickle with a place far away": ("pickle", b"\x80\x02Nr\xff\xff\xff\x7f0."),
+    "YOLO's polygon with a corner far away": ("yolo", b"1 0.1 0.1 1e30 0.1 0.9 0.8"),
+    "YOLO's data.yaml that is none": ("yolo_names", b"names: {0: cat, 1: dog"),
+    "VOC without an object": ("voc", b"<annotation></annotation>"),
+    "VOC's box of no number": (
+        "voc",
+        b"<annotation><object><name>cat</name><bndbox><xmin>nan</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+        b"</object></annotation>",
+    ),
+    "references that are no archive": ("references", b"PK\x03\x04" + bytes(30)),
 }
 """What it is -> (kind of input, its bytes)."""

@@ -446,6 +446,52 @@ def _names(rng: random.Random) -> bytes:
     return "".join(rng.choice(pieces) for _ in range(rng.randrange(8))).encode("utf-8", "surrogatepass")
 
 
+WORDS = ("", "0", "1", "-1", "0.5", "9", "1e999", "nan", "-0.2", "1e30", "9" * 5000, "1.5", "x", "\0", "\x85", "&#1;")
+
+
+def _yolo(rng: random.Random) -> bytes:
+    sound = ["0 0.5 0.5 0.2 0.4", "1 0.25 0.5 0.1 0.1", "1 0.1 0.1 0.9 0.1 0.9 0.8"]
+    words = [line.split() for line in rng.sample(sound, rng.randrange(1, 4))]
+    for _ in range(rng.randrange(3)):
+        line = rng.choice(words)
+        line[rng.randrange(len(line))] = rng.choice(WORDS)
+    return damage("\n".join(map(" ".join, words)).encode(), rng, rng.choice((0, 0, 0, 1)))
+
+
+def _voc(rng: random.Random) -> bytes:
+    corners = {"xmin": "3", "ymin": "2", "xmax": "12", "ymax": "9"}
+    for _ in range(rng.randrange(3)):
+        corners[rng.choice(list(corners))] = rng.choice(WORDS)
+    box = "".join(f"<{tag}>{text}</{tag}>" for tag, text in corners.items() if rng.random() < 0.98)
+    bomb = '<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;"><!ENTITY d SYSTEM "file:///etc/passwd">]>'
+    name = rng.choice(("cat", "cat", "dog", "", "../a", "&c;", "&d;", "x" * 5000))
+    points = "<polygon><x1>3</x1><y1>2</y1><x2>9</x2><y2>2</y2><x3>9</x3><y3>8</y3></polygon>" * (rng.random() < 0.3)
+    entry = f"<object><name>{name}</name><bndbox>{box}</bndbox>{points}</object>" * rng.randrange(3)
+    text = f"{bomb if rng.random() < 0.2 else ''}<annotation>{entry}</annotation>"
+    return damage(text.encode(), rng, rng.choice((0, 0, 0, 1)))
+
+
+def _references(rng: random.Random) -> bytes:
+    stream = io.BytesIO()
+    write_graph(stream)  # type: ignore[arg-type]
+    model = onnx.load_from_string(stream.getvalue())
+    contract = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
+    cuts = {"score_threshold": 0.05, "max_detections": 100}
+    about = {"contract": contract, "precision": "fp32", "labels": [1, 2], "cuts": cuts, "by_probability": False}
+    arrays: dict[str, Any] = {"0.frame": np.zeros((*contract["input_size"], 3), np.uint8)}
+    arrays |= {"0.boxes": np.ones((2, 4), np.float32), "0.scores": np.ones(2, np.float32), "0.labels": np.ones(2, int)}
+    arrays["0.sample"] = np.arange(2)
+    for _ in range(rng.randrange(3)):
+        name, shape = rng.choice(list(arrays)), rng.choice(((0,), (2,), (2, 3), (2, 4), (1, 1, 1)))
+        arrays[name] = rng.choice(
+            (np.full(shape, np.nan), np.zeros(shape, int), np.full(shape, 10**9), np.zeros(shape, "U3"))
+        )
+    text = _json(mutate(about, rng, rng.randrange(3)), rng).decode("utf-8", "replace")
+    packed = io.BytesIO()
+    np.savez_compressed(packed, about=np.array(text), **arrays)
+    return damage(packed.getvalue(), rng, rng.choice((0, 0, 1)))
+
+
 MAKERS: dict[str, Callable[[random.Random], bytes]] = {
     "coco": _coco,
     "picture": _picture,
@@ -460,6 +506,10 @@ MAKERS: dict[str, Callable[[random.Random], bytes]] = {
     "state": _state,
     "settings": lambda rng: _json(mutate({"seed": 0, "lr": 0.1, "data": {"a": [1]}}, rng, rng.randrange(3)), rng),
     "names": _names,
+    "yolo": _yolo,
+    "yolo_names": lambda rng: _yaml({"names": {0: "cat", 1: "dog"}, "nc": 2, "train": "images"}, rng),
+    "voc": _voc,
+    "references": _references,
 }
 """Kind of input -> what makes one of a random generator."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from norton_deploy.config import from_mapping, read_yaml
 from norton_deploy.data.category_list import read_categories
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import check_decodes, read_image, sizes_of
+from norton_deploy.data.import_layout import FOLDERS, Layout, import_dataset
 from norton_deploy.detectron2.config import read_config
 from norton_deploy.detectron2.pickle import read_pickle
 from norton_deploy.errors import UserError
@@ -29,7 +31,9 @@ from norton_deploy.inference.loading import load_predictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.parity.verification import ReferenceFile, reference_path, verify
 from norton_deploy.training.run_folder import RunFolder, load_state
+from tests.inference.conftest import write_graph
 
 MODEL = build_classifier(ClassifierSettings("resnet18", 2))
 
@@ -196,6 +200,41 @@ def read_names(content: bytes, folder: Path) -> None:
     require(below.resolve().is_relative_to(folder.resolve()), f"path {below}")
 
 
+def read_yolo(content: bytes, folder: Path) -> None:
+    _read_layout("yolo", folder, {"labels/3.txt": content, "data.yaml": b"names: [cat, dog]"})
+
+
+def read_yolo_names(content: bytes, folder: Path) -> None:
+    _read_layout("yolo", folder, {"labels/3.txt": b"0 0.5 0.5 0.2 0.4", "data.yaml": content})
+
+
+def read_voc(content: bytes, folder: Path) -> None:
+    _read_layout("voc", folder, {"Annotations/3.xml": content})
+
+
+def _read_layout(layout: Layout, folder: Path, files: dict[str, bytes]) -> None:
+    """What is imported can be read by us."""
+    images = folder / FOLDERS[layout][0]
+    images.mkdir(exist_ok=True)
+    Image.new("RGB", (20, 16)).save(images / "3.png")
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    import_dataset(layout, images, images, folder / "out", names=folder / "data.yaml")
+    try:
+        _check_dataset(CocoDetection(folder / "out", "train", "box"), "box")
+    except UserError as error:
+        raise BrokenPromiseError(f"an imported dataset is refused: {error}") from error
+
+
+def read_references(content: bytes, folder: Path) -> None:
+    graph = folder / "model.onnx"
+    write_graph(graph)
+    reference_path(graph).write_bytes(content)
+    verify(load_predictor(graph, device="cpu"), ReferenceFile.load(reference_path(graph)))
+
+
 READERS: dict[str, tuple[Callable[[bytes, Path], None], str]] = {
     "coco": (read_coco, "val2017.json"),
     "picture": (read_picture, "a.jpg"),
@@ -210,6 +249,10 @@ READERS: dict[str, tuple[Callable[[bytes, Path], None], str]] = {
     "state": (read_state, "state.pt"),
     "settings": (read_settings, "settings.json"),
     "names": (read_names, ""),
+    "yolo": (read_yolo, "/"),
+    "yolo_names": (read_yolo_names, "/"),
+    "voc": (read_voc, "/"),
+    "references": (read_references, "model"),
 }
 """Kind of input -> what reads it (bytes, an own folder), and the file's name that an error must hold."""
 

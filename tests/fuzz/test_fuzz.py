@@ -9,7 +9,10 @@ from tests.fuzz.corpus import CORPUS
 from tests.fuzz.inputs import MAKERS, inputs
 from tests.fuzz.readers import try_input
 
-QUICK = {"coco": 15, "picture": 40, "plan": 40, "config": 40, "pickle": 60, "manifest": 40, "names": 40, "settings": 30}
+QUICK = {
+    **{"coco": 15, "picture": 40, "plan": 40, "config": 40, "pickle": 60, "manifest": 40, "names": 40, "settings": 30},
+    **{"yolo": 60, "yolo_names": 30, "voc": 60, "references": 40},
+}
 LONG = {"coco": 150, "checkpoint": 40, "state_dict": 60, "graph": 150}
 
 
