@@ -173,4 +173,17 @@ def test_mistakes(calibrated: Callable) -> None:
     _, _, model, ranges = calibrated("onnxruntime")
     with pytest.raises(UserError, match="no such layer; there are"):
         quantised(model, ranges, float_layers=["fc9"])
-    assert cpu_of_this_machine() in ("avx2", "vnni", "amx")
+
+
+@pytest.mark.parametrize(
+    ("flags", "cpu"),
+    [("avx2 avx512f", "avx2"), ("avx2 avx_vnni", "vnni"), ("avx512_vnni amx_tile amx_int8", "amx"), (None, "avx2")],
+)
+def test_the_cpu_is_read_off_the_machine(flags: str | None, cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, **_: Any) -> str:
+        if flags is None:
+            raise OSError
+        return f"flags : fpu {flags}"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert cpu_of_this_machine() == cpu
