@@ -1,12 +1,13 @@
 """The paper's Tables I and IV on one GPU in some minutes: VGG-16-BN on CIFAR-10, trained, compressed, fine-tuned.
 
-All images lie on the GPU (benchmarks/lib/resident_images.py) and a step is the replay of a recorded graph, so that
+All images lie on the GPU and a step is the replay of a recorded graph, so that
 an epoch costs what its convolutions cost. As the authors do, the plans that decompose and prune are fine-tuned twice,
 after decomposing and after pruning; the first stage is the plan of 88 %. Every cell gets a share of the seconds that
 are left and trains for as many epochs as fit into it, at most --epochs; a cell is written when it is done, an error is
 written in its place and tried again by the next run, and cells for which no time is left are left to it too.
 
-    python benchmarks/cifar_gpu.py --data cifar10.tar.xz --state runs/cifar_gpu --budget 330
+    mkdir cifar && tar xf cifar10.tar.xz -C cifar    # train/CLASS/*, test/CLASS/*; or CIFAR-10's binary version
+    python benchmarks/cifar_gpu.py --data cifar --state runs/cifar_gpu --budget 330
 """
 
 import copy

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.lib.cells import Cell
-from benchmarks.lib.resident_images import read_resident_images
 from benchmarks.lib.resident_training import (
-    Colours,
     Loss,
     ResidentSettings,
     logits_of,
@@ -27,10 +25,11 @@ from benchmarks.lib.resident_training import (
 )
 from norton_deploy.compression.compress import apply_structure, compress
 from norton_deploy.cost.complexity import count_complexity
+from norton_deploy.data.resident_images import read_resident_images
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.training.distillation import distillation_loss
+from norton_deploy.training.distillation import distillation_loss, z_scores
 
 IMAGE_SIZE = (32, 32)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -43,7 +42,7 @@ class ExperimentSettings:
     """Where the experiment runs, on what, and how long at most."""
 
     data: Path
-    """Folder or tar archive with train/CLASS/* and test/CLASS/*."""
+    """Folder with train/CLASS/* and test/CLASS/*, or CIFAR-10's original binary version."""
     state: Path = Path("runs/cifar_gpu")
     """Folder for the weights that later cells start from."""
     epochs: int = 150
@@ -55,7 +54,7 @@ class ExperimentSettings:
     seed: int = 0
     """Seed of weights, order, augmentation and decomposition."""
     smoke: bool = False
-    """A few images and one epoch of everything: whether it runs at all."""
+    """One epoch of everything, for a few images: whether it runs at all."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,16 @@ class Recipe:
         return (1 - self.weight) * hard + self.weight * distillation_loss(logits, teacher, self.temperature)
 
 
-def z_scores(logits: Tensor) -> Tensor:
-    """Each row with mean 0 and standard deviation 1."""
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (centred.std(dim=1, keepdim=True) + 1e-7)
-
-
 class Experiment:
     """What the cells share: images, the dense model, its decompositions and its scores."""
 
     def __init__(self, settings: ExperimentSettings) -> None:
         self.settings, self.device = settings, torch.device(settings.device)
-        sets = read_resident_images(settings.data, per_class=4 if settings.smoke else None, workers=settings.workers)
+        read = partial(read_resident_images, settings.data, image_size=IMAGE_SIZE, mean=MEAN, std=STD)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32 where it is used
-        self.train, self.test = sets["train"].to(self.device), sets["val"].to(self.device)
-        self.colours = Colours(MEAN, STD, self.device)
+        self.train = read("train", workers=settings.workers).to(self.device)
+        self.test = read("val", classes=self.train.classes, workers=settings.workers).to(self.device)
         self.classifier = ClassifierSettings("vgg16_bn", num_classes=len(self.train.classes), image_size=IMAGE_SIZE)
         torch.manual_seed(settings.seed)
         self.skeleton = self.classifier.build()
@@ -136,12 +129,12 @@ class Experiment:
 
     def top1(self, model: nn.Module) -> float:
         """On the test images, in float32."""
-        return round(top1_of(model, self.test, self.colours, exact=True), 4)
+        return round(top1_of(model, self.test, exact=True), 4)
 
     def scores(self, seed: int, epoch: int, pixels: Tensor) -> Tensor:
         """The dense model's logits for an epoch's images, computed once for all cells."""
         if (seed, epoch) not in self._scores:
-            self._scores[seed, epoch] = logits_of(self.models["dense"], pixels, self.colours)
+            self._scores[seed, epoch] = logits_of(self.models["dense"], pixels, self.train)
         return self._scores[seed, epoch]
 
     def fine_tune(
@@ -182,7 +175,6 @@ class Experiment:
                     trained,
                     self.train,
                     self.test,
-                    self.colours,
                     loss,
                     attempt,
                     seed=seed,

@@ -15,8 +15,8 @@ from benchmarks.lib.training_runs import train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint, tensors_digest
 from norton_deploy.compression.calibration import reestimate_batch_norm
 from norton_deploy.cost.complexity import complexity_of
-from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.image_folder import read_images
+from norton_deploy.data.resident_images import read_resident_images
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import sha256_of
@@ -87,10 +87,9 @@ class Recovery:
             raise UserError(f"{recovery.model}: expected a dense classifier")
         self.recovery, self.dense, self.header = recovery, checkpoint.model, checkpoint.header
         self.settings = checkpoint.header.classifier
-        self.val = ClassificationFolder(
+        self.val = read_resident_images(
             recovery.data,
             "val",
-            style="cifar",
             image_size=self.settings.image_size,
             mean=self.settings.image_mean,
             std=self.settings.image_std,
@@ -175,14 +174,36 @@ class Recovery:
     ) -> float | None:
         """Top-1 (0..1) after the fine-tuning of the settings, None if it diverged; see `measure`.
 
-        `lr` replaces the settings' learning rate. A run that was begun from the same weights with the same settings is
-        continued.
+        `lr` replaces the settings' learning rate.
+        """
+        try:
+            changes = {} if lr is None else {"lr": lr}
+            return self.run(model, plan, name, seed=seed, teacher=teacher, **changes)[1]
+        except NonFiniteLossError:
+            return None
+
+    def run(
+        self,
+        model: nn.Module,
+        plan: CompressionPlan | None,
+        name: str,
+        *,
+        seed: int | None = None,
+        teacher: Teacher | None = None,
+        **changes: Any,
+    ) -> tuple[Path, float]:
+        """Folder and top-1 (0..1) of a fine-tuning with some of `ClassifierTrainingSettings` changed; see `measure`.
+
+        A run that was begun from the same weights with the same settings is continued.
+
+        Raises:
+            NonFiniteLossError: it diverged.
         """
         recovery = self.recovery
         label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         taught = teacher and (sha256_of(teacher.model), teacher.weight, teacher.temperature)
-        start_of_run = json.dumps([tensors_digest(model.state_dict()), seed, self.identity(), taught, lr])
-        out = recovery.runs / f"{label}-{hashlib.sha256(start_of_run.encode()).hexdigest()[:8]}"
+        digest = digest_of(tensors_digest(model.state_dict()), seed, self.identity(), taught, changes)
+        out = recovery.runs / f"{label}-{digest}"
         init = None if plan is None else out / "initial.safetensors"
         if init is not None and not init.is_file():
             save_checkpoint(init, model, self.header.made_by(f"benchmark cell: {name}", recovery.model, plan=plan))
@@ -195,7 +216,7 @@ class Recovery:
             style="cifar",
             steps=recovery.steps,
             batch_size=recovery.batch_size,
-            lr=recovery.lr if lr is None else lr,
+            lr=recovery.lr,
             schedule="cosine",
             warmup_steps=min(recovery.warmup_steps, recovery.steps // 4),
             weight_decay=recovery.weight_decay,
@@ -212,16 +233,18 @@ class Recovery:
                 training, teacher=teacher.model, distillation_weight=teacher.weight, temperature=teacher.temperature
             )
         start = None if plan is not None else InitialModel(model, self.settings, None, name)
-        try:
-            metrics = train_once(training, start=start)["metrics"]
-        except NonFiniteLossError:
-            return None
-        return float(metrics["classification"]["top1"])
+        metrics = train_once(replace(training, **changes), start=start)["metrics"]
+        return out, float(metrics["classification"]["top1"])
 
     def control(self) -> dict[str, Any]:
         """The dense model after the same fine-tuning: size and top-1."""
         model = copy.deepcopy(self.dense)
         return {**self.complexity(model), "top1_fine_tuned": self.fine_tune(model, None, CONTROL)}
+
+
+def digest_of(*values: Any) -> str:
+    """Eight hexadecimal digits of JSON values, for names of files."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def percent(share: float | None) -> str:

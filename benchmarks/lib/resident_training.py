@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.resident_images import ResidentImages, normalised
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.data.resident_images import ResidentImages
+from norton_deploy.training.batches import GroupedBatchSampler
 from norton_deploy.training.forms import M, recompose_blocks
 
 EVALUATION_BATCH = 2000
@@ -69,17 +70,6 @@ class NesterovSGD:
         torch._foreach_add_(self.parameters, grads, alpha=-1)
 
 
-class Colours:
-    """Mean and standard deviation of the RGB channels, 0..1, on a device."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """See `normalised`."""
-        return normalised(pixels, self.mean, self.std)
-
-
 def bfloat16_on_gpu(device: torch.device) -> torch.autocast:
     """Mixed precision on a GPU, nothing on a CPU; without a cache of weights, which a recorded step must not read."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
@@ -96,9 +86,9 @@ class TrainingStep:
     """
 
     def __init__(
-        self, model: nn.Module, colours: Colours, loss: Loss, optimizer: NesterovSGD, batch: tuple[Tensor, ...]
+        self, model: nn.Module, images: ResidentImages, loss: Loss, optimizer: NesterovSGD, batch: tuple[Tensor, ...]
     ) -> None:
-        self._model, self._colours, self._loss, self._optimizer = model, colours, loss, optimizer
+        self._model, self._images, self._loss, self._optimizer = model, images, loss, optimizer
         self.pixels, self.labels, *rest = (part.clone() for part in batch)
         self.teacher = rest[0] if rest else None
         self.loss_sum = torch.zeros((), device=self.pixels.device)
@@ -143,7 +133,7 @@ class TrainingStep:
 
     def _run(self) -> None:
         with bfloat16_on_gpu(self.pixels.device):
-            logits = self._model(self._colours.normalise(self.pixels))
+            logits = self._model(self._images.normalised(self.pixels))
         loss = self._loss(logits.float(), self.labels, self.teacher)
         self._optimizer.step(torch.autograd.grad(loss, self._optimizer.parameters))
         self.loss_sum += loss.detach()
@@ -153,7 +143,6 @@ def train_resident(
     model: nn.Module,
     images: ResidentImages,
     held_out: ResidentImages,
-    colours: Colours,
     loss: Loss,
     settings: ResidentSettings,
     *,
@@ -163,10 +152,8 @@ def train_resident(
 ) -> dict[str, Any]:
     """Train in place, for as many epochs as fit into the time: the second one, which is timed, decides how many.
 
-    The last images of an epoch that do not fill a batch are left out.
-
     Args:
-        model, images, held_out, colours: on one device.
+        model, images, held_out: on one device.
         loss: of a batch.
         settings: batch, learning rate and so on.
         seed: of order and augmentation.
@@ -181,19 +168,22 @@ def train_resident(
     """
     started = time.perf_counter()
     batch_size = min(settings.batch_size, len(images))
-    steps_per_epoch, epochs = len(images) // batch_size, settings.epochs
+    sampler = GroupedBatchSampler(len(images), batch_size, seed=seed)
+    steps_per_epoch, epochs = len(sampler), settings.epochs
     optimizer = NesterovSGD(model, settings)
     step: TrainingStep | None = None
     top1_each_epoch: list[float] = []
     epoch, begun, epoch_s, loss_mean = 0, started, 0.0, math.nan
     while epoch < epochs:
-        data: tuple[Tensor, ...] = images.epoch(seed, epoch)
+        sampler.set_epoch(epoch)
+        order = torch.from_numpy(sampler.epoch_batches().ravel()).to(images.labels.device)
+        data: tuple[Tensor, ...] = (images.augmentation(seed, epoch)(order), images.labels[order])
         if teacher is not None:
             data = (*data, teacher(epoch, data[0]))
         model.train()
         for index in range(steps_per_epoch):
             batch = tuple(part[index * batch_size : (index + 1) * batch_size] for part in data)
-            step = step or TrainingStep(model, colours, loss, optimizer, batch)
+            step = step or TrainingStep(model, images, loss, optimizer, batch)
             optimizer.lr.fill_(learning_rate(settings, epoch + index / steps_per_epoch, epochs))
             step(batch)
         assert step is not None
@@ -201,7 +191,7 @@ def train_resident(
         step.loss_sum.zero_()
         if not math.isfinite(loss_mean):
             raise FloatingPointError(f"the loss is {loss_mean} in epoch {epoch} at a learning rate of {settings.lr}")
-        top1_each_epoch.append(round(top1_of(model, held_out, colours), 4))
+        top1_each_epoch.append(round(top1_of(model, held_out), 4))
         epoch += 1
         now = time.perf_counter()
         epoch_s, begun = now - begun, now
@@ -231,24 +221,25 @@ def learning_rate(settings: ResidentSettings, epoch: float, epochs: int) -> floa
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, pixels: Tensor, colours: Colours, *, exact: bool = False) -> Tensor:
-    """Logits float32 [N, K] of uint8 [N, H, W, 3] in evaluation mode, in float32 if exact, else as in training."""
+def logits_of(model: nn.Module, pixels: Tensor, images: ResidentImages, *, exact: bool = False) -> Tensor:
+    """Logits float32 [N, K] of uint8 [N, H, W, 3], normalised as `images` are, in evaluation mode; in float32 if exact,
+    else as in training."""
     was_training = model.training
     model.eval()
     logits = []
     for part in pixels.split(EVALUATION_BATCH):
         if exact:
-            logits.append(model(colours.normalise(part)))
+            logits.append(model(images.normalised(part)))
         else:
             with bfloat16_on_gpu(pixels.device):
-                logits.append(model(colours.normalise(part)).float())
+                logits.append(model(images.normalised(part)).float())
     model.train(was_training)
     return torch.cat(logits)
 
 
-def top1_of(model: nn.Module, images: ResidentImages, colours: Colours, *, exact: bool = False) -> float:
+def top1_of(model: nn.Module, images: ResidentImages, *, exact: bool = False) -> float:
     """Top-1 accuracy, 0..1; see `logits_of`."""
-    found = logits_of(model, images.pixels, colours, exact=exact).argmax(dim=1)
+    found = logits_of(model, images.pixels, images, exact=exact).argmax(dim=1)
     return float((found == images.labels).float().mean())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,124 +24,133 @@ from norton_deploy.files import new_folder, path_component
 from norton_deploy.progress import progress_bar
 from norton_deploy.structures import Categories
 
-Style = Literal["cifar", "imagenet"]
 Split = Literal["train", "val"]
 
 CROP_CONTEXT = 1.15  # side of an object's crop in units of the object's longer side
 JPEG_QUALITY = 92
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def classification_transform(
-    style: Style,
-    split: Split,
-    image_size: tuple[int, int],
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    split: Split, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> v2.Compose:
-    """PIL image -> float32 [3, H, W], normalised.
-
-    "cifar": resize to `image_size` where it differs; in training pad by an eighth, crop at random, mirror.
-    "imagenet": in training a random crop of 8-100 % of the area, mirrored; otherwise the middle 87.5 %.
+    """PIL image -> float32 [3, H, W], normalised: in training a random crop of 8-100 % of the area, mirrored; otherwise
+    the middle 87.5 %.
 
     Args:
-        style: which of the two.
         split: "train" augments, "val" does not.
         image_size: (height, width) in pixels.
         mean, std: of the RGB channels, 0..1.
     """
-    if style not in get_args(Style):
-        raise UserError(f"classification style '{style}': expected one of {', '.join(get_args(Style))}")
     height, width = size = list(image_size)
-    steps: list[object] = []
-    if style == "cifar":
-        steps.append(v2.Resize(size, antialias=True))
-        if split == "train":
-            border = [max(1, width // 8), max(1, height // 8)]
-            steps += [v2.RandomCrop(size, padding=border, padding_mode="reflect"), v2.RandomHorizontalFlip()]
-    elif split == "train":
-        steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    if split == "train":
+        steps: list[object] = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     else:
         short = round(min(size) / 0.875) if height == width else [round(side / 0.875) for side in size]
-        steps += [v2.Resize(short, antialias=True), v2.CenterCrop(size)]
+        steps = [v2.Resize(short, antialias=True), v2.CenterCrop(size)]
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     return v2.Compose(steps)
 
 
-class ClassificationFolder(Dataset[tuple[Tensor, int, str]]):
-    """root/train/CLASS/* and root/val/CLASS/* (or root/test/CLASS/*) as (image, label, name).
+@dataclass(frozen=True)
+class ClassFiles:
+    """Attributes:
+    folder: of the split.
+    names: file of every image, relative to the folder.
+    labels: int64 [N], indices into `classes`.
+    classes: in the order of the labels.
+    """
 
-    Item i is (float32 [3, H, W] normalised, label 0..K-1, file name relative to the split's folder). The
-    augmentation of an image depends on (seed, epoch, i) alone.
+    folder: Path
+    names: list[str]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def paths(self) -> list[Path]:
+        """All files."""
+        return [self.folder / name for name in self.names]
+
+
+def list_class_files(root: Path, split: Split, classes: Sequence[str] | None = None) -> ClassFiles:
+    """The images of root/train/CLASS/* or root/val/CLASS/* (or root/test/CLASS/*); nothing is decoded.
 
     Args:
         root: folder with train/ and val/ or test/.
-        style, image_size, mean, std: see `classification_transform`.
-        seed: of the augmentation.
+        split: which.
         classes: class names in the order of the labels, for example a checkpoint's; by default the sorted
             folders of train/, or of the split itself where there is no train/.
-
-    Attributes:
-        classes: class names in the order of the labels.
-        names: file of every item, relative to the split's folder.
-        labels: int64 [N].
-
-    Pictures are upright, see `norton_deploy.data.image_file`.
 
     Raises:
         UserError: a folder is missing or empty, or has a class that `classes` lacks.
     """
+    folder = _split_folder(root, split)
+    found = _class_names(folder)
+    if classes is None:
+        classes = _class_names(root / "train") if (root / "train").is_dir() else found
+    known = require_known(folder, found, classes)
+    samples = make_dataset(str(folder), {name: known[name] for name in found}, IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
+        raise UserError(f"{folder}: no images; expected CLASS/*.jpg (or .png, .webp, ...)")
+    names = [str(Path(path).relative_to(folder)) for path, _ in samples]
+    return ClassFiles(folder, names, np.array([label for _, label in samples], np.int64), tuple(classes))
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: Split,
-        *,
-        style: Style,
-        image_size: tuple[int, int],
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        seed: int = 0,
-        classes: Sequence[str] | None = None,
-    ) -> None:
-        root = Path(root)
-        self.folder = _split_folder(root, split)
-        found = _class_names(self.folder)
-        if classes is None:
-            classes = _class_names(root / "train") if (root / "train").is_dir() else found
-        self.classes = tuple(classes)
-        label_of_class = {name: label for label, name in enumerate(self.classes)}
-        if unknown := [name for name in found if name not in label_of_class]:
-            raise UserError(
-                f"{self.folder / unknown[0]}: the class '{unknown[0]}' is not one of the {len(self.classes)} "
-                "known classes; remove the folder or train with it"
-            )
-        present = {name: label_of_class[name] for name in found}
-        samples = make_dataset(str(self.folder), present, IMG_EXTENSIONS, allow_empty=True)
-        if not samples:
-            raise UserError(f"{self.folder}: no images; expected CLASS/*.jpg (or .png, .webp, ...)")
-        self.names = [str(Path(path).relative_to(self.folder)) for path, _ in samples]
-        self.labels = np.array([label for _, label in samples], np.int64)
-        self.transform = classification_transform(style, split, image_size, mean, std)
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    """The classes of root/train/, in the order of their labels.
+
+    Raises:
+        UserError: the folder is missing or has none.
+    """
+    return tuple(_class_names(_split_folder(root, "train")))
+
+
+def require_known(folder: Path, found: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
+    """Label of each of `classes`.
+
+    Raises:
+        UserError: the data has a class that is none of them.
+    """
+    known = {name: label for label, name in enumerate(classes)}
+    if unknown := [name for name in found if name not in known]:
+        raise UserError(
+            f"{folder / unknown[0]}: the class '{unknown[0]}' is not one of the {len(known)} "
+            "known classes; remove the folder or train with it"
+        )
+    return known
+
+
+class ClassificationFolder(Dataset[tuple[Tensor, int, str]]):
+    """The images of a split, read when they are wanted, as (image, label, name).
+
+    Item i is (float32 [3, H, W] normalised, label 0..K-1, file name relative to the split's folder). The
+    augmentation of an image depends on (seed, epoch, i) alone. Pictures are upright, see
+    `norton_deploy.data.image_file`.
+
+    Args:
+        files: of a split.
+        transform: see `classification_transform`.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, files: ClassFiles, transform: v2.Compose, *, seed: int = 0) -> None:
+        self.files, self.transform = files, transform
         self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.files.names)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that seeds the augmentation; call it before the epoch's DataLoader starts workers."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        path = self.folder / self.names[index]
-        picture = read_picture(path)
+        name = self.files.names[index]
+        picture = read_picture(self.files.folder / name)
         # torchvision's transforms draw from torch's global generator: lend it one seeded for this item.
         with torch.random.fork_rng(devices=[]):
             state = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(state[0] >> 1))
             image: Tensor = self.transform(picture)
-        return image.as_subclass(Tensor), int(self.labels[index]), self.names[index]
+        return image.as_subclass(Tensor), int(self.files.labels[index]), name
 
 
 def _split_folder(root: Path, split: Split) -> Path:

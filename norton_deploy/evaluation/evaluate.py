@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from norton_deploy.data.category_list import read_categories
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.coco_index import annotation_file
+from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.errors import UserError, one_line_errors
 from norton_deploy.evaluation.coco_metrics import (
     IOU_TYPES,
@@ -257,7 +258,7 @@ def result_files(path: Path, task: Task) -> dict[IouType, Path]:
 @torch.no_grad()
 def evaluate_classifier(
     model: nn.Module,
-    dataset: ClassificationFolder,
+    dataset: ClassificationFolder | ResidentImages,
     device: torch.device,
     *,
     batch_size: int = 64,
@@ -269,7 +270,7 @@ def evaluate_classifier(
     Args:
         model: images [N, 3, H, W] -> logits [N, K], in evaluation mode, on `device`. What runs is a copy with
             CPDBlocks and BatchNorm merged, which gives the same scores to rounding in less time.
-        dataset: items (image, label, name), not augmented.
+        dataset: the images, which are not augmented.
         device: where the model is.
         batch_size: images per forward pass.
         workers: processes that decode images.
@@ -279,12 +280,17 @@ def evaluate_classifier(
     """
     model = lower_model(model, forms=quickest_forms(model))
     state = PartialState(cpu=device.type == "cpu")
-    own = Subset(dataset, range(state.process_index, len(dataset), state.num_processes))
+    own = range(state.process_index, len(dataset), state.num_processes)
     hits = torch.zeros(2, dtype=torch.int64)
-    loader = DataLoader(own, batch_size, num_workers=workers)
+    batches: Iterable[Sequence[torch.Tensor]]
+    if isinstance(dataset, ResidentImages):
+        parts = torch.arange(len(dataset))[own.start :: own.step].split(batch_size)
+        batches = ((dataset.normalised(dataset.pixels[part]), dataset.labels[part].cpu()) for part in parts)
+    else:
+        batches = one_line_errors(DataLoader(Subset(dataset, own), batch_size, num_workers=workers))
     show = progress and state.is_main_process
-    bar = progress_bar(one_line_errors(loader), desc="evaluating", total=len(loader), unit="batch", show=show)
-    for images, labels, _ in bar:
+    bar = progress_bar(batches, desc="evaluating", total=-(-len(own) // batch_size), unit="batch", show=show)
+    for images, labels, *_ in bar:
         logits = model(images.to(device))
         ranking = logits.topk(min(5, logits.shape[1])).indices.cpu()
         correct = ranking == labels[:, None]

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.data.transforms import to_unit_range
 from norton_deploy.errors import UserError, one_line_errors
 from norton_deploy.training.settings import TrainingSettings
@@ -113,6 +114,25 @@ class GroupedBatchSampler(Sampler[list[int]]):
         self._ratio = ratio
         self._group = np.digitize(ratio, ASPECT_EDGES)
 
+    @classmethod
+    def of(
+        cls,
+        count: int,
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+        *,
+        image_sizes: npt.ArrayLike | None = None,
+    ) -> "GroupedBatchSampler":
+        """Of a run's settings, for this process."""
+        return cls(
+            count,
+            settings.batch_size,
+            image_sizes=image_sizes,
+            seed=settings.seed,
+            processes=accelerator.num_processes,
+            rank=accelerator.process_index,
+        )
+
     def __len__(self) -> int:
         """Batches of a whole epoch, equal on all processes, whatever `first_batch` is."""
         return -(-self.count // (self.batch_size * self.processes))
@@ -176,14 +196,7 @@ class SampledBatches:
         image_sizes: npt.ArrayLike | None = None,
     ) -> "SampledBatches":
         """A process's share of a dataset; `image_sizes` [images, 2] are for batches of alike aspect ratio."""
-        sampler = GroupedBatchSampler(
-            len(dataset),
-            settings.batch_size,
-            image_sizes=image_sizes,
-            seed=settings.seed,
-            processes=accelerator.num_processes,
-            rank=accelerator.process_index,
-        )
+        sampler = GroupedBatchSampler.of(len(dataset), settings, accelerator, image_sizes=image_sizes)
         return cls(dataset, sampler, collate, settings.workers)
 
     def __len__(self) -> int:
@@ -202,6 +215,34 @@ class SampledBatches:
             pin_memory=torch.cuda.is_available(),
         )
         yield from one_line_errors(loader)
+
+
+class ResidentBatches:
+    """The batches that a sampler makes of images in memory, augmented where they lie (an `EpochLoader`).
+
+    Args:
+        images: on the device of the training.
+        settings, accelerator: give the share of this process.
+        cutout: see `ResidentImages.augmentation`.
+    """
+
+    def __init__(
+        self, images: ResidentImages, settings: TrainingSettings, accelerator: Accelerator, *, cutout: int = 0
+    ) -> None:
+        self.images, self.seed, self.cutout = images, settings.seed, cutout
+        self.sampler = GroupedBatchSampler.of(len(images), settings, accelerator)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        """The batches of an epoch from `first_batch` on."""
+        self.sampler.set_epoch(epoch, first_batch)
+        augmented = self.images.augmentation(self.seed, epoch, cutout=self.cutout)
+        for indices in self.sampler:
+            chosen = torch.tensor(indices, device=self.images.labels.device)
+            names = [self.images.names[index] for index in indices]
+            yield Batch(self.images.normalised(augmented(chosen)), self.images.labels[chosen], names)
 
 
 def collate_detections(items: list[Any]) -> Batch:

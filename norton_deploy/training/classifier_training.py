@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
-from norton_deploy.data.classification import ClassificationFolder, Style
+from norton_deploy.data.classification import ClassificationFolder, classification_transform, list_class_files
+from norton_deploy.data.resident_images import ResidentImages, read_class_names, read_resident_images
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
-from norton_deploy.training.batches import Batch, SampledBatches, collate_classes
+from norton_deploy.training.batches import Batch, EpochLoader, ResidentBatches, SampledBatches, collate_classes
 from norton_deploy.training.distillation import DistilledClassification, open_classifier_teacher
 from norton_deploy.training.forms import use_cpu_forms
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
@@ -33,15 +34,18 @@ class ClassifierTrainingSettings(TrainingSettings):
     arch: Architecture = "resnet50"
     """Architecture of the classifier."""
     data: Path
-    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg (or test/)."""
+    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg (or test/); or CIFAR-10's original binary version."""
     init: Path | None = None
     """Checkpoint to start from, dense or compressed (.safetensors, or torchvision's .pth)."""
     plan: Path | None = None
     """Compression plan that gives random weights their structure (without --init)."""
     image_size: tuple[int, int] = (224, 224)
     """Height and width in pixels that images are brought to."""
-    style: Style = "imagenet"
-    """Augmentation: imagenet (random resized crops) or cifar (padded crops)."""
+    style: Literal["imagenet", "cifar"] = "imagenet"
+    """imagenet: files are read when they are wanted, random resized crops. cifar, for small images: all are decoded
+    once and stay in memory (a GPU's, where there is one), crops shifted by up to an eighth."""
+    cutout: int = 0
+    """With cifar: side in pixels of a square that is cut out of every training image; 0: none."""
     norm: Norm = "batch"
     """Normalisation of a ResNet."""
     zero_init_residual: bool = False
@@ -54,9 +58,13 @@ class ClassifierTrainingSettings(TrainingSettings):
     """With --teacher: weight of its scores, 0..1; the labels have the rest."""
     temperature: float = 4.0
     """With --teacher: temperature that softens the scores of both."""
+    standardise: bool = False
+    """With --teacher: the scores of both are standardised first, image by image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.cutout < 0 or (self.cutout and self.style != "cifar"):
+            raise UserError(f"cutout: expected 0 or more, with style cifar, got {self.cutout} with {self.style}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing: expected 0..1, got {self.label_smoothing}")
         if not 0 < self.distillation_weight <= 1:
@@ -66,7 +74,7 @@ class ClassifierTrainingSettings(TrainingSettings):
 
     def identity(self) -> dict[str, Any]:
         """As for every run; how to distil counts only where there is a teacher."""
-        without_effect = () if self.teacher else ("teacher", "distillation_weight", "temperature")
+        without_effect = () if self.teacher else ("teacher", "distillation_weight", "temperature", "standardise")
         return {name: value for name, value in super().identity().items() if name not in without_effect}
 
 
@@ -107,13 +115,11 @@ def train_classifier(
         UserError: settings, data, initial weights or the run's folder are wrong, or the loss is not finite.
     """
     accelerator = build_accelerator(settings)
-    folder = partial(ClassificationFolder, settings.data, style=settings.style, image_size=settings.image_size)
-    train = folder("train", seed=settings.seed)
-    val = folder("val", classes=train.classes)
+    classes = read_class_names(settings.data)
     seed_step(settings.seed, 0, 0)  # random weights are the same on all processes
     model_settings = ClassifierSettings(
         architecture=settings.arch,
-        num_classes=len(train.classes),
+        num_classes=len(classes),
         norm=settings.norm,
         zero_init_residual=settings.zero_init_residual,
         image_size=settings.image_size,
@@ -121,19 +127,48 @@ def train_classifier(
     save: Callable[[Path, nn.Module], None] = save_plain_weights
     if start is None:
         start = initial_classifier(model_settings, init=settings.init, plan=settings.plan)
-        header = CheckpointHeader("cls", start.settings, start.plan, class_categories(train.classes))
+        header = CheckpointHeader("cls", start.settings, start.plan, class_categories(classes))
         save = partial(_save_checkpoint, header.made_by(command, settings.init))
     start.model.to(memory_format=torch.channels_last)
     loss_terms: LossTerms = partial(classification_loss, settings.label_smoothing)
     if settings.teacher is not None:
-        teacher = open_classifier_teacher(settings.teacher, train.classes).to(accelerator.device)
+        teacher = open_classifier_teacher(settings.teacher, classes, start.settings).to(accelerator.device)
         teacher.to(memory_format=torch.channels_last)
         if settings.cpu_forms:
             use_cpu_forms(teacher)
-        weight, temperature = settings.distillation_weight, settings.temperature
         loss_terms = DistilledClassification(
-            teacher, weight=weight, temperature=temperature, smoothing=settings.label_smoothing
+            teacher,
+            weight=settings.distillation_weight,
+            temperature=settings.temperature,
+            standardised=settings.standardise,
+            smoothing=settings.label_smoothing,
         )
+
+    how_read: Any = {
+        "image_size": start.settings.image_size,
+        "mean": start.settings.image_mean,
+        "std": start.settings.image_std,
+    }
+    train: ClassificationFolder | ResidentImages
+    val: ClassificationFolder | ResidentImages
+    loader: EpochLoader
+    if settings.style == "cifar":
+        how_read["workers"] = settings.workers
+        train, val = (
+            read_resident_images(settings.data, split, classes=classes, **how_read).to(accelerator.device)
+            for split in ("train", "val")
+        )
+        loader = ResidentBatches(train, settings, accelerator, cutout=settings.cutout)
+    else:
+        train, val = (
+            ClassificationFolder(
+                list_class_files(settings.data, split, classes),
+                classification_transform(split, **how_read),
+                seed=settings.seed,
+            )
+            for split in ("train", "val")
+        )
+        loader = SampledBatches.of(train, collate_classes, settings, accelerator)
 
     def evaluate(model: nn.Module) -> Evaluation:
         how: Any = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}
@@ -144,7 +179,7 @@ def train_classifier(
         accelerator=accelerator,
         model=start.model,
         loss_terms=loss_terms,
-        loader=SampledBatches.of(train, collate_classes, settings, accelerator),
+        loader=loader,
         settings=settings,
         evaluate=evaluate,
         save_model=save,

@@ -181,7 +181,7 @@ def initial_classifier(
     """Build the classifier that a run starts from; random weights come from torch's global generator.
 
     From a checkpoint with as many classes all weights are taken, otherwise all but the last layer's. The
-    architecture and the plan are the file's.
+    architecture, the plan and how colours are normalised are the file's.
 
     Args:
         settings: of the classifier, its number of classes being that of the data.
@@ -199,6 +199,8 @@ def initial_classifier(
     if source.header.task != "cls" or found.architecture != settings.architecture:
         name = found.architecture if source.header.task == "cls" else f"a {source.header.task} detector"
         raise UserError(f"{init}: holds {name}, expected a checkpoint of the classifier {settings.architecture}")
+    colours = source.header.classifier
+    settings = replace(settings, image_mean=colours.image_mean, image_std=colours.image_std)
     model = settings.build()
     if source.header.plan is not None:
         apply_structure(model, source.header.plan)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from norton_deploy.compression.factored_conv import Decomposed
 from norton_deploy.errors import UserError
 from norton_deploy.training.run_log import Tracker, check_tracker
 
@@ -61,8 +62,12 @@ class TrainingSettings:
     """Learning rate for 16 images a step, scaled linearly with the images a step; unless lr is given."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's momentum instead of the plain one."""
     weight_decay: float = 1e-4
     """Weight decay of matrices and kernels; vectors (biases, normalisation) have none."""
+    factor_decay: bool = True
+    """Weight decay of the factors of decomposed convolutions too."""
     schedule: Literal["step", "cosine"] = "step"
     """How the learning rate falls: tenfold at each milestone, or along half a cosine to zero."""
     milestones: tuple[float, ...] = (8, 11)
@@ -120,6 +125,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name}: expected a positive number, got {value}")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise UserError("nesterov: goes with optimizer sgd and a momentum above 0")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum: expected 0 or more and less than 1, got {self.momentum}")
         if not 0 <= self.warmup_factor <= 1:
@@ -166,16 +173,21 @@ class TrainingSettings:
         return {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, *, factor_decay: bool = True) -> list[dict]:
     """Trained parameters in two groups: matrices and kernels with weight decay, vectors without.
 
     Vectors are biases and the affine terms of normalisation layers: pulling them towards zero removes scale
-    that the next layer then has to learn again.
+    that the next layer then has to learn again. Without `factor_decay` factors have none either: decay on each of
+    three shrinks their product, the filter, three times as fast, and a filter that a BatchNorm follows to nothing.
     """
+    factored = [layer for layer in model.modules() if isinstance(layer, Decomposed)]
+    spared = set() if factor_decay else {id(factor) for layer in factored for factor in layer.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1 and id(parameter) not in spared]
+    kept = {id(parameter) for parameter in decayed}
     return [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if id(parameter) not in kept], "weight_decay": 0.0},
     ]
 
 
@@ -185,12 +197,12 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
     Raises:
         UserError: no parameter of the model is trained.
     """
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings.weight_decay, factor_decay=settings.factor_decay)
     if not any(group["params"] for group in groups):
         raise UserError("the model has no trainable parameter; raise detector.backbone.trainable_layers")
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
 
 
 def build_weight_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import rivals, shared_factors, table1_cifar, table4_rank
+from benchmarks import recipes, rivals, shared_factors, table1_cifar, table4_rank
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, network_nmse
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes
-from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
+from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, read_header, save_checkpoint
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.method.plan import CompressionPlan
@@ -97,6 +98,33 @@ def test_both_orders_and_all_choices_give_the_plan_s_structure() -> None:
     different = [weights[choice, "decompose, prune"] for choice in ("PABS", "L1", "FPGM", "random")]
     assert all(not torch.equal(different[0], other) for other in different[1:])
     assert not torch.equal(weights["L1", "decompose, prune"], weights["L1", "prune, decompose"])
+
+
+def test_recipes_start_alike_and_two_stages_end_in_the_plan(stand_in, tmp_path, monkeypatch) -> None:
+    model, data = stand_in
+    plan = CompressionPlan("vgg16_bn", {"features.0": 1, "features.3": 1}, {"features.0": 20, "features.7": 30})
+    plan.save(tmp_path / "plan.yaml")
+    settings = recipes.Settings(
+        model=model, data=data, runs=tmp_path / "runs", out=tmp_path / "recipes.json", steps=2, batch_size=4, workers=0,
+        reestimate_images=8, refit_images=8, warmup_steps=1, plan=tmp_path / "plan.yaml",
+        recipes=("control", "factors without decay", "two stages"),
+    )  # fmt: skip
+    assert recipes.main(settings) == 0
+    cells = json.loads((tmp_path / "recipes.json").read_text())["cells"]
+    assert list(cells) == ["dense", "start", *(f"{name}, seed 0" for name in settings.recipes)]
+    runs = {path.name.rpartition("-")[0]: path for path in (tmp_path / "runs").iterdir() if path.is_dir()}
+    first, second = sorted(
+        (tmp_path / "runs").glob("two-stages-0-*"), key=lambda path: (path / "last.safetensors").stat().st_mtime
+    )
+    plans = {name: read_header(path / "last.safetensors").plan for name, path in (("first", first), ("second", second))}
+    assert plans["second"] == plan and plans["first"] == CompressionPlan("vgg16_bn", plan.ranks)
+    starts = [load_file(runs[name] / "initial.safetensors") for name in ("control-0", "factors-without-decay-0")]
+    assert all(torch.equal(tensor, starts[1][name]) for name, tensor in starts[0].items())
+    ends = [load_file(runs[name] / "last.safetensors") for name in ("control-0", "factors-without-decay-0")]
+    assert any(not torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    monkeypatch.setattr(recipes.Recipes, "measure", lambda *_: pytest.fail("measured again"))
+    assert recipes.main(settings) == 0
+    assert "| two stages |" in (tmp_path / "recipes.md").read_text()
 
 
 def test_nmse_of_a_network() -> None:

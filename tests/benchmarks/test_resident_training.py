@@ -8,9 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.lib.resident_images import ResidentImages
 from benchmarks.lib.resident_training import (
-    Colours,
     NesterovSGD,
     ResidentSettings,
     learning_rate,
@@ -19,11 +17,11 @@ from benchmarks.lib.resident_training import (
 )
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
+from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.method.filter_selection import choose_living_by_angles
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 
-CPU = torch.device("cpu")
 PLAN = CompressionPlan("vgg16_bn", {"features.0": 1, "features.3": 2}, {"features.0": 24, "classifier.0": 100})
 
 
@@ -119,7 +117,8 @@ def coloured_images(count: int) -> ResidentImages:
     labels = torch.arange(count) % 2
     pixels[labels == 0, ..., 0] += 100
     pixels[labels == 1, ..., 2] += 100
-    return ResidentImages(pixels, labels, ("red", "blue"))
+    colours = torch.full((3,), 0.3), torch.full((3,), 0.2)
+    return ResidentImages(pixels, labels, ("red", "blue"), range(count), *colours)
 
 
 def small_network() -> nn.Module:
@@ -131,7 +130,6 @@ def small_network() -> nn.Module:
 
 def test_it_learns_counts_and_is_reproducible() -> None:
     settings = ResidentSettings(batch_size=16, lr=0.1, warmup_epochs=1, epochs=4)
-    colours = Colours((0.3,) * 3, (0.2,) * 3, CPU)
     seen = []
 
     def teacher(epoch: int, pixels: torch.Tensor) -> torch.Tensor:
@@ -145,25 +143,21 @@ def test_it_learns_counts_and_is_reproducible() -> None:
     images, held_out, models = coloured_images(70), coloured_images(30), [small_network(), small_network()]
     for model in models:
         seen.clear()
-        done = train_resident(
-            model, images, held_out, colours, loss, settings, seed=0, seconds=math.inf, teacher=teacher
-        )
+        done = train_resident(model, images, held_out, loss, settings, seed=0, seconds=math.inf, teacher=teacher)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
-    assert done["epochs"] == 4 and done["images_seen"] == 4 * 64 and not done["recorded"]
+    assert done["epochs"] == 4 and done["images_seen"] == 4 * 80 and not done["recorded"]
     assert len(done["top1_each_epoch"]) == 4 and done["top1_each_epoch"][-1] == 1.0
-    assert seen == [(0, 70), (1, 70), (2, 70), (3, 70)]
+    assert seen == [(0, 80), (1, 80), (2, 80), (3, 80)]
 
 
 def test_the_time_decides_the_epochs_but_the_warm_up_is_kept() -> None:
     settings = ResidentSettings(batch_size=16, warmup_epochs=3, epochs=50)
-    colours = Colours((0.3,) * 3, (0.2,) * 3, CPU)
     images = coloured_images(32)
     done = train_resident(
         small_network(),
         images,
         images,
-        colours,
         lambda x, y, _: functional.cross_entropy(x, y),
         settings,
         seed=0,
@@ -173,13 +167,12 @@ def test_the_time_decides_the_epochs_but_the_warm_up_is_kept() -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_it() -> None:
-    images, colours = coloured_images(32), Colours((0.3,) * 3, (0.2,) * 3, CPU)
+    images = coloured_images(32)
     with pytest.raises(FloatingPointError, match="epoch 0"):
         train_resident(
             small_network(),
             images,
             images,
-            colours,
             lambda x, y, _: x.sum() * math.nan,
             ResidentSettings(),
             seed=0,

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
+from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.errors import UserError
-from norton_deploy.training.batches import Batch, GroupedBatchSampler, SampledBatches, collate_classes
+from norton_deploy.training.batches import (
+    Batch,
+    GroupedBatchSampler,
+    ResidentBatches,
+    SampledBatches,
+    collate_classes,
+)
+from norton_deploy.training.settings import TrainingSettings, build_accelerator
 
 
 class Numbers:
@@ -34,6 +42,25 @@ def test_an_epoch_continues_where_it_stopped(workers):
         assert torch.equal(batch.images, again.images) and batch.image_ids == again.image_ids
         assert torch.equal(batch.images.flatten(), 3 + batch.targets / 100)
     assert sorted(name for batch in batches for name in batch.image_ids) == [f"{i}.jpg" for i in range(10)]
+
+
+def test_an_epoch_of_resident_images_continues_where_it_stopped(tmp_path):
+    pixels, names = torch.randint(0, 256, (10, 16, 16, 3), dtype=torch.uint8), [str(index) for index in range(10)]
+    images = ResidentImages(pixels, torch.arange(10), tuple(names), names, torch.zeros(3), torch.ones(3))
+    settings = TrainingSettings(out=tmp_path, steps=1, batch_size=4, seed=4, device="cpu")
+    accelerator = build_accelerator(settings)
+    whole, again = (ResidentBatches(images, settings, accelerator, cutout=4) for _ in range(2))
+    assert len(whole) == 3
+    batches, rest = list(whole.batches(3, 0)), list(again.batches(3, 1))
+    assert len(batches) == 3 and len(rest) == 2
+    for batch, other in zip(batches[1:], rest, strict=True):
+        assert torch.equal(batch.images, other.images) and batch.image_ids == other.image_ids
+    for batch in batches:
+        chosen = batch.targets
+        assert batch.image_ids == [str(label) for label in chosen.tolist()]
+        expected = images.augmentation(4, 3, cutout=4)(chosen).permute(0, 3, 1, 2) / 255
+        torch.testing.assert_close(batch.images, expected)
+    assert {name for batch in batches for name in batch.image_ids} == set(names)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
