@@ -8,6 +8,16 @@ with the same recipe and learning rate: it has seen as many images as each compr
 Runs are in folders under --work; whatever is done already is not done again, so the benchmark may be stopped at any
 time, and --tasks, --plans, --seeds, --finetune-steps, --finetune-lr, --distillation-weights and --distill may be worked
 through in any order into one results file.
+
+--full-width 800 makes detectors as torchvision publishes them, for one GPU of 40 GiB or more. Where a command may take
+only nine minutes run the line twice. It was written for torch 2.11 and torchvision 0.26 without network; beside what an
+image with PyTorch holds it needs tyro, docstring-parser, typeguard, pydantic, annotated-types and typing-inspection
+(pure Python), and pydantic-core and pycocotools (wheels for that interpreter), but neither av nor, with
+--latency-rounds 0, ONNX Runtime:
+
+    timeout -s INT 530 python benchmarks/table3_accuracy.py --full-width 800 --batch-size 16 --workers 12 \
+        --precision bf16 --plans table3 --seeds 0 --recovery none --latency-rounds 0 --train-images 2400 \
+        --val-images 200 --detector-steps 250 --finetune-steps 100 --work runs/table3_full --out runs/table3_full.json
 """
 
 import sys
@@ -16,6 +26,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from benchmarks.lib.cells import RESULTS, ResultCells, run
 from benchmarks.lib.narrow_plan import compress_narrow
@@ -29,6 +41,8 @@ from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detector_parts import ImageSettings
+from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.structures import TASKS, Task
@@ -39,7 +53,10 @@ FINETUNE_SEED = 1000
 """Added to the seed after the first phase, so that the second sees the images in another order."""
 SHARED = ("train_images", "val_images", "pretrain_steps", "recovery")
 """Settings that all cells of a results file have in common."""
-GRAPH_SIZE = (192, 192)
+SCALE = ("full_width", "batch_size")
+"""The same; a file that does not name them has the defaults."""
+NARROW_SIDE = 192
+"""Short side of the demo's detectors, px."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,9 @@ class Settings:
     pretrain_steps: int = 300
     """Steps of 32 object crops that pretrain the ResNet-50, the stand-in for ImageNet."""
     detector_steps: int = 1200
-    """Steps of 4 images that train the dense detector of a task; keypoints need more than boxes."""
+    """Steps of --batch-size images that train the dense detector of a task; keypoints need more than boxes."""
     finetune_steps: int = 600
-    """Steps of 4 images for every compressed detector, and for the dense one once more."""
+    """Steps of --batch-size images for every compressed detector, and for the dense one once more."""
     finetune_lr: float = 0.0015
     """Peak learning rate of these steps, for all."""
     recovery: Literal["none", "re-estimation", "refit", "both"] = "both"
@@ -70,9 +87,18 @@ class Settings:
     """Weights of the pyramid's imitation, one run with distillation for each."""
     distill: tuple[Distill, ...] = ("pyramid",)
     """What is imitated, one run with distillation for each."""
+    full_width: int | None = None
+    """Short side in pixels (800: as published) of detectors with torchvision's own widths, anchors and proposals, and
+    of the scenes; without it narrow ones at 192 px, for two cores."""
+    batch_size: int = 4
+    """Images in a step of a detector."""
+    workers: int = 1
+    """Processes that read images."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU when there is one."""
     precision: Literal["no", "bf16"] = "no"
-    """Precision of the training: no (float32), or bf16 on a CPU with AMX; a seed of a task has one. Evaluation is in
-    float32."""
+    """Precision of the training: no (float32), or bf16 on a GPU or a CPU with AMX; a seed of a task has one. Evaluation
+    is in float32."""
     latency_rounds: int = 60
     """Measured calls of each exported detector; 0 leaves latency out."""
     out: Path = RESULTS / "table3_accuracy.json"
@@ -105,14 +131,15 @@ class Cell:
 def main(settings: Settings) -> int:
     """All cells of the settings, then the latency of the first seed's detectors."""
     experiment = Experiment(settings)
-    data, crops = settings.work / "data", settings.work / "crops"
+    data, crops = experiment.root / "data", experiment.root / "crops"
     if not data.is_dir():
-        write_dataset(data, settings.train_images, settings.val_images, image_sizes=(160, 224))
+        smallest, largest = (round(side * experiment.side / NARROW_SIDE) for side in (160, 224))
+        write_dataset(data, settings.train_images, settings.val_images, image_sizes=(smallest, largest))
     if not crops.is_dir():
         write_crops(data, crops)
     for seed in settings.seeds:
-        body = settings.work / f"seed{seed}" / "pretrain"
-        given = {"data": crops, "steps": settings.pretrain_steps, "seed": seed, "precision": settings.precision}
+        body = experiment.root / f"seed{seed}" / "pretrain"
+        given = {"data": crops, "steps": settings.pretrain_steps, "seed": seed, **experiment.computing()}
         train_once(read_recipe(ClassifierTrainingSettings, "demo_cls", out=body, **given))
         for task in settings.tasks:
             experiment.run_task(task, seed, body)
@@ -129,8 +156,31 @@ class Experiment:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        key = {name: getattr(settings, name) for name in SHARED}
-        self.results = ResultCells(settings.out, key, report)
+        defaults = {name: getattr(Settings, name) for name in SCALE}
+        scale = {name: getattr(settings, name) for name in SCALE if getattr(settings, name) != defaults[name]}
+        self.results = ResultCells(
+            settings.out, {**{name: getattr(settings, name) for name in SHARED}, **scale}, report
+        )
+        self.side = settings.full_width or NARROW_SIDE
+        self.root = settings.work / "-".join(f"{name}{value}" for name, value in scale.items())
+
+    def computing(self) -> dict[str, Any]:
+        """Where and in which form trainings compute."""
+        s = self.settings
+        on_gpu = s.device == "auto" and torch.cuda.is_available()
+        forms = {"cpu_forms": not on_gpu, "recompose_blocks": on_gpu}
+        return {"device": s.device, "precision": s.precision, "workers": s.workers, **forms}
+
+    def detector_fields(self) -> dict[str, Any]:
+        """Of a recipe: what --full-width makes of the demo's detectors."""
+        if self.settings.full_width is None:
+            return {}
+        own, scale = DetectorSettings(), self.side / ImageSettings().min_size
+        sizes = {"min_size": self.side, "max_size": round(self.side * 4 / 3)}
+        anchors = [round(size * scale) for size in own.rpn.anchor_sizes]
+        roi = {**asdict(own.roi), "canonical_scale": round(own.roi.canonical_scale * scale)}
+        detector = {"image": sizes, "rpn": {**asdict(own.rpn), "anchor_sizes": anchors}, "roi": roi}
+        return {"detector": {**detector, "backbone": {"fpn_channels": own.backbone.fpn_channels}}}
 
     def run_task(self, task: Task, seed: int, body: Path) -> None:
         """The dense detector of a task, then all its compressed forms."""
@@ -142,7 +192,7 @@ class Experiment:
                     f"{s.out}: its cell '{name}' was trained with another precision than {s.precision}; "
                     "give that one with --precision, or choose another seed"
                 )
-        trained = s.work / f"seed{seed}" / f"{task}-trained"
+        trained = self.root / f"seed{seed}" / f"{task}-trained"
         self.detector(Cell(task, seed, TRAINED), trained, body)
         recipe = (s.finetune_steps, s.finetune_lr)
         dense = self.finetuned(task, seed, DENSE)
@@ -159,7 +209,7 @@ class Experiment:
     def finetuned(self, task: Task, seed: int, model: str) -> Path:
         """Folder of a detector's fine-tuning without distillation."""
         s = self.settings
-        return s.work / f"seed{seed}" / f"{task}-{model}-{s.finetune_steps}-lr-{s.finetune_lr:g}"
+        return self.root / f"seed{seed}" / f"{task}-{model}-{s.finetune_steps}-lr-{s.finetune_lr:g}"
 
     def detector(self, cell: Cell, out: Path, init: Path, teacher: Path | None = None) -> None:
         """Train one detector and record its accuracy."""
@@ -171,11 +221,13 @@ class Experiment:
             DetectorTrainingSettings,
             f"demo_{cell.task}",
             out=out,
-            data=s.work / "data",
+            data=self.root / "data",
             init=init / LAST,
             steps=cell.finetune_steps or s.detector_steps,
+            batch_size=s.batch_size,
             seed=cell.seed + (FINETUNE_SEED if cell.finetune_steps else 0),
-            precision=s.precision,
+            **self.computing(),
+            **self.detector_fields(),
             **given,
         )
         figures = train_once(recipe)
@@ -186,7 +238,7 @@ class Experiment:
             size = {"macs": counts.macs, "params": counts.params}
             return {**asdict(cell), **figures, "precision": s.precision, "images": s.val_images, **size}
 
-        self.results.measure(out.relative_to(s.work).as_posix(), described)
+        self.results.measure(out.relative_to(self.root).as_posix(), described)
 
     def compress(self, trained: Path, plan: str, out: Path) -> None:
         """Compress a trained detector by a plan in its widths, with the recovery of the settings."""
@@ -198,7 +250,7 @@ class Experiment:
             load_checkpoint(trained),
             trained,
             CompressionPlan.load(CONFIGS / "plans" / f"{plan}.yaml"),
-            self.settings.work / "data" / "train2017",
+            self.root / "data" / "train2017",
             refit=refit,
             reestimate=reestimate,
         )
@@ -206,17 +258,17 @@ class Experiment:
 
     def latency(self, task: Task, seed: int, models: list[str]) -> dict[str, Any]:
         """Export the task's detectors and time them in turn in ONNX Runtime."""
-        s, graphs = self.settings, {}
+        s, graphs, size = self.settings, {}, (self.side, self.side)
         for name in models:
             file = self.finetuned(task, seed, name) / "graph.onnx"
             model, _, categories = open_detector(str(file.with_name(LAST)), task)
-            options, note = ExportOptions(image_size=GRAPH_SIZE), partial(print, file=sys.stderr)
+            options, note = ExportOptions(image_size=size), partial(print, file=sys.stderr)
             graphs[name] = load_predictor(export_checked(model, task, categories, file, options, report=note).file)
-        ledger = measure_alternating(graphs, find_images(s.work / "data" / "val2017"), rounds=s.latency_rounds)
+        ledger = measure_alternating(graphs, find_images(self.root / "data" / "val2017"), rounds=s.latency_rounds)
         entries: dict[str, Any] = {name: {"latency": ledger.summary(name).to_dict()} for name in models}
         for name in models[1:]:
             entries[name]["speedup"] = ledger.speedup(DENSE, name).to_dict()
-        return {"models": entries, "seed": seed, "image_size": GRAPH_SIZE}
+        return {"models": entries, "seed": seed, "image_size": size}
 
 
 def report(results: ResultCells) -> str:

@@ -39,7 +39,7 @@ def accuracy_report(results: ResultCells) -> Report:
         Paragraph(METHOD),
         Paragraph(
             f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops; "
-            f"training and fine-tuning in steps of 4 images; recovery: {settings['recovery']}; "
+            f"{_scale(settings)}recovery: {settings['recovery']}; "
             f"precision of the training: {_precisions(trained)}."
         ),
     ]
@@ -48,6 +48,12 @@ def accuracy_report(results: ResultCells) -> Report:
             latency = results.cells.get(f"{LATENCY}{task}", {}).get("models", {})
             report.blocks += [Heading(name), accuracy_table(own, latency, task)]
     return report
+
+
+def _scale(settings: Mapping[str, Any]) -> str:
+    side = settings.get("full_width")
+    width = f"torchvision's widths, {side} px; " if side else ""
+    return f"{width}training and fine-tuning in steps of {settings.get('batch_size', 4)} images; "
 
 
 def _precisions(cells: Sequence[Cell]) -> str:

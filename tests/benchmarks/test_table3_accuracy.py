@@ -1,12 +1,18 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import table3_accuracy
 from benchmarks.lib.cells import ResultCells
 from benchmarks.lib.table3_accuracy_report import accuracy_table
 from benchmarks.table3_accuracy import SHARED, Experiment, Settings, report
+from norton_deploy.checkpoints.checkpoint import Checkpoint, read_header
+from norton_deploy.compression.compress import apply_structure
 from norton_deploy.errors import UserError
+from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings
 
 
 def cell(seed: int, model: str, steps: int, ap: float, weight: float | None = None, lr: float = 0.001) -> dict:
@@ -59,8 +65,15 @@ def test_retention_is_taken_seed_by_seed_at_equal_steps() -> None:
 def test_what_was_imitated_is_said() -> None:
     heads = {**cell(0, "fast", 6, 0.39, 0.5), "distill": "heads"}
     both = {**cell(0, "fast", 6, 0.395, 0.5), "distill": "both"}
-    rows = accuracy_table([*CELLS, heads, both], LATENCY, "box").rows
-    assert [row[3] for row in rows if row[:3] == ("fast", "6 steps", "0.001")] == ["-", "0.5", "0.5 and heads", "heads"]
+    alike = {**cell(0, "fast", 6, 0.392, 0.5), "distill": "foreground"}
+    rows = accuracy_table([*CELLS, heads, both, alike], LATENCY, "box").rows
+    assert [row[3] for row in rows if row[:3] == ("fast", "6 steps", "0.001")] == [
+        "-",
+        "0.5",
+        "0.5 and heads",
+        "0.5, objects alike",
+        "heads",
+    ]
 
 
 def test_other_tasks_have_a_column_for_their_boxes() -> None:
@@ -91,3 +104,30 @@ def test_a_seed_of_a_task_has_one_precision(tmp_path: Path) -> None:
     settings.out.write_text(json.dumps({**RESULTS, "settings": shared}))
     with pytest.raises(UserError, match=r"results\.json: its cell '0' was trained with another precision than bf16"):
         Experiment(settings).run_task("box", 0, tmp_path / "pretrain")
+
+
+def with_the_structure(dense: Checkpoint, source: Path, plan: CompressionPlan, images: Path, **_: object) -> Checkpoint:
+    """Stands in for `compress_narrow`: random weights, in no time."""
+    return Checkpoint(apply_structure(dense.model, plan), dense.header.made_by("test", source, plan=plan))
+
+
+@pytest.mark.slow
+def test_full_width_is_torchvisions_and_what_is_done_stays(tmp_path, monkeypatch) -> None:
+    settings = Settings(
+        tasks=("box",), plans=("table3",), seeds=(0,), train_images=4, val_images=2, pretrain_steps=1, detector_steps=1,
+        finetune_steps=1, full_width=64, batch_size=2, workers=0, device="cpu", latency_rounds=0, recovery="none",
+        distillation_weights=(), out=tmp_path / "full.json", work=tmp_path / "work",
+    )  # fmt: skip
+    monkeypatch.setattr(table3_accuracy, "compress_narrow", with_the_structure)
+    assert table3_accuracy.main(settings) == 0
+    found = json.loads((tmp_path / "full.json").read_text())
+    assert found["settings"]["full_width"] == 64 and found["settings"]["batch_size"] == 2
+    assert "torchvision's widths, 64 px; training and fine-tuning in steps of 2" in (tmp_path / "full.md").read_text()
+    dense, small = (found["cells"][f"seed0/box-{name}-1-lr-0.0015"] for name in ("dense", "table3"))
+    header = read_header(tmp_path / "work/full_width64-batch_size2/seed0/box-trained/last.safetensors").detector
+    assert header.roi == replace(DetectorSettings().roi, canonical_scale=18)
+    assert header.rpn == replace(DetectorSettings().rpn, anchor_sizes=(3, 5, 10, 20, 41))
+    assert dense["params"] > 41e6 > small["params"]
+    monkeypatch.setattr(table3_accuracy, "train_once", lambda settings: {"steps": 0, "metrics": {}})
+    monkeypatch.setattr(table3_accuracy, "load_checkpoint", lambda path: pytest.fail(f"{path} was measured again"))
+    assert table3_accuracy.main(settings) == 0
