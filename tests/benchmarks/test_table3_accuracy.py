@@ -114,9 +114,9 @@ def with_the_structure(dense: Checkpoint, source: Path, plan: CompressionPlan, i
 @pytest.mark.slow
 def test_full_width_is_torchvisions_and_what_is_done_stays(tmp_path, monkeypatch) -> None:
     settings = Settings(
-        tasks=("box",), plans=("table3",), seeds=(0,), train_images=24, val_images=2, pretrain_steps=1, detector_steps=1,
-        finetune_steps=1, full_width=64, batch_size=2, workers=0, device="cpu", latency_rounds=0, recovery="none",
-        distillation_weights=(), out=tmp_path / "full.json", work=tmp_path / "work",
+        tasks=("box",), plans=("table3",), seeds=(0,), train_images=24, val_images=2, pretrain_steps=1,
+        detector_steps=1, finetune_steps=1, full_width=64, batch_size=2, workers=0, device="cpu", latency_rounds=0,
+        recovery="none", distillation_weights=(), out=tmp_path / "full.json", work=tmp_path / "work",
     )  # fmt: skip
     monkeypatch.setattr(table3_accuracy, "compress_narrow", with_the_structure)
     assert table3_accuracy.main(settings) == 0
