@@ -59,12 +59,13 @@ class ExperimentSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Loss of a fine-tuning: (1 - weight) cross-entropy + weight KL to the dense model's scores at a temperature;
-    standardised: of z-scored logits (Sun et al., CVPR 2024)."""
+    """A fine-tuning's loss, (1 - weight) cross-entropy + weight KL to the dense model's scores at a temperature;
+    standardised: of z-scored logits (Sun et al., CVPR 2024); and whether factors have weight decay."""
 
     weight: float = 0.8
     temperature: float = 1.0
     standardised: bool = False
+    factor_decay: bool = False
 
     def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         """Mean over the batch."""
@@ -165,6 +166,7 @@ class Experiment:
             lr=0.2 if recipe is None else 0.1,
             epochs=epochs or most,
             warmup_epochs=2 if short else 5,
+            factor_decay=recipe is None or recipe.factor_decay,
         )
         loss: Loss = (recipe or Recipe(weight=0)).loss
         teacher = partial(self.scores, seed) if recipe is not None and recipe.weight else None

@@ -15,6 +15,7 @@ from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.data.resident_images import ResidentImages
 from norton_deploy.training.batches import GroupedBatchSampler
 from norton_deploy.training.forms import M, recompose_blocks
+from norton_deploy.training.settings import parameter_groups
 
 EVALUATION_BATCH = 2000
 EAGER_STEPS = 3  # before the graph is recorded: they allocate memory and choose convolution algorithms
@@ -24,13 +25,15 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class ResidentSettings:
-    """Attributes: images a step; peak learning rate; Nesterov momentum; decay of kernels and matrices; largest norm of
-    the gradient; epochs of linear warm-up, after which the rate falls along half a cosine; at most so many epochs."""
+    """Attributes: images a step; peak learning rate; Nesterov momentum; decay of kernels and matrices, and whether
+    factors have it too; largest norm of the gradient; epochs of linear warm-up, after which the rate falls along half a
+    cosine; at most so many epochs."""
 
     batch_size: int = 512
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    factor_decay: bool = True
     clip_norm: float = 5.0
     warmup_epochs: int = 5
     epochs: int = 100
@@ -49,7 +52,9 @@ class NesterovSGD:
         self.settings = settings
         self.lr = torch.zeros((), device=self.parameters[0].device)
         self._velocity = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self._decayed = [index for index, parameter in enumerate(self.parameters) if parameter.ndim > 1]
+        groups = parameter_groups(model, settings.weight_decay, factor_decay=settings.factor_decay)
+        decayed = {id(parameter) for parameter in groups[0]["params"]}
+        self._decayed = [index for index, parameter in enumerate(self.parameters) if id(parameter) in decayed]
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:

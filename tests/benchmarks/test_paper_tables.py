@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import recipes, rivals, shared_factors, table1_cifar, table4_rank
+from benchmarks import loading, recipes, rivals, shared_factors, table1_cifar, table4_rank
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, network_nmse
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, read_header, save_checkpoint
@@ -125,6 +125,14 @@ def test_recipes_start_alike_and_two_stages_end_in_the_plan(stand_in, tmp_path, 
     monkeypatch.setattr(recipes.Recipes, "measure", lambda *_: pytest.fail("measured again"))
     assert recipes.main(settings) == 0
     assert "| two stages |" in (tmp_path / "recipes.md").read_text()
+
+
+def test_both_loaders_are_timed_in_turn(stand_in, tmp_path) -> None:
+    out = tmp_path / "loading.json"
+    assert loading.main(loading.Settings(data=stand_in[1], batch_size=4, rounds=2, out=out)) == 0
+    [cell] = json.loads(out.read_text())["cells"].values()
+    assert cell["images"] == 8 and cell["speedup"]["pairs"] == 2 and min(cell["images_per_s"].values()) > 0
+    assert "| in memory | read one by one |" in out.with_suffix(".md").read_text()
 
 
 def test_nmse_of_a_network() -> None:

@@ -63,6 +63,16 @@ def test_the_optimiser_is_nesterovs_with_clipping(clip_norm: float) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_factors_are_spared_decay_where_they_should_be(vgg: nn.Module) -> None:
+    small = use_gpu_forms(compress(vgg, CompressionPlan("vgg16_bn", {"features.0": 1}), starts=1))
+    factor, dense = small.get_submodule("features.0.pointwise").weight, small.get_submodule("features.3").weight
+    before = factor.detach().clone(), dense.detach().clone()
+    optimizer = NesterovSGD(small, ResidentSettings(weight_decay=0.1, factor_decay=False))
+    optimizer.lr.fill_(0.1)
+    optimizer.step(tuple(torch.zeros_like(parameter) for parameter in optimizer.parameters))
+    assert torch.equal(factor, before[0]) and not torch.equal(dense, before[1])
+
+
 def test_the_learning_rate_rises_in_a_line_and_falls_along_half_a_cosine() -> None:
     settings = ResidentSettings(lr=0.2, warmup_epochs=2)
     rates = [learning_rate(settings, epoch, 10) for epoch in (0, 1, 2, 6, 10)]
