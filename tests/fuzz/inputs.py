@@ -492,6 +492,11 @@ def _references(rng: random.Random) -> bytes:
     return damage(packed.getvalue(), rng, rng.choice((0, 0, 1)))
 
 
+def _cifar(rng: random.Random) -> bytes:
+    records = b"".join(bytes([rng.randrange(4)]) + rng.randbytes(3072) for _ in range(rng.randrange(3)))
+    return damage(records, rng, rng.choice((0, 0, 1, 2)))
+
+
 MAKERS: dict[str, Callable[[random.Random], bytes]] = {
     "coco": _coco,
     "picture": _picture,
@@ -510,6 +515,7 @@ MAKERS: dict[str, Callable[[random.Random], bytes]] = {
     "yolo_names": lambda rng: _yaml({"names": {0: "cat", 1: "dog"}, "nc": 2, "train": "images"}, rng),
     "voc": _voc,
     "references": _references,
+    "cifar": _cifar,
 }
 """Kind of input -> what makes one of a random generator."""
 

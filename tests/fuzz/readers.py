@@ -22,6 +22,7 @@ from norton_deploy.data.category_list import read_categories
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import check_decodes, read_image, sizes_of
 from norton_deploy.data.import_layout import FOLDERS, Layout, import_dataset
+from norton_deploy.data.resident_images import read_resident_images
 from norton_deploy.detectron2.config import read_config
 from norton_deploy.detectron2.pickle import read_pickle
 from norton_deploy.errors import UserError
@@ -235,6 +236,14 @@ def read_references(content: bytes, folder: Path) -> None:
     verify(load_predictor(graph, device="cpu"), ReferenceFile.load(reference_path(graph)))
 
 
+def read_cifar(content: bytes, folder: Path) -> None:
+    (folder / "batches.meta.txt").write_text("ant\nbee\ncat\n")
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        (folder / name).write_bytes(content)
+    images = read_resident_images(folder, "val", image_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    require(images.pixels.shape == (len(images), 32, 32, 3) and int(images.labels.max()) < 3, "images or labels")
+
+
 READERS: dict[str, tuple[Callable[[bytes, Path], None], str]] = {
     "coco": (read_coco, "val2017.json"),
     "picture": (read_picture, "a.jpg"),
@@ -253,6 +262,7 @@ READERS: dict[str, tuple[Callable[[bytes, Path], None], str]] = {
     "yolo_names": (read_yolo_names, "/"),
     "voc": (read_voc, "/"),
     "references": (read_references, "model"),
+    "cifar": (read_cifar, "test_batch.bin"),
 }
 """Kind of input -> what reads it (bytes, an own folder), and the file's name that an error must hold."""
 
