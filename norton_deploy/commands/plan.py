@@ -49,16 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, file in (("--out", out), ("--report", report), ("--picture", picture)):
         check_output_file(file, option, overwrite=settings.overwrite)
     table = TimingTable(out.with_suffix(".times.json"), machine_values(origin), settings.provider)
-    with progress_bar(desc="harm of choices", unit="group") as bar:
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def progress(done: int, _: int) -> None:
+        bar.update(done - bar.n)
 
-        found = PlanSearch(
-            open_model(settings.model), settings, table, sensitivity_file=out.with_suffix(".sensitivity.json"),
-            report=lambda line: tqdm.write(line, sys.stderr), progress=progress,
-        ).find()  # fmt: skip
+    search = PlanSearch(
+        open_model(settings.model), settings, table, sensitivity_file=out.with_suffix(".sensitivity.json"),
+        report=lambda line: tqdm.write(line, sys.stderr), progress=progress,
+    )  # fmt: skip
+    with progress_bar(desc="harm of choices", unit="group", total=len(search.decisions)) as bar:
+        found = search.find()
     found.plan.save(out)
     names = {"plan": out.name, "model": Path(settings.model).name}
     record = {**names, **found.to_dict(), "command": command_line("plan", argv), "provenance": origin}

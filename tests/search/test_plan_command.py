@@ -39,9 +39,10 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
         cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.roll(pixels, 7 * number, axis=1))
     figures = tmp_path / "figures.json"
     arguments = ["--model", str(model), "--data", str(tmp_path / "images"), "--out", str(out)]
-    arguments += ["--ranks", "1", "--forms", "ranks", "tucker", "--images", "1", "--fit-images", "2"]
+    arguments += ["--forms", "tucker", "--images", "1", "--fit-images", "2"]
     uniform = tmp_path / "uniform.yaml"
-    CompressionPlan("resnet18", {"layer4.0.conv1": 1, "layer4.1.conv1": 1}, {"layer3": 128}).save(uniform)
+    thin = {f"layer4.{block}.conv1": 128 for block in (0, 1)} | {"layer3": 128, "layer4": 128}
+    CompressionPlan("resnet18", {"layer2.0.conv1": 1, "layer2.1.conv1": 1}, thin).save(uniform)
     tiny = tmp_path / "tiny.yaml"
     CompressionPlan("resnet18", {}, dict.fromkeys(("conv1", "layer2", "layer3", "layer4"), 1)).save(tiny)
     first = [*arguments, "--budget", "macs=0.4", "--json", str(figures), "--compare", str(uniform), str(tiny)]
