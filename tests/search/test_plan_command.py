@@ -40,24 +40,17 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
     figures = tmp_path / "figures.json"
     arguments = ["--model", str(model), "--data", str(tmp_path / "images"), "--out", str(out)]
     arguments += ["--forms", "tucker", "--images", "1", "--fit-images", "2"]
-    uniform = tmp_path / "uniform.yaml"
-    thin = {f"layer4.{block}.conv1": 128 for block in (0, 1)} | {"layer3": 128, "layer4": 128}
-    CompressionPlan("resnet18", {"layer2.0.conv1": 1, "layer2.1.conv1": 1}, thin).save(uniform)
     tiny = tmp_path / "tiny.yaml"
     CompressionPlan("resnet18", {}, dict.fromkeys(("conv1", "layer2", "layer3", "layer4"), 1)).save(tiny)
-    first = [*arguments, "--budget", "macs=0.4", "--json", str(figures), "--compare", str(uniform), str(tiny)]
+    first = [*arguments, "--budget", "macs=0.4", "--json", str(figures), "--compare", str(tiny)]
     assert run("plan", first) == 0
     result = json.loads(figures.read_text())
     assert 0.3 < result["macs"] / result["dense_macs"] <= 0.4
     assert result["measured_harm"] > 0
     assert result["prediction_error"] == 0
     assert (result["proposals"], result["detections"]) == (0, 0)
-    own, beside, below = result["marks"]
+    own, below = result["marks"]
     assert own["measured_harm"] == result["measured_harm"]
-    # The planner has more choices than the two layers of the uniform plan, so at its cost it does less harm.
-    assert beside["label"] == "uniform"
-    assert beside["planned_at_equal_cost"]["ratio"] >= beside["ratio"]
-    assert beside["planned_at_equal_cost"]["measured_harm"] < beside["measured_harm"]
     assert below["planned_at_equal_cost"] is None  # Nothing considered is as cheap as one channel everywhere.
     layers = {layer["name"]: layer for layer in result["layers"]}
     assert result["stays_dense"]["conv1"] == "the stem is never decomposed"
