@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from pathlib import Path
@@ -59,12 +60,11 @@ class OpenVinoPredictor(StaticGraphPredictor):
             UserError: OpenVINO is not installed, the file is no graph of this package, its tensors contradict its
                 metadata, or the CPU cannot compute in `float_type`.
         """
-        openvino = _package()
+        openvino, core = _package(), _core()
         if device not in (None, "cpu"):
             raise UserError(f"{path}: device '{device}': the openvino backend runs on the CPU only; use device cpu")
         if float_type not in HINT_OF_FLOAT_TYPE:
             raise UserError(f"{path}: float_type {float_type}: fp32 or bf16 in OpenVINO")
-        core = openvino.Core()
         if float_type == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UserError(f"{path}: this CPU has no bf16 (lscpu shows neither avx512_bf16 nor amx_bf16); use fp32")
         asked = int(os.environ.get("OMP_NUM_THREADS", "0")) if threads is None else threads
@@ -149,10 +149,20 @@ def save_xml(onnx_path: Path, xml_path: Path) -> None:
     """
     openvino = _package()
     try:
-        model = openvino.Core().read_model(str(onnx_path))
+        model = _core().read_model(str(onnx_path))
     except RuntimeError as error:
         raise UserError(f"{onnx_path}: OpenVINO cannot load it: {' '.join(str(error).split())[:300]}") from error
     openvino.save_model(model, str(xml_path), compress_to_fp16=False)
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO for the life of the process.
+
+    Its CPU plugin gives the thread that compiles first another stack for signal handlers (AMX state needs room) and
+    unmaps it when the last user of the plugin goes, in whatever thread that is: the next signal would end the process.
+    """
+    return _package().Core()
 
 
 def _package() -> Any:

@@ -1,5 +1,6 @@
 """OpenVINO runs the graphs that ONNX Runtime runs, `.onnx` and `.xml`, and says what it cannot do."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_threads_float_type_and_cache(graph, lamp, tmp_path, monkeypatch):
     predictor([second])
     np.testing.assert_array_equal(kept.boxes, [[5, 6, 20, 30]])  # not overwritten by the next call
     assert min(predictor.timing.infer_ms, predictor.timing.copy_ms) > 0
+
+
+def test_signals_arrive_after_a_predictor_ended_in_another_thread(graph):
+    code = """if True:
+        import gc, os, signal, sys, threading
+        from norton_deploy import load_predictor
+        predictors = [load_predictor(sys.argv[1], backend="openvino")]
+        thread = threading.Thread(target=lambda: (predictors.clear(), gc.collect()))
+        thread.start()
+        thread.join()
+        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    assert subprocess.run([sys.executable, "-X", "faulthandler", "-c", code, str(graph())]).returncode == 7
 
 
 def test_profile_names_the_nodes(graph, lamp):
