@@ -299,8 +299,7 @@ def _parity(parity: dict[str, Any] | None) -> list[Block]:
             stage["name"],
             stage["measure"],
             f"{stage['worst']:.3g}",
-            f"{'≥' if stage['is_lower_bound'] else '≤'} {stage['limit']:g}",
-            "yes" if stage["passed"] else "NO",
+            *_verdict(stage),
         )
         for stage in parity["stages"]
     )
@@ -312,6 +311,13 @@ def _parity(parity: dict[str, Any] | None) -> list[Block]:
     if not parity["detections"]:
         blocks.insert(2, Paragraph("Nothing was detected in these images, so that little was compared.", "note"))
     return blocks
+
+
+def _verdict(stage: dict[str, Any]) -> tuple[str, str]:
+    """What is allowed of a stage, and whether it keeps to it."""
+    if stage["limit"] is None:
+        return "reported, not judged", "-"
+    return f"{'≥' if stage['is_lower_bound'] else '≤'} {stage['limit']:g}", "yes" if stage["passed"] else "NO"
 
 
 def _training(deployment: Deployment, pictures: Path) -> list[Block]:
