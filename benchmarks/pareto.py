@@ -175,10 +175,10 @@ def report(results: ResultCells) -> str:
         "Harm, predicted / measured": lambda row: f"{row[1]['predicted_harm']:.2f} / {row[1]['measured_harm']:.2f}",
     }
     for kind in dense["metrics"]:
-        columns[f"{kind} AP, refitted (kept)"] = lambda row, kind=kind: kept(row[1], kind)  # type: ignore[misc]
+        columns[f"{kind} AP, refitted (kept)"] = lambda row, kind=kind: kept(row[1], kind)  # type: ignore[misc]  # binds it
         if steps:
             title = f"{kind} AP after {steps} steps (kept)"
-            columns[title] = lambda row, kind=kind: kept(row[1], kind, "finetuned")  # type: ignore[misc]
+            columns[title] = lambda row, kind=kind: kept(row[1], kind, "finetuned")  # type: ignore[misc]  # binds it
     dense_aps = ", ".join(f"{kind} AP {scores['AP']:.3f}" for kind, scores in dense["metrics"].items())
     caption = f"Plans by form and budget; dense: {dense_aps}, {dense['images']} val images"
     none = [name for name, cell in results.cells.items() if "impossible" in cell]

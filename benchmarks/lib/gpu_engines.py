@@ -49,7 +49,7 @@ def package(bench: Bench) -> dict[str, Any]:
     results = bench.partial
     calls: dict[str, Any] = {}
     for task, plan in (("box", "fast"), ("mask", "fast")):
-        variant = Variant(task, plan, "fp16" if bench.on_gpu else "fp32")  # type: ignore[arg-type]
+        variant = Variant(task, plan, "fp16" if bench.on_gpu else "fp32")  # type: ignore[arg-type]  # plain names
         if bench.smoke or bench.left() < 60:
             results[f"{task} {plan}"] = "not in --smoke: minutes" if bench.smoke else "no time left"
             continue

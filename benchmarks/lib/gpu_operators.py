@@ -202,8 +202,8 @@ def roi_forms(bench: Bench) -> dict[str, Any]:
             return total
 
         kind = str(dtype).removeprefix("torch.")
-        results[f"roi align {kind}, gathered by 256"] = measure(bench, lambda g=gather: g(256))  # type: ignore[misc]
-        results[f"roi align {kind}, gathered at once"] = measure(bench, lambda g=gather: g(4096))  # type: ignore[misc]
+        results[f"roi align {kind}, gathered by 256"] = measure(bench, lambda g=gather: g(256))  # type: ignore[misc]  # binds it
+        results[f"roi align {kind}, gathered at once"] = measure(bench, lambda g=gather: g(4096))  # type: ignore[misc]  # binds it
         results[f"roi align {kind}, native on every level"] = measure(bench, every_level)
         native = lambda t=typed, d=dtype: model.roi_heads.box_roi_pool(t, [proposals[0].to(d)], [bench.image_size])  # type: ignore[misc]  # noqa: E731
         results[f"roi align {kind}, torchvision's"] = measure(bench, native, static=False)

@@ -115,7 +115,7 @@ def fitted_weight(
             fit_chain(problem, shaped(numbers[0], numbers[1], 1, has_exit=True), sweeps=0, best=best).weight().float()
         )
     start = decompose_layer(weight, "reshaped", numbers, seed=seed, starts=1, sweeps=10)
-    kernels = start.spatial.permute(2, 0, 1)[:, None].double()  # type: ignore[union-attr]
+    kernels = start.spatial.permute(2, 0, 1)[:, None].double()  # type: ignore[union-attr]  # CPD has it
     entry, exit = (factor.double()[:, :, None, None] for factor in (start.input.mT, start.output))
     return fit_chain(problem, ChainKernels(entry, kernels, exit, numbers[0]), sweeps=0).weight().float()
 
