@@ -1,11 +1,13 @@
 """Writing files and folders whole or not at all, naming them by their content, and keeping results as they come;
 reading JSON, and using names as paths, that a stranger may have written."""
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import tempfile
 import time
@@ -138,6 +140,41 @@ def check_output_folder(path: Path, *, replaces: str | None = None) -> None:
         raise UserError(f"{path}: holds something already; remove it or choose another folder")
     if not (path / replaces).is_file():
         raise UserError(f"{path}: holds something else (no {replaces}), and stays; choose another folder")
+
+
+@contextmanager
+def held(lock: Path, doing: str) -> Iterator[None]:
+    """Keep every other process away from a file's folder meanwhile.
+
+    The lock is the operating system's: one whose process died, on whatever host, holds nobody up.
+
+    Args:
+        lock: file in that folder; it stays there and names who holds it, or did so last.
+        doing: what its holder does there, for the message.
+
+    Raises:
+        UserError: another process holds it (the message names it), or the folder cannot be written to.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UserError(f"{lock}: cannot write here ({error.strerror}); choose another --out") from error
+    with os.fdopen(descriptor, "r+") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = stream.read().strip() or "another process"
+            raise UserError(f"{lock.parent}: {holder} {doing}; wait for it or choose another --out") from error
+        except OSError:  # a file system without locks can keep nobody out
+            pass
+        try:
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
+        except OSError as error:
+            raise UserError(f"{lock}: cannot be written ({error.strerror})") from error
+        yield
 
 
 @contextmanager

@@ -72,7 +72,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         categories: the labels in use.
 
     Raises:
-        UserError: see `read_annotations`; or the file has categories that `categories` lacks.
+        UserError: see `read_annotations`; or the file has categories that `categories` lacks, or
+            has them under other ids.
     """
 
     def __init__(
@@ -101,6 +102,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             )
         names = dict(zip(self.categories.ids, self.categories.names, strict=True))
         renamed = [entry for entry in category_entries if entry["name"] != names[entry["id"]]]
+        elsewhere = [entry for entry in renamed if entry["name"] in self.categories.names]
+        if elsewhere:
+            entry = elsewhere[0]
+            own = self.categories.ids[self.categories.names.index(entry["name"])]
+            raise UserError(
+                f"{source}: category {entry['id']} is '{entry['name']}' here, and to the model "
+                f"'{names[entry['id']]}'; '{entry['name']}' is its {own} ({len(elsewhere)} such in all): give the "
+                "categories in the order in which the model has them"
+            )
         if renamed:
             warnings.warn(
                 f"{source}: category {renamed[0]['id']} is '{renamed[0]['name']}' here and '{names[renamed[0]['id']]}' "

@@ -1,6 +1,7 @@
 """From a detector and data to a checked artefact and a report, step by step; a stopped run goes on where it was."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +26,10 @@ from norton_deploy.deployment.measurement import (
     time_in_turn,
 )
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
-from norton_deploy.deployment.steps import ProgressLines, Steps, to_stderr
+from norton_deploy.deployment.steps import LOCK, ProgressLines, Steps, check_run_folder, to_stderr
 from norton_deploy.errors import UserError
 from norton_deploy.export.artefact import write_artefact
-from norton_deploy.files import sha256_of
+from norton_deploy.files import held, sha256_of
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.reporting.compared_images import compare_images
 from norton_deploy.reporting.deployment import Deployment
@@ -66,16 +67,17 @@ def deploy(
         report: gets every message for people.
 
     Raises:
-        UserError: the model, the data or a setting is wrong, the data have errors, or the graph does not detect what
-            the model detects.
+        UserError: the model, the data or a setting is wrong, the data have errors, another process deploys into this
+            folder, or the graph does not detect what the model detects.
     """
-    return _Run(request, command, report).deployment()
+    with ExitStack() as holding:
+        return _Run(request, command, report, holding).deployment()
 
 
 class _Run:
     """One deployment: the files and figures that the steps hand on."""
 
-    def __init__(self, request: DeployRequest, command: str, report: Callable[[str], None]) -> None:
+    def __init__(self, request: DeployRequest, command: str, report: Callable[[str], None], holding: ExitStack) -> None:
         self.request, self.command, self.report = request, command, report
         self.out, self.target, self.effort = request.out, EngineTarget.parse(request.target), request.effort
         self.notes: list[str] = []
@@ -91,6 +93,8 @@ class _Run:
         if request.data is not None:
             identity["annotations"] = sha256_of(annotation_file(request.data, "val", self.task))
         finetuned = bool(self.effort.finetune_steps) and not self.compressed
+        check_run_folder(self.out)
+        holding.enter_context(held(self.out / LOCK, "deploys here"))
         self.steps = Steps(self.out, identity, count=self._count(finetuned), report=report)
         self.progress = ProgressLines(report)
         self.finetuned = finetuned

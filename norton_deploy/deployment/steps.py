@@ -10,7 +10,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.files import ResultFile
 from norton_deploy.reporting.deployment import StepRecord
 
-RECORD = "deploy.json"
+RECORD, LOCK = "deploy.json", "deploy.lock"
 
 
 class Steps:
@@ -41,8 +41,7 @@ class Steps:
             UserError: the folder has results of other settings, or holds something else.
         """
         record = folder / RECORD
-        if not record.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: holds something that is no deployment; choose another --out")
+        check_run_folder(folder)
         self._store = ResultFile(record, settings, otherwise="choose another --out, or remove that folder")
         self.folder, self._count, self._report, self._clock = folder, count, report, clock
         self._number = 0
@@ -87,6 +86,17 @@ class Steps:
     def records(self) -> tuple[StepRecord, ...]:
         """What was done, in order."""
         return tuple(StepRecord(cell["title"], cell["command"], cell["seconds"]) for cell in self._store.cells.values())
+
+
+def check_run_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds something that is no deployment.
+    """
+    if (folder / RECORD).is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
+        raise UserError(f"{folder}: holds something that is no deployment; choose another --out")
 
 
 def in_words(seconds: float) -> str:

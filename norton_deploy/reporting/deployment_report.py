@@ -38,9 +38,11 @@ The last two rows are the paper's own (Pham, Zniyed, Nguyen: Table III, COCO-201
 as they are printed there. They are another model, other data and another machine, and were not measured here."""
 COMPARED = """\
 An object counts as found where a detection of its category with a score of at least 0.5 overlaps its box by an IoU of \
-at least 0.5; only such detections are drawn. Of all{images} images these are the ones with the largest losses, and at \
-the end those with the smallest losses or the largest gains: they show where the models differ, not how they do on \
-average."""
+at least 0.5; only such detections are drawn. {which}"""
+DIFFERING = """\
+Of all{images} images these are the ones with the largest losses, and at the end those with the smallest losses or the \
+largest gains: they show where the models differ, not how they do on average."""
+ALIKE = "In each of these images both models find equally many objects."
 PARITY = """\
 The exported graph's own tensors, stage by stage, against the model in eager mode, which is given the graph's input to \
 that stage: {images} images, {detections} detections, {precision}."""
@@ -229,7 +231,9 @@ def _compared(deployment: Deployment, folder: Path) -> list[Block]:
     if not deployment.compared:
         return []
     names = deployment.dense.name, deployment.small.name, "annotated"
-    text = COMPARED.format(images=f" {deployment.images}" if deployment.images else "")
+    alike = all(image.dense_found == image.small_found for image in deployment.compared)
+    which = ALIKE if alike else DIFFERING.format(images=f" {deployment.images}" if deployment.images else "")
+    text = COMPARED.format(which=which)
     blocks: list[Block] = [Heading("Pictures"), Paragraph(text)]
     for image in deployment.compared:
         files = (image.dense, image.small, image.annotated)

@@ -1,12 +1,8 @@
 """The folder of a training run: who may write there, and the state from which it continues bit for bit."""
 
-import fcntl
 import json
-import os
 import random
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ import torch
 
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write, read_json, remove_partials
+from norton_deploy.files import atomic_write, held, read_json, remove_partials
 
 FORMAT = 1
 RUN_MARK = {"batch_size", "lr", "seed"}
@@ -48,35 +44,9 @@ class RunFolder:
         """All that a run writes, but for TensorBoard's events and the lock."""
         return (self.state, self.log, self.last, self.best, self.non_finite, self.settings)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep every other process out meanwhile.
-
-        The lock is the operating system's: one whose process died, on whatever host, holds nobody up.
-
-        Raises:
-            UserError: another process trains here (the message names it), or the folder cannot be written to.
-        """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise UserError(f"{self.lock}: cannot write here ({error.strerror}); choose another --out") from error
-        with os.fdopen(descriptor, "r+") as stream:
-            try:
-                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                holder = stream.read().strip() or "another process"
-                raise UserError(f"{self.root}: {holder} trains here; wait for it or choose another --out") from error
-            except OSError:  # a file system without locks can keep nobody out
-                pass
-            try:
-                stream.truncate(0)
-                stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                stream.flush()
-            except OSError as error:
-                raise UserError(f"{self.lock}: cannot be written ({error.strerror})") from error
-            yield
+    def held(self) -> AbstractContextManager[None]:
+        """Keep every other process out meanwhile (`held`)."""
+        return held(self.lock, "trains here")
 
     def claim(self, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Make the folder this run's own; called by the main process, which holds it, before anything is written.

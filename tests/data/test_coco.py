@@ -310,6 +310,8 @@ def test_given_categories_decide_the_labels(hand_made: Any) -> None:
     assert CocoDetection(root, "val", "box", categories=theirs).target(0)["labels"].tolist() == [4, 9]
     with pytest.raises(UserError, match=r"category 37 \(sports ball\) is unknown"):
         CocoDetection(root, "val", "box", categories=Categories((1,), (1,), ("person",)))
+    with pytest.raises(UserError, match="1 is 'person' here, and to the model 'sports ball'; 'person' is its 37"):
+        CocoDetection(root, "val", "box", categories=Categories((1, 2), (1, 37), ("sports ball", "person")))
 
 
 def test_ground_truth_scores_one_against_itself(tiny_coco: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,22 @@ def test_mistakes(arguments: str, message: str, tmp_path: Path, capsys: pytest.C
     assert f"error: {message}" in capsys.readouterr().err
 
 
+def test_a_second_deployment_into_one_folder_is_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from norton_deploy.files import held\n"
+        "with held(Path(sys.argv[1]), 'deploys here'): print('held', flush=True); time.sleep(120)"
+    )
+    words = [sys.executable, "-c", hold, str(tmp_path / "run" / "deploy.lock")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        assert run("deploy", ["--task", "mask", "--quick", "--out", str(tmp_path / "run")]) == 1
+        process.kill()
+    assert (
+        f"run: process {process.pid} on " in (said := capsys.readouterr().err) and "deploys here; wait for it" in said
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["deploy.lock"]
+
+
 def test_ctrl_c_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

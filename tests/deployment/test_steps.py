@@ -58,6 +58,9 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "thesis.tex").touch()
     with pytest.raises(UserError, match="foreign: holds something that is no deployment"):
         steps(tmp_path / "foreign", [])
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "deploy.lock").touch()
+    steps(tmp_path / "locked", [])
 
 
 def test_estimates_and_progress_in_words() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from norton_deploy.cost.turns import Speedup
 from norton_deploy.errors import UserError
@@ -53,6 +54,16 @@ def test_a_report_comes_back_from_its_json(tmp_path: Path) -> None:
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(UserError, match=message):
             Deployment.from_json(tmp_path / "report.json")
+
+
+def test_equal_models_show_no_losses(tmp_path: Path) -> None:
+    files = ["a.jpg", "b.jpg", "c.jpg"]
+    for name in files:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for found, differ in ((2, False), (1, True)):
+        made = deployment(compared=(ComparedImage("1.jpg", 3, 2, found, *files),))
+        page = write_report(tmp_path, made).read_text()
+        assert ("largest losses" in page, "both models find equally many" in page) == (differ, not differ)
 
 
 def test_what_was_not_measured_is_left_out_and_says_so(tmp_path: Path) -> None:
