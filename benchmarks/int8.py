@@ -25,6 +25,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, interval, page, run, settings_of, tabulate
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, timing_table
+from benchmarks.lib.stages import split_stages
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import read_image
@@ -100,6 +101,7 @@ def main(settings: Settings) -> int:
     cells: dict[str, Callable[[], dict[str, Any]]] = {}
     for task in settings.tasks:
         cells[f"time {task}"] = partial(measure_times, task, settings, models)
+        cells[f"stages {task}"] = partial(measure_stages, task, settings, models)
     for packaged in settings.packaged:
         cells[f"AP packaged {packaged}"] = partial(measure_ap, packaged_detector(packaged), settings)
     for checkpoint in settings.checkpoints:
@@ -146,6 +148,17 @@ def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> di
         "times_ms": ledger.to_dict(),
         "speedup": {name: ledger.speedup(BASELINE, name).to_dict() for name in predictors if name != BASELINE},
     }
+
+
+def measure_stages(task: Task, settings: Settings, models: RandomDetectors) -> dict[str, Any]:
+    """Where the time of the compressed detector goes in each form, by the engines' own profilers."""
+    images, _ = settings.prepare_images(settings.work)
+    files = prepare(task, PLANS[-1], settings, models)
+    forms = {
+        form: split_stages(opened(files[precision], backend, float_type), images, calls=settings.rounds)
+        for form, (precision, backend, float_type) in FORMS.items()
+    }
+    return {"stages_ms": {form: split.stages_ms for form, split in forms.items()}}
 
 
 def measure_ap(checkpoint_file: Path, settings: Settings) -> dict[str, Any]:
@@ -202,6 +215,8 @@ def report(results: ResultCells) -> str:
     for name, cell in results.cells.items():
         if name.startswith("time "):
             parts.append(times_table(name, cell))
+        elif name.startswith("stages "):
+            parts.append(stages_table(name, cell))
         else:
             parts += [ap_table(name, cell), gate_table(name, cell), layers_table(name, cell)]
     return page(*parts)
@@ -222,6 +237,14 @@ def times_table(name: str, cell: Cell) -> Any:
             "MB": lambda form: f"{cell['bytes'][', '.join(file_of(form))] / 1e6:.1f}",
         },
     )
+
+
+def stages_table(name: str, cell: Cell) -> Any:
+    """One line a form, one column a stage."""
+    columns: dict[str, Callable[[str], str]] = {"form": str}
+    for stage in next(iter(cell["stages_ms"].values())):
+        columns[f"{stage}, ms"] = lambda form, stage=stage: f"{cell['stages_ms'][form][stage]:.0f}"  # type: ignore[misc]  # the default binds it
+    return tabulate(f"{name}: `{PLANS[-1]}`, mean of profiled calls", cell["stages_ms"], columns)
 
 
 def file_of(form: str) -> tuple[str, str]:
