@@ -1,4 +1,4 @@
-"""Make a compression plan for a budget: MACs, parameters, latency or speed-up on this machine's ONNX Runtime."""
+"""Make a compression plan for a budget: MACs, parameters, latency or speed-up on this machine's engine."""
 
 import sys
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ from tqdm import tqdm
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import command_line, write_json
 from norton_deploy.config import parse_settings
-from norton_deploy.cost.form_tuning import CPU, TimingTable
+from norton_deploy.cost.form_tuning import TimingTable
+from norton_deploy.cost.layer_timing import TimedEngine
 from norton_deploy.files import check_output_file
 from norton_deploy.progress import progress_bar
 from norton_deploy.reporting.plan_report import verdict, write_plan_report
 from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 
-FIRST = ("image-size", "images", "fit-images", "forms", "multiple", "compare", "resume", "overwrite", "json")
+FIRST = ("image-size", "images", "fit-images", "engine", "forms", "multiple", "compare", "resume", "overwrite", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Settings(PlanRequest):
     """Dense model: an architecture, a .safetensors checkpoint or torchvision's .pth."""
     out: Path
     """Plan to write (YAML); the report, sensitivities and layer times are kept beside it."""
-    provider: str = CPU
-    """ONNX Runtime's execution provider that the latency is for."""
+    engine: TimedEngine = "onnxruntime"
+    """What the latency is for: onnxruntime, openvino or openvino-bf16 on the CPU, onnxruntime-cuda."""
     picture: Path | None = None
     """Pareto picture (PNG); by default beside the plan."""
     report: Path | None = None
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report, picture = settings.report or out.with_suffix(".md"), settings.picture or out.with_suffix(".png")
     for option, file in (("--out", out), ("--report", report), ("--picture", picture)):
         check_output_file(file, option, overwrite=settings.overwrite)
-    table = TimingTable(out.with_suffix(".times.json"), machine_values(origin), settings.provider)
+    table = TimingTable(out.with_suffix(".times.json"), machine_values(origin), settings.engine)
 
     def progress(done: int, _: int) -> None:
         bar.update(done - bar.n)

@@ -250,12 +250,12 @@ class _Run:
             search = making.plan_request(request, self.data, self.image_size, sensitivity.is_file())
             if self.target.engine is not None and not request.quick:
                 self.notes.append(BY_MACS.format(target=self.target.name))
-            elif search.budget.startswith("speedup") and self.target.name != "onnxruntime":
+            elif search.budget.startswith("speedup") and self.target.name == "torch":
                 self.notes.append(BY_ONNX_RUNTIME)
-            target_plan = plan
+            target_plan, engine = plan, making.timed_engine(self.target)
             found = self.steps.run(
-                "plan", f"search a plan for {search.budget}", making.plan_command(dense, search, plan),
-                lambda: making.search_plan(dense, search, target_plan, self.report, self.progress),
+                "plan", f"search a plan for {search.budget}", making.plan_command(dense, search, engine, plan),
+                lambda: making.search_plan(dense, search, engine, target_plan, self.report, self.progress),
                 seconds=estimates.plan(load_checkpoint(dense).model, search), products=[plan],
             )  # fmt: skip
         small, chosen = self.out / "compressed.safetensors", plan

@@ -10,7 +10,8 @@ import torch
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
-from norton_deploy.cost.form_tuning import CPU, TimingTable
+from norton_deploy.cost.form_tuning import TimingTable
+from norton_deploy.cost.layer_timing import TimedEngine
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
 from norton_deploy.export.tensorrt_build import build_or_explain
@@ -66,9 +67,16 @@ def plan_request(request: DeployRequest, data: Path, image_size: tuple[int, int]
     )
 
 
-def search_plan(dense: Path, request: PlanRequest, out: Path, report: Report, progress: Progress) -> dict[str, Any]:
+def timed_engine(target: EngineTarget) -> TimedEngine:
+    """What a plan for this target is timed on."""
+    return "openvino" if target.backend == "openvino" else "onnxruntime"
+
+
+def search_plan(
+    dense: Path, request: PlanRequest, engine: TimedEngine, out: Path, report: Report, progress: Progress
+) -> dict[str, Any]:
     """Search a plan and write it (YAML); what was measured is kept beside it. Returns `FoundPlan.to_dict`."""
-    table = TimingTable(out.with_suffix(".times.json"), machine_values(provenance()), CPU)
+    table = TimingTable(out.with_suffix(".times.json"), machine_values(provenance()), engine)
     search = PlanSearch(
         load_checkpoint(dense), request, table, sensitivity_file=out.with_suffix(".sensitivity.json"),
         report=lambda line: report(f"    {line}"),
@@ -192,10 +200,10 @@ def export_command(
     )  # fmt: skip
 
 
-def plan_command(dense: Path, request: PlanRequest, out: Path) -> str:
+def plan_command(dense: Path, request: PlanRequest, engine: TimedEngine, out: Path) -> str:
     """`tools/plan.py` for `search_plan`."""
     values = {name: value for name, value in asdict(request).items() if value not in ((), False, None)}
-    return tool("plan", model=dense, out=out, no_check_harm=not request.check_harm, **values)
+    return tool("plan", model=dense, out=out, engine=engine, no_check_harm=not request.check_harm, **values)
 
 
 def _indented(text: str) -> str:

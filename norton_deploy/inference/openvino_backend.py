@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from norton_deploy.cost.openvino_session import openvino_core, openvino_package, openvino_settings
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.graph_digest import check_digest
@@ -60,23 +59,15 @@ class OpenVinoPredictor(StaticGraphPredictor):
             UserError: OpenVINO is not installed, the file is no graph of this package, its tensors contradict its
                 metadata, or the CPU cannot compute in `float_type`.
         """
-        openvino, core = _package(), _core()
+        openvino, core = openvino_package(), openvino_core()
         if device not in (None, "cpu"):
             raise UserError(f"{path}: device '{device}': the openvino backend runs on the CPU only; use device cpu")
         if float_type not in HINT_OF_FLOAT_TYPE:
             raise UserError(f"{path}: float_type {float_type}: fp32 or bf16 in OpenVINO")
-        if float_type == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise UserError(f"{path}: this CPU has no bf16 (lscpu shows neither avx512_bf16 nor amx_bf16); use fp32")
-        asked = int(os.environ.get("OMP_NUM_THREADS", "0")) if threads is None else threads
-        settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINT_OF_FLOAT_TYPE[float_type],
-            "PERF_COUNT": profile,
-        }
-        if asked:
-            settings["INFERENCE_NUM_THREADS"] = asked
-        if cache is not None:
-            settings["CACHE_DIR"] = str(cache)
+        try:
+            settings = openvino_settings(HINT_OF_FLOAT_TYPE[float_type], threads=threads, profile=profile, cache=cache)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         try:
             model = core.read_model(str(path))
             if not model.has_rt_info(METADATA_PATH):
@@ -92,7 +83,7 @@ class OpenVinoPredictor(StaticGraphPredictor):
         self._compiled, self._request = compiled, compiled.create_infer_request()
         self.float_type = float_type
         version = openvino.__version__.partition("-")[0]
-        self.device = f"OpenVINO {version}, CPU, {float_type}, {asked or 'all'} threads"
+        self.device = f"OpenVINO {version}, CPU, {float_type}, {settings.get('INFERENCE_NUM_THREADS', 'all')} threads"
 
     def _check_tensors(self, compiled: Any) -> None:
         """The graph's tensors must be those that its metadata promises."""
@@ -147,27 +138,9 @@ def save_xml(onnx_path: Path, xml_path: Path) -> None:
     Raises:
         UserError: OpenVINO is not installed or cannot read the graph.
     """
-    openvino = _package()
+    openvino = openvino_package()
     try:
-        model = _core().read_model(str(onnx_path))
+        model = openvino_core().read_model(str(onnx_path))
     except RuntimeError as error:
         raise UserError(f"{onnx_path}: OpenVINO cannot load it: {' '.join(str(error).split())[:300]}") from error
     openvino.save_model(model, str(xml_path), compress_to_fp16=False)
-
-
-@functools.cache
-def _core() -> Any:
-    """OpenVINO for the life of the process.
-
-    Its CPU plugin gives the thread that compiles first another stack for signal handlers (AMX state needs room) and
-    unmaps it when the last user of the plugin goes, in whatever thread that is: the next signal would end the process.
-    """
-    return _package().Core()
-
-
-def _package() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise UserError("OpenVINO is not installed; pip install 'norton-deploy[openvino]'") from error
-    return openvino

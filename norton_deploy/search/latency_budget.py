@@ -1,4 +1,4 @@
-"""Latency of plans in ONNX Runtime: measured layers plus a measured rest, corrected by the plan that comes out."""
+"""Latency of plans on an engine: measured layers plus a measured rest, corrected by the plan that comes out."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,7 +21,9 @@ from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
+from norton_deploy.inference.openvino_backend import OpenVinoPredictor
 from norton_deploy.inference.predictor import Image, Predictor
+from norton_deploy.inference.static_graph import StaticGraphPredictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.search.decisions import Decision, Option, to_plan
 from norton_deploy.search.joint_cost import Budget, JointCost, calibrate, joint_cost
@@ -60,12 +62,14 @@ class Workload:
 
 def tuned_predictor(
     model: nn.Module, workload: Workload, categories: Categories, table: TimingTable
-) -> OnnxRuntimePredictor:
+) -> StaticGraphPredictor:
     """A detector in evaluation mode, exported with every CPDBlock in its fastest form and opened."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         export_tuned(model, workload, categories, table, file)
-        return OnnxRuntimePredictor(file, providers=[table.provider])
+        if table.engine in ("onnxruntime", "onnxruntime-cuda"):
+            return OnnxRuntimePredictor(file, device="cuda" if table.engine == "onnxruntime-cuda" else "cpu")
+        return OpenVinoPredictor(file, float_type="bf16" if table.engine == "openvino-bf16" else "fp32")
 
 
 def export_tuned(
@@ -140,7 +144,7 @@ class LatencySearch:
             workload: image size; proposals and detections are the detector's own.
             categories: of the detector.
             images: uint8 RGB [H, W, 3] for end-to-end calls.
-            table: times of the layers' forms; also says which provider runs the graphs.
+            table: times of the layers' forms; also says which engine runs the graphs.
             rounds: measured end-to-end calls of each model.
             seed: of the decompositions.
             report: gets a line for each step.

@@ -12,7 +12,7 @@ from norton_deploy.compression.compress import apply_structure, compress, compre
 from norton_deploy.compression.factored_conv import ChainShape, FactoredConv
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.cost.complexity import count_complexity, layer_calls
-from norton_deploy.cost.form_tuning import layer_graph
+from norton_deploy.cost.layer_timing import layer_graph
 from norton_deploy.errors import UserError
 from norton_deploy.method.coupled import decompose_coupled
 from norton_deploy.method.layer_factors import decompose_layer

@@ -8,8 +8,10 @@ import pytest
 
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost import form_tuning as tuning
+from norton_deploy.cost import layer_timing
 from norton_deploy.cost.complexity import LayerCall, LayerShape, count_complexity, layer_calls
-from norton_deploy.cost.form_tuning import TimingTable, bound_call, layer_graph, time_forms, tune_blocks
+from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
+from norton_deploy.cost.layer_timing import bound_call, layer_graph, time_forms
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
@@ -29,9 +31,9 @@ SHAPES = (
 def test_every_form_has_the_layers_output(shape: LayerShape) -> None:
     import onnxruntime
 
-    for form in tuning.FORMS if shape.rank else ("dense",):
+    for form in layer_timing.FORMS if shape.rank else ("dense",):
         content, example = layer_graph(shape, form)
-        session = onnxruntime.InferenceSession(content, providers=[tuning.CPU])
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         [output] = session.run(None, {"input": example})
         assert output.shape[1] == shape.out_channels
         assert output.size == shape.output_pixels * shape.out_channels
@@ -60,8 +62,9 @@ def test_macs_and_parameters_are_those_of_the_complexity_counter() -> None:
     ) == 2 * max(call.shape.macs for call in calls if "body.conv1" in call.name)
 
 
-def test_measured_times_are_positive_and_one_per_form() -> None:
-    times = time_forms(BLOCK, tuning.FORMS, tuning.CPU)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_measured_times_are_positive_and_one_per_form(engine: layer_timing.TimedEngine) -> None:
+    times = time_forms(BLOCK, layer_timing.FORMS, engine)
     assert len(times) == 3
     assert min(times) > 0
 
@@ -69,8 +72,8 @@ def test_measured_times_are_positive_and_one_per_form() -> None:
 def test_the_table_is_kept_and_belongs_to_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def fake(shape: LayerShape, forms: Iterable[str], provider: str) -> list[float]:
-        asked.append(provider)
+    def fake(shape: LayerShape, forms: Iterable[str], engine: str) -> list[float]:
+        asked.append(engine)
         return [{"grouped": 1.0, "separable": 2.0, "dense": 3.0}[form] for form in forms]
 
     monkeypatch.setattr(tuning, "time_forms", fake)
@@ -89,7 +92,7 @@ def test_the_fastest_form_over_all_calls_wins_and_slow_factors_stay_dense() -> N
     table = TimingTable(None, {})
     small = BLOCK.resized(6, 6, 1)
     for shape, times in ((BLOCK, (9.0, 8.0, 5.0)), (small, (1.0, 2.5, 2.0))):
-        for form, time_ms in zip(tuning.FORMS, times, strict=True):
+        for form, time_ms in zip(layer_timing.FORMS, times, strict=True):
             table.times_ms[shape.key(form)] = time_ms
     original = LayerShape("conv", 8, 8, (3, 3), ONE, ONE, ONE, 0, (1, 9, 9))
     table.times_ms[original.key("dense")] = 4.0
@@ -135,8 +138,8 @@ def test_on_a_gpu_events_on_its_stream_are_the_clock(monkeypatch):
     handles: list[int | None] = []
     real, calls = sessions.make_session, []
 
-    def make_session(content, *, providers, profile_prefix, cuda_stream):
-        assert providers == ["CUDAExecutionProvider"] and profile_prefix is None
+    def make_session(content, *, providers, cuda_stream):
+        assert providers == ["CUDAExecutionProvider"]
         handles.append(cuda_stream)
         return real(content, "cpu")
 
@@ -145,11 +148,11 @@ def test_on_a_gpu_events_on_its_stream_are_the_clock(monkeypatch):
         calls.append(runs)
         return bound_call(session, example, "cpu", runs)
 
-    monkeypatch.setattr(tuning, "bound_call", bound)
+    monkeypatch.setattr(layer_timing, "bound_call", bound)
     monkeypatch.setattr(sessions, "make_session", make_session)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    times = time_forms(BLOCK, ("grouped", "dense"), "CUDAExecutionProvider")
+    times = time_forms(BLOCK, ("grouped", "dense"), "onnxruntime-cuda")
     assert times == [pytest.approx(3.0)] * 2  # 30 ms for ten runs
-    assert handles == [77, 77] and calls == [tuning.CUDA_RUNS] * 2
+    assert handles == [77, 77] and calls == [layer_timing.CUDA_RUNS] * 2
     assert {stream for kind, stream in made if kind == "record"} == {77}

@@ -16,6 +16,7 @@ from norton_deploy.compression.lowering import Form
 from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import LayerShape, count_complexity
 from norton_deploy.cost.form_tuning import TimingTable
+from norton_deploy.cost.layer_timing import TimedEngine
 from norton_deploy.cost.turns import Turns
 from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
@@ -38,7 +39,7 @@ NOISE = np.array([1.0, 1.02, 0.97, 1.01])
 FORM_MS = {"dense": 1.0, "grouped": 1.1, "separable": 5.0}
 
 
-def invented_times(shape: LayerShape, forms: list[Form], provider: str) -> list[float]:
+def invented_times(shape: LayerShape, forms: list[Form], engine: str) -> list[float]:
     """A form's MACs per second are a fixed share of the dense form's."""
     dense = shape.resized(shape.in_channels, shape.out_channels, 0)
     return [FORM_MS[form] * (dense if form == "dense" else shape).macs / 1e6 for form in forms]
@@ -138,3 +139,15 @@ def test_a_speedup_is_found_and_every_figure_is_recorded(found: tuple[FoundPlan,
     assert f"prediction off by {100 * abs(record['prediction_error']):.1f} %" in text
     assert "(plan.png)" in text
     assert "| stage |" in text
+
+
+@pytest.mark.parametrize(("engine", "device"), [("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")])
+def test_a_plan_is_timed_on_the_engine_that_it_is_for(
+    engine: TimedEngine, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "time_forms", invented_times)
+    detector = SETTINGS.build("box").eval()
+    workload, table = latency_budget.Workload.of(detector, (64, 64)), TimingTable(None, {}, engine)
+    predictor = latency_budget.tuned_predictor(detector, workload, class_categories(["a", "b"]), table)
+    assert predictor.device.startswith(device)
+    assert len(predictor([np.zeros((64, 64, 3), np.uint8)])) == 1
