@@ -20,7 +20,7 @@ from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 Measure = Literal["macs", "params", "latency_ms"]
 BudgetKind = Literal[Measure, "speedup"]
 UNITS: dict[Measure, str] = {"macs": "MACs", "params": "parameters", "latency_ms": "ms"}
-LAST_WEIGHT = 10.0
+NEAR_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -178,19 +178,20 @@ def joint_cost(
     return cost
 
 
-def calibrate(cost: JointCost, measured_ms: list[tuple[CompressionPlan, float]]) -> None:
+def calibrate(cost: JointCost, measured_ms: list[tuple[CompressionPlan, float]], near: int = 0) -> None:
     """Fit the three terms of a latency to whole models that were timed end to end, in place.
 
     Latency = scale * (sum of the layers) + per_pyramid_channel * (pyramid's width) + fixed. Box selection, NMS and
     pixels take the same time for every plan; RoIAlign grows with the pyramid's width. Relative errors are
-    minimised, no term below zero; the last measurement, the one nearest to what is wanted, counts ten times.
+    minimised, no term below zero; the last `near` measurements, those close to what is wanted, count ten times: all of
+    them alike, since one measurement alone may be off.
     """
     cost.scale, cost.fixed, cost.per_pyramid_channel = 1.0, 0.0, 0.0
     layers_ms = [cost.of_plan(plan) for plan, _ in measured_ms]
     widths = [plan.keep.get(PYRAMID_GROUP, cost.pyramid_width) for plan, _ in measured_ms]
     total_ms = np.array([ms for _, ms in measured_ms])
     weight = np.ones(len(total_ms))
-    weight[-1] = LAST_WEIGHT
+    weight[len(weight) - near :] = NEAR_WEIGHT
     terms = np.stack([layers_ms, np.asarray(widths, float), np.ones(len(total_ms))], axis=1)
     solution, _ = nnls(terms / total_ms[:, None] * weight[:, None], weight)
     cost.scale, cost.per_pyramid_channel, cost.fixed = (float(term) for term in solution)

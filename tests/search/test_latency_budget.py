@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings,
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.plan_report import plan_report
 from norton_deploy.search import latency_budget
-from norton_deploy.search.decisions import Decision
+from norton_deploy.search.decisions import Decision, list_decisions
 from norton_deploy.search.found_plan import FoundPlan
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 from norton_deploy.search.sensitivity import Sensitivity
@@ -139,6 +140,34 @@ def test_a_speedup_is_found_and_every_figure_is_recorded(found: tuple[FoundPlan,
     assert f"prediction off by {100 * abs(record['prediction_error']):.1f} %" in text
     assert "(plan.png)" in text
     assert "| stage |" in text
+
+
+def test_of_plans_whose_times_never_agree_the_nearest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements off by +30, -5 and +20 %: the second comes nearest, and each correction goes by all of them."""
+    monkeypatch.setattr(tuning, "time_forms", invented_times)
+    monkeypatch.setattr(latency_budget, "tuned_predictor", lambda *_: lambda images: 0)
+    detector, offs = SETTINGS.build("box").eval(), iter((1.3, 0.95, 1.2))
+    table = TimingTable(None, {})
+    search = latency_budget.LatencySearch(
+        detector, list_decisions(detector, forms=("ranks",), ranks=(1,)), partial(invented_harm, None),
+        latency_budget.Workload.of(detector, (64, 64)), class_categories(["a", "b"]), [], table, rounds=1, seed=0,
+        report=lambda _: None,
+    )  # fmt: skip
+    search.dense_ms = search.cost.of({}, {})
+    wanted = search.dense_ms / 2
+    ratio = {"off": 1.0}
+
+    def measured(plans: dict[str, CompressionPlan]) -> Turns:
+        ratio["off"] = next(offs)
+        plan_ms = ratio["off"] * truth.of_plan(plans["plan"])
+        return Turns(("dense", "plan"), np.array([[search.dense_ms, plan_ms]]))
+
+    truth = copy.deepcopy(search.cost)
+    monkeypatch.setattr(search, "_measure", measured)
+    search._measured = [(CompressionPlan("rcnn"), search.dense_ms)]
+    found = search.find(latency_budget.Budget.parse("speedup=2"))
+    assert found.measured_ms == pytest.approx(0.95 * truth.of_plan(found.plan)) and next(offs, None) is None
+    assert abs(found.measured_ms / wanted - 1) < 0.3
 
 
 @pytest.mark.parametrize(("engine", "device"), [("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")])
