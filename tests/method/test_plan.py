@@ -110,8 +110,10 @@ def test_plans_over_whole_detectors_fit_every_task(task: Task) -> None:
         counts[name] = count_complexity(small, (256, 256), detections=100).macs
         head = getattr(small.roi_heads, f"{task}_head")
         factored = ("CPDBlock", "FactoredConv")
-        assert any(type(module).__name__ in factored for module in head.modules()) == (task != "box")
+        if not name.startswith("mixed"):  # those leave to the planner what becomes of a head
+            assert any(type(module).__name__ in factored for module in head.modules()) == (task != "box")
     assert counts["fast"] < counts["balanced"] < counts["dense"]
+    assert counts["mixed_fastest"] < counts["mixed_fast"] < counts["mixed_balanced"] < counts["dense"]
 
 
 def test_shared_forms_round_trip_and_old_plans_stay_as_they_were(tmp_path: Path) -> None:
