@@ -126,7 +126,7 @@ def compare(request: CompareRequest, *, command: str, report: Callable[[str], No
         compared=compared,
         steps=steps.records,
     )
-    report(str(write_report(request.out, made)))
+    write_report(request.out, made)
     return made
 
 

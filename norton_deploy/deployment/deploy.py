@@ -45,8 +45,8 @@ DRAWN_IMAGES = (64, 32)
 """Training and held-out scenes that are drawn for the packaged detector."""
 QUICK = "Quick run: AP was measured on {images} images, so that differences of some points are chance."
 QUICK_PLAN = (
-    "The plan was made for MACs, not for measured time, from {plan_images} image; nothing was fine-tuned, which costs "
-    "most of the AP."
+    "The plan was made for MACs, not for measured time, and its harm was measured on {plan_images} image; nothing was "
+    "fine-tuned."
 )
 NOT_RUN = "The engine was built, but not run on this machine: speed and AP are those of its graph in ONNX Runtime."
 BY_MACS = "The plan was made for MACs, because {target} cannot be timed on this machine."
@@ -148,7 +148,7 @@ class _Run:
             steps=self.steps.records,
             notes=tuple(self.notes),
         )
-        self.report(f"{write_report(self.out, made)}")
+        write_report(self.out, made)
         return made
 
     def _count(self, finetuned: bool) -> int:
