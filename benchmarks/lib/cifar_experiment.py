@@ -29,7 +29,7 @@ from norton_deploy.data.resident_images import read_resident_images
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.training.distillation import distillation_loss, z_scores
+from norton_deploy.training.distillation import distillation_loss
 
 IMAGE_SIZE = (32, 32)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -55,6 +55,15 @@ class ExperimentSettings:
     """Seed of weights, order, augmentation and decomposition."""
     smoke: bool = False
     """One epoch of everything, for a few images: whether it runs at all."""
+
+
+def z_scores(logits: Tensor) -> Tensor:
+    """Each row of logits [N, K] with mean 0 and standard deviation 1 (Sun et al., eq. 12), float32.
+
+    The student then need not have the teacher's range of logits, only their relations.
+    """
+    centred = logits.float() - logits.float().mean(dim=1, keepdim=True)
+    return centred / (centred.std(dim=1, keepdim=True) + 1e-7)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,6 @@ class ClassifierTrainingSettings(TrainingSettings):
     """With --teacher: weight of its scores, 0..1; the labels have the rest."""
     temperature: float = 4.0
     """With --teacher: temperature that softens the scores of both."""
-    standardise: bool = False
-    """With --teacher: the scores of both are standardised first, image by image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +72,7 @@ class ClassifierTrainingSettings(TrainingSettings):
 
     def identity(self) -> dict[str, Any]:
         """As for every run; how to distil counts only where there is a teacher."""
-        without_effect = () if self.teacher else ("teacher", "distillation_weight", "temperature", "standardise")
+        without_effect = () if self.teacher else ("teacher", "distillation_weight", "temperature")
         return {name: value for name, value in super().identity().items() if name not in without_effect}
 
 
@@ -140,7 +138,6 @@ def train_classifier(
             teacher,
             weight=settings.distillation_weight,
             temperature=settings.temperature,
-            standardised=settings.standardise,
             smoothing=settings.label_smoothing,
         )
 

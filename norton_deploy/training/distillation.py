@@ -8,8 +8,7 @@ et al., CVPR 2022) weighs them: each object alike, whatever its size. Their head
 the same proposals (head_imitation.py).
 
 Classifiers learn the teacher's softened class scores (G. Hinton, O. Vinyals, J. Dean: Distilling the knowledge in a
-neural network, 2015), as they are or standardised (S. Sun et al.: Logit standardization in knowledge distillation, CVPR
-2024).
+neural network, 2015).
 """
 
 from collections.abc import Mapping
@@ -250,15 +249,6 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return divergence * temperature**2
 
 
-def z_scores(logits: Tensor) -> Tensor:
-    """Each row of logits [N, K] with mean 0 and standard deviation 1 (Sun et al., eq. 12), float32.
-
-    The student then need not have the teacher's range of logits, only their relations.
-    """
-    centred = logits.float() - logits.float().mean(dim=1, keepdim=True)
-    return centred / (centred.std(dim=1, keepdim=True) + 1e-7)
-
-
 class DistilledClassification:
     """Loss terms (1 - w) cross-entropy + w distillation of a classifier's step, whose sum is minimised.
 
@@ -266,21 +256,11 @@ class DistilledClassification:
         teacher: trained classifier; it is put in evaluation mode and not trained.
         weight: w, 0..1.
         temperature: T > 0.
-        standardised: distil the z-scores of the logits.
         smoothing: label smoothing of the cross-entropy.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        *,
-        weight: float,
-        temperature: float,
-        standardised: bool = False,
-        smoothing: float = 0.0,
-    ) -> None:
+    def __init__(self, teacher: nn.Module, *, weight: float, temperature: float, smoothing: float = 0.0) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        self.standardised = standardised
         self.weight, self.temperature, self.smoothing = weight, temperature, smoothing
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -289,10 +269,7 @@ class DistilledClassification:
         with torch.no_grad():
             target = self.teacher(batch.images)
         hard = functional.cross_entropy(logits, batch.targets, label_smoothing=self.smoothing)
-        if self.standardised:
-            soft = distillation_loss(z_scores(logits), z_scores(target), self.temperature)
-        else:
-            soft = distillation_loss(logits, target, self.temperature)
+        soft = distillation_loss(logits, target, self.temperature)
         return {"classification": (1 - self.weight) * hard, "distillation": self.weight * soft}
 
 

@@ -62,8 +62,6 @@ class TrainingSettings:
     """Learning rate for 16 images a step, scaled linearly with the images a step; unless lr is given."""
     momentum: float = 0.9
     """Momentum of SGD."""
-    nesterov: bool = False
-    """Nesterov's momentum instead of the plain one."""
     weight_decay: float = 1e-4
     """Weight decay of matrices and kernels; vectors (biases, normalisation) have none."""
     factor_decay: bool = True
@@ -125,8 +123,6 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name}: expected a positive number, got {value}")
-        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
-            raise UserError("nesterov: goes with optimizer sgd and a momentum above 0")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum: expected 0 or more and less than 1, got {self.momentum}")
         if not 0 <= self.warmup_factor <= 1:
@@ -202,7 +198,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
         raise UserError("the model has no trainable parameter; raise detector.backbone.trainable_layers")
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
 
 
 def build_weight_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from benchmarks import cifar_gpu
+from benchmarks.lib.cifar_experiment import z_scores
 
 
 @pytest.fixture
@@ -94,3 +95,5 @@ def test_loss_of_a_recipe() -> None:
     torch.testing.assert_close(
         standardised.loss(student, labels, teacher), standardised.loss(5 * student + 1, labels, 0.1 * teacher - 2)
     )
+    centred = student.numpy() - student.mean(1, keepdim=True).numpy()
+    np.testing.assert_allclose(z_scores(student), centred / student.numpy().std(1, ddof=1, keepdims=True), atol=1e-5)

@@ -17,7 +17,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training.batches import Batch
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
-from norton_deploy.training.distillation import DistilledClassification, distillation_loss, z_scores
+from norton_deploy.training.distillation import DistilledClassification, distillation_loss
 from norton_deploy.training.initial_weights import InitialModel
 
 CLASSES = {"blue": (40, 60, 210), "red": (220, 50, 40)}
@@ -62,25 +62,6 @@ def test_a_high_temperature_is_the_regression_of_centred_logits() -> None:
     centred = [logits - logits.mean(dim=1, keepdim=True) for logits in (student, teacher)]
     expected = (centred[0] - centred[1]).square().sum() / (2 * 5)
     torch.testing.assert_close(distillation_loss(student, teacher, 100.0).double(), expected, rtol=0.02, atol=0)
-
-
-def test_standardised_scores_have_neither_size_nor_offset() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(4, 6, generator=generator) for _ in range(2))
-    found = z_scores(student).numpy()
-    expected = (student.numpy() - student.mean(1, keepdim=True).numpy()) / student.numpy().std(1, ddof=1, keepdims=True)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    model, batch = nn.Identity(), Batch(student, torch.tensor([0, 1, 2, 3]), list("abcd"))
-
-    def distillation(scale: float, offset: float) -> torch.Tensor:
-        teach = nn.Linear(6, 6)
-        teach.forward = lambda images: scale * teacher + offset  # type: ignore[method-assign]
-        return DistilledClassification(teach, weight=0.5, temperature=2.0, standardised=True)(model, batch)[
-            "distillation"
-        ]
-
-    torch.testing.assert_close(distillation(1, 0), 0.5 * distillation_loss(z_scores(student), z_scores(teacher), 2.0))
-    torch.testing.assert_close(distillation(3, -7), distillation(1, 0))
 
 
 def test_the_terms_are_weighted_and_the_teacher_stays() -> None:

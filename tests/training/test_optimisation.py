@@ -68,20 +68,6 @@ def test_factors_can_be_spared_weight_decay():
     assert {id(p) for p in spared["params"]} >= {id(p) for p in model[0].parameters()} and spared["weight_decay"] == 0
 
 
-def test_nesterovs_momentum_by_hand():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, 1.0)
-    optimizer = build_optimizer(model, settings(nesterov=True, weight_decay=0.0, momentum=0.5))
-    optimizer.param_groups[0]["lr"] = 0.1
-    expected, velocity = 1.0, 0.0
-    for gradient in (2.0, -1.0, 3.0):
-        model.weight.grad = torch.full((1, 1), gradient)
-        optimizer.step()
-        velocity = 0.5 * velocity + gradient
-        expected -= 0.1 * (gradient + 0.5 * velocity)
-    assert float(model.weight.detach()) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_optimizers(name, kind):
     assert type(build_optimizer(nn.Linear(2, 2), settings(optimizer=name))) is kind
@@ -118,8 +104,6 @@ def test_weight_average_follows_its_rising_decay():
         ({"lr": -0.1}, "lr"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"momentum": -1.0}, "momentum"),
-        ({"nesterov": True, "optimizer": "adamw"}, "nesterov"),
-        ({"nesterov": True, "momentum": 0.0}, "nesterov"),
         ({"warmup_factor": -2.0}, "warmup_factor"),
         ({"seed": -1}, "seed"),
         ({"resume": True, "overwrite": True}, "resume, overwrite"),
