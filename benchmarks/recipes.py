@@ -135,7 +135,7 @@ def report(results: ResultCells) -> str:
     }
 
     def gain(name: str) -> str:
-        shared = of_recipe[name].keys() & of_recipe[CONTROL].keys()
+        shared = of_recipe[name].keys() & of_recipe.get(CONTROL, {}).keys()
         gains = [100 * (of_recipe[name][seed] - of_recipe[CONTROL][seed]) for seed in sorted(shared)]
         return f"{mean(gains):+.2f} ({', '.join(f'{each:+.2f}' for each in gains)})" if gains else "-"
 

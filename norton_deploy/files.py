@@ -1,5 +1,5 @@
-"""Writing files and folders whole or not at all, naming them by their content, and keeping results as they come;
-reading JSON, and using names as paths, that a stranger may have written."""
+"""Writing files and folders whole or not at all, one process at a time; naming them by their content, and keeping
+results as they come; reading JSON, and using names as paths, that a stranger may have written."""
 
 import fcntl
 import hashlib

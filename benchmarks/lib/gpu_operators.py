@@ -133,7 +133,7 @@ def operators(bench: Bench) -> dict[str, Any]:
                 keep, settled = call()
                 found |= {"settled": bool(settled), "as_unrolled": bool((keep == expected).all())}
             results[f"nms {name}, {form}"] = found
-        native = lambda b=boxes, s=scores, o=owner, t=threshold: batched_nms(b.flatten(0, 1), s, o.flatten(), t)  # type: ignore[misc]  # noqa: E731
+        native = partial(batched_nms, boxes.flatten(0, 1), scores, owner.flatten(), threshold)
         results[f"nms {name}, torchvision's"] = measure(bench, native, static=False)
     results |= roi_forms(bench)
     side = 2_000 if bench.smoke else 120_000
