@@ -29,16 +29,6 @@ from norton_deploy.structures import METADATA_KEY, TASKS, Categories, ModelTask
 FORMAT_VERSION = 2
 LARGEST_USUAL = 2048
 """A model with larger numbers in its settings is compared with its file before memory is taken for it."""
-GROUPS_OF_FORMAT_1 = {
-    "backbone": "backbone norm norm_eps trainable_layers zero_init_residual fpn_channels",
-    "rpn": "anchor_sizes anchor_ratios rpn_pre_nms rpn_post_nms rpn_nms_threshold rpn_batch_per_image",
-    "roi": "canonical_scale box_features mask_channels keypoint_channels roi_batch_per_image roi_positive_fraction "
-    "score_threshold nms_threshold detections_per_image",
-    "image": "min_size max_size train_short_sides image_mean image_std",
-    "detectron2": "stride_in_1x1 level_strides anchor_rounding anchor_offset roi_align_aligned roi_sampling_ratio "
-    "box_delta_weights proposal_min_size image_resize mask_paste keypoint_score",
-}
-"""Where format 1 kept all settings of a detector beside each other: the group of each today."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +97,18 @@ class CheckpointHeader:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "CheckpointHeader":
-        """Inverse of `to_dict`; also reads format 1.
+        """Inverse of `to_dict`.
 
         Raises:
-            UserError: a newer format or a broken field, named with `source`.
+            UserError: another format or a broken field, named with `source`.
         """
         if not isinstance(values, dict):
             raise UserError(f"{source}: the header is {shown(values)}; it is no checkpoint of norton_deploy")
         check_tree(values, f"{source}: header")
-        if values.get("format") not in (1, FORMAT_VERSION):
+        if values.get("format") != FORMAT_VERSION:
             raise UserError(
-                f"{source}: checkpoint format {shown(values.get('format'))}, this version reads "
-                f"1 and {FORMAT_VERSION}; use the norton_deploy version that wrote it"
+                f"{source}: checkpoint format {shown(values.get('format'))}, this version reads {FORMAT_VERSION}; "
+                "use the norton_deploy version that wrote it"
             )
         task = values.get("task")
         if task not in ("cls", *TASKS):
@@ -126,8 +116,6 @@ class CheckpointHeader:
         try:
             settings_class: Any = ClassifierSettings if task == "cls" else DetectorSettings
             plan, channels, settings = values["plan"], values.get("pyramid_channels"), values["settings"]
-            if values["format"] == 1 and task != "cls" and isinstance(settings, dict):
-                settings = settings_of_format_1(settings)
             return cls(
                 task,
                 from_mapping(settings_class, settings, f"{source}: header: settings"),
@@ -147,19 +135,6 @@ def _checked(values: Any, kind: type, source: str) -> list[Any]:
     if not isinstance(values, list) or not all(type(value) is kind for value in values):
         raise UserError(f"{source}: expected a list of {kind.__name__}, got {shown(values)}")
     return values
-
-
-def settings_of_format_1(flat: dict[str, Any]) -> dict[str, Any]:
-    """A detector's settings as format 1 has them, all beside each other, in today's groups."""
-    group_of = {name: group for group, names in GROUPS_OF_FORMAT_1.items() for name in names.split()}
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        if name not in group_of:
-            nested[name] = value
-        else:
-            today = "architecture" if name == "backbone" else name.removeprefix(f"{group_of[name]}_")
-            nested.setdefault(group_of[name], {})[today] = value
-    return nested
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.errors import UserError
-from norton_deploy.method.cp import CPFactors, decompose_filters, max_rank
+from norton_deploy.method.cp import CPFactors, max_rank
 
 Pair = tuple[int, int]
 Padding = Pair | Literal["same"]
@@ -90,16 +90,6 @@ class CPDBlock(nn.Module):
         """
         check_decomposable(conv)
         return cls._build(factors, conv, conv.bias)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, rank: int, **als: Any) -> "CPDBlock":
-        """Decompose a convolution's filters; `als` are the settings of `decompose_filters`.
-
-        Raises:
-            UserError: groups != 1, padding other than zeros, or a rank that is impossible.
-        """
-        check_decomposable(conv)
-        return cls.from_factors(decompose_filters(conv.weight, rank, **als), conv)
 
     def factors(self) -> CPFactors:
         """The factors A [O, Kh, R], B [O, Kw, R], C [O, I, R] now in the block: copies, without gradient."""

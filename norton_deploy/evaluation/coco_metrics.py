@@ -29,7 +29,6 @@ RESULT_FIELD: dict[IouType, str] = {"bbox": "bbox", "segm": "segmentation", "key
 OVERLAP_METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 KEYPOINT_METRICS = ["AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"]
 
-COCO_KEYPOINT_COUNT = 17
 CURVE_IOUS = (0.5, 0.75)
 """Overlaps (of keypoints: OKS) whose precision-recall curves are kept."""
 
@@ -41,16 +40,13 @@ class CategoryScore:
     Attributes:
         id, name: COCO's.
         objects: annotated ones, without crowds.
-        ap, ap50: AP@[.50:.95] and AP@.50, 0..1; None without an object.
-        precision50: precision at IoU 0.50 and recall 0, 0.01, ..., 1, of four digits; empty without an object.
+        ap: AP@[.50:.95], 0..1; None without an object.
     """
 
     id: int
     name: str
     objects: int
     ap: float | None
-    ap50: float | None
-    precision50: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class MeasureScore:
     """One measure in full.
 
     Attributes:
-        metrics: see `evaluate_coco`.
+        metrics: name -> value, see `score_coco`.
         categories: each category's, in the order of their ids.
         precision: IoU ("0.50", "0.75") -> precision at recall 0, 0.01, ..., 1, the mean of the categories with objects.
     """
@@ -101,13 +97,11 @@ def results_of_type(results: Iterable[Mapping[str, Any]], iou_type: IouType) -> 
         raise UserError(f"COCO results: an entry has no {error} field; '{iou_type}' needs {', '.join(kept)}") from error
 
 
-def evaluate_coco(
+def score_coco(
     coco_gt: COCO,
     results: Mapping[IouType, Sequence[Mapping[str, Any]]],
     image_ids: Sequence[int] | None = None,
-    *,
-    keypoint_sigmas: Sequence[float] | None = None,
-) -> dict[str, Metrics]:
+) -> dict[IouType, MeasureScore]:
     """Score detections against COCO ground truth.
 
     Args:
@@ -115,29 +109,14 @@ def evaluate_coco(
         results: for each measure ("bbox", "segm", "keypoints") its COCO results entries; the entries are
             left as they are. An empty list scores 0.
         image_ids: the images to score, all of `coco_gt` when None. Images without detections count.
-        keypoint_sigmas: the OKS constant of each keypoint; COCO's own 17 when None.
 
     Returns:
-        for each measure a dictionary, 0..1: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl,
-        for keypoints AP, AP50, AP75, APm, APl, AR, AR50, AR75, ARm, ARl. As in pycocotools -1 stands where
-        the ground truth has no object (of that size).
+        each measure's metrics (`OVERLAP_METRICS` or `KEYPOINT_METRICS`, 0..1; as in pycocotools -1 stands where the
+        ground truth has no object of that size), every category and the precision-recall curves.
 
     Raises:
-        UserError: a result names an image or category that is not in the ground truth, or the number of
-            keypoints and of their OKS constants differ.
+        UserError: a result names an image or category that is not in the ground truth, or lacks a field.
     """
-    scores = score_coco(coco_gt, results, image_ids, keypoint_sigmas=keypoint_sigmas)
-    return {iou_type: score.metrics for iou_type, score in scores.items()}
-
-
-def score_coco(
-    coco_gt: COCO,
-    results: Mapping[IouType, Sequence[Mapping[str, Any]]],
-    image_ids: Sequence[int] | None = None,
-    *,
-    keypoint_sigmas: Sequence[float] | None = None,
-) -> dict[IouType, MeasureScore]:
-    """`evaluate_coco` with every category and the precision-recall curves."""
     scored_images = sorted(set(coco_gt.getImgIds() if image_ids is None else image_ids))
     if unknown := sorted(set(scored_images) - set(coco_gt.getImgIds())):
         raise UserError(f"evaluation: image id {unknown[0]} is not in the ground truth")
@@ -149,8 +128,6 @@ def score_coco(
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(coco_gt, _load_results(coco_gt, own), iou_type)
             evaluation.params.imgIds = scored_images
-            if iou_type == "keypoints":
-                evaluation.params.kpt_oks_sigmas = _oks_sigmas(coco_gt, keypoint_sigmas)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -176,8 +153,6 @@ def _curves(coco_gt: COCO, evaluation: COCOeval) -> tuple[tuple[CategoryScore, .
                 str(coco_gt.cats[category_id]["name"]),
                 sum(entry["image_id"] in shown for entry in objects),
                 float(own.mean()) if known else None,
-                float(own[at[0.5]].mean()) if known else None,
-                tuple(own[at[0.5]].round(4).tolist()) if known else (),
             )
         )
     present = precision[:, :, (precision > -1).all(axis=(0, 1))]
@@ -205,20 +180,6 @@ def _load_results(coco_gt: COCO, entries: list[dict[str, Any]]) -> COCO:
     }
     empty.createIndex()
     return empty
-
-
-def _oks_sigmas(coco_gt: COCO, sigmas: Sequence[float] | None) -> np.ndarray:
-    counts = {len(category["keypoints"]) for category in coco_gt.dataset["categories"] if "keypoints" in category}
-    count = counts.pop() if len(counts) == 1 else COCO_KEYPOINT_COUNT
-    if sigmas is None and count == COCO_KEYPOINT_COUNT:
-        return COCOeval(iouType="keypoints").params.kpt_oks_sigmas
-    if sigmas is None or len(sigmas) != count:
-        given = "none were" if sigmas is None else f"{len(sigmas)} were"
-        raise UserError(
-            f"keypoint evaluation: the categories have {count} keypoints, so {count} OKS constants are "
-            f"needed and {given} given (keypoint_sigmas); COCO's own fit {COCO_KEYPOINT_COUNT} keypoints only"
-        )
-    return np.asarray(sigmas, dtype=float)
 
 
 def metrics_table(task: Task, metrics: Mapping[str, Metrics]) -> str:

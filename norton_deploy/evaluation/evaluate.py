@@ -56,7 +56,7 @@ class DetectorEvaluation:
 
     @property
     def metrics(self) -> dict[str, Metrics]:
-        """Of each measure; see `evaluate_coco`."""
+        """Of each measure; see `score_coco`."""
         return {iou_type: score.metrics for iou_type, score in self.scores.items()}
 
 

@@ -8,7 +8,6 @@ therefore needs the GPU that will run the engine.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import shlex
 import time
@@ -222,11 +221,6 @@ def engine_package(engine: Engine) -> ModuleType:
         extra = "rtx" if engine == "tensorrt-rtx" else "tensorrt"
         message = f"{engine}: the package '{name}' is not installed (pip install 'norton-deploy[{extra}]')"
         raise EngineUnavailableError(message) from error
-
-
-def is_installed(engine: Engine) -> bool:
-    """Whether an engine's package can be found, without loading it."""
-    return importlib.util.find_spec(MODULE_OF_ENGINE[engine]) is not None
 
 
 def local_capability() -> str | None:

@@ -130,17 +130,3 @@ class OpenVinoPredictor(StaticGraphPredictor):
             original = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else ""
             fused[node.get_friendly_name()] = original.split(",")
         return fused
-
-
-def save_xml(onnx_path: Path, xml_path: Path) -> None:
-    """Write an exported `.onnx` graph as OpenVINO's `.xml` and `.bin`, its metadata included.
-
-    Raises:
-        UserError: OpenVINO is not installed or cannot read the graph.
-    """
-    openvino = openvino_package()
-    try:
-        model = openvino_core().read_model(str(onnx_path))
-    except RuntimeError as error:
-        raise UserError(f"{onnx_path}: OpenVINO cannot load it: {' '.join(str(error).split())[:300]}") from error
-    openvino.save_model(model, str(xml_path), compress_to_fp16=False)

@@ -1,7 +1,6 @@
 """One-file checkpoints: whole, rebuilt from nothing else, and suspicious of everything else."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,13 @@ from norton_deploy.checkpoints.checkpoint import (
 )
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.compress import build_classifier, build_detector
-from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import (
     BackboneSettings,
-    Detectron2Settings,
     ImageSettings,
     RoiSettings,
-    RpnSettings,
 )
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
@@ -99,41 +95,8 @@ def test_tampered_weights_and_header(saved: Path, tmp_path: Path) -> None:
             load_checkpoint(tmp_path / f"{name}.safetensors")
 
 
-def test_format_1_loads_with_its_settings_in_groups(saved: Path, tmp_path: Path) -> None:
-    with safetensors.safe_open(saved, framework="pt") as file:
-        content = json.loads(file.metadata()["norton_deploy"])
-    # Every field that format 1 had.
-    content["settings"] = {
-        "num_classes": 3, "num_keypoints": 17, "backbone": "resnet18", "norm": "frozen", "norm_eps": 1e-05,
-        "trainable_layers": 3, "zero_init_residual": False, "fpn_channels": 16, "box_features": 32,
-        "mask_channels": [256, 256, 256, 256], "keypoint_channels": [64, 64], "anchor_sizes": [8, 16, 32, 64, 128],
-        "anchor_ratios": [0.5, 1.0], "canonical_scale": 56, "min_size": 64, "max_size": 80, "train_short_sides": [48],
-        "image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3], "rpn_pre_nms": [20, 10], "rpn_post_nms": [9, 8],
-        "rpn_nms_threshold": 0.6, "rpn_batch_per_image": 64, "roi_batch_per_image": 128, "roi_positive_fraction": 0.5,
-        "score_threshold": 0.1, "nms_threshold": 0.4, "detections_per_image": 7, "stride_in_1x1": True,
-        "level_strides": [4, 8, 16, 32, 64], "anchor_rounding": False, "anchor_offset": 0.5, "roi_align_aligned": True,
-        "roi_sampling_ratio": 0, "box_delta_weights": [1.0, 2.0, 3.0, 4.0], "proposal_min_size": 0.5,
-        "image_resize": "antialiased", "mask_paste": "subpixel", "keypoint_score": "probability",
-    }  # fmt: skip
-    header = CheckpointHeader.from_dict({**content, "format": 1}, "old")
-    assert header.settings == DetectorSettings(
-        num_classes=3,
-        backbone=BackboneSettings("resnet18", fpn_channels=16),
-        rpn=RpnSettings((8, 16, 32, 64, 128), (0.5, 1.0), (20, 10), (9, 8), 0.6, 64),
-        roi=RoiSettings(56, 32, (256,) * 4, (64, 64), 128, 0.5, 0.1, 0.4, 7),
-        image=ImageSettings(64, 80, (48,), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)),
-        detectron2=Detectron2Settings(
-            True, (4, 8, 16, 32, 64), False, 0.5, True, 0, (1.0, 2.0, 3.0, 4.0), 0.5, "antialiased", "subpixel",
-            "probability",
-        ),
-    )  # fmt: skip
-    values = flatten(asdict(header.settings))
-    assert len(content["settings"]) == len(values)  # none is left out, and today's have no others
-    assert header.to_dict()["format"] == 2 and CheckpointHeader.from_dict(header.to_dict(), "new") == header
-
-
-def test_a_newer_format_is_refused(saved: Path) -> None:
-    with pytest.raises(UserError, match="new: checkpoint format 3, this version reads 1 and 2; use the norton_deploy"):
+def test_another_format_is_refused(saved: Path) -> None:
+    with pytest.raises(UserError, match="new: checkpoint format 3, this version reads 2; use the norton_deploy"):
         CheckpointHeader.from_dict({**read_header(saved).to_dict(), "format": 3}, "new")
 
 

@@ -30,7 +30,7 @@ def test_forward_is_the_recomposed_convolution(kernel: tuple[int, int], geometry
     stride, padding, dilation = geometry
     for rank, bias in ((1, True), (2, False), (max_rank(6, *kernel), True)):
         conv = nn.Conv2d(6, 5, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias)
-        block = CPDBlock.from_conv(conv, rank).eval()
+        block = CPDBlock.from_factors(decompose_filters(conv.weight, rank), conv).eval()
         x = torch.randn(2, 6, 15, 17)
         recomposed = F.conv2d(x, block.dense_weight(), conv.bias, stride, padding, dilation)
         torch.testing.assert_close(block(x), recomposed, rtol=1e-4, atol=1e-4)
@@ -69,7 +69,8 @@ def test_parameter_count_of_section_2a(bias: bool) -> None:
 
 def test_selection_cuts_filters_and_inputs() -> None:
     torch.manual_seed(2)
-    block = CPDBlock.from_conv(nn.Conv2d(12, 8, 3, stride=2, padding=1), 2).eval()
+    conv = nn.Conv2d(12, 8, 3, stride=2, padding=1)
+    block = CPDBlock.from_factors(decompose_filters(conv.weight, 2), conv).eval()
     filters, inputs = torch.tensor([6, 0, 3]), torch.tensor([1, 2, 5, 7, 11])
     x = torch.randn(2, 12, 9, 9)
     torch.testing.assert_close(block.select_filters(filters)(x), block(x)[:, filters])
@@ -88,7 +89,8 @@ def test_structure_alone_builds_on_the_meta_device() -> None:
 
 def test_every_parameter_receives_the_gradient_of_the_dense_weight() -> None:
     torch.manual_seed(3)
-    block = CPDBlock.from_conv(nn.Conv2d(8, 4, 3, padding=1), 2).eval()
+    conv = nn.Conv2d(8, 4, 3, padding=1)
+    block = CPDBlock.from_factors(decompose_filters(conv.weight, 2), conv).eval()
     x, goal = torch.randn(2, 8, 6, 6), torch.randn(2, 4, 6, 6)
     parameters = dict(block.named_parameters())
     direct = torch.autograd.grad((block(x) * goal).sum(), list(parameters.values()))
@@ -110,15 +112,16 @@ def test_the_sum_over_terms_keeps_the_memory_layout() -> None:
 
 def test_dtype_and_mode_are_those_of_the_convolution() -> None:
     conv = nn.Conv2d(8, 4, 3).double().eval()
-    block = CPDBlock.from_conv(conv, 9)
+    block = CPDBlock.from_factors(decompose_filters(conv.weight, 9), conv)
     assert block.pointwise.weight.dtype == torch.float64 and not block.training
 
 
 def test_what_cannot_become_a_block_is_named() -> None:
+    factors = decompose_filters(torch.randn(8, 8, 3, 3), 1)
     with pytest.raises(UserError, match="groups=2"):
-        CPDBlock.from_conv(nn.Conv2d(8, 8, 3, groups=2), 1)
+        CPDBlock.from_factors(factors, nn.Conv2d(8, 8, 3, groups=2))
     with pytest.raises(UserError, match="reflect"):
-        CPDBlock.from_conv(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), 1)
+        CPDBlock.from_factors(factors, nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"))
     with pytest.raises(UserError, match="1x1"):
         CPDBlock(8, 8, 1, rank=1)
     with pytest.raises(UserError, match=r"rank 10 .* 1 to 9"):

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categor
 from norton_deploy.commands import run
 from norton_deploy.compression.calibration import calibrate_random_detector
 from norton_deploy.data.synthetic import CATEGORIES, draw_scene
-from norton_deploy.export.tensorrt_build import is_installed
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
@@ -103,7 +103,7 @@ def test_own_data(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_jetson_rtx(folder: Path) -> None:
-    if not is_installed("tensorrt-rtx"):
+    if not find_spec("tensorrt_rtx"):
         pytest.skip("needs tensorrt-rtx")
     save_detector(folder / "small.safetensors")
     follow("jetson_rtx", expected={"export_trt": (0, ENGINE_NOT_BUILT)})

@@ -13,7 +13,6 @@ from norton_deploy.evaluation.coco_metrics import (
     IOU_TYPES,
     KEYPOINT_METRICS,
     OVERLAP_METRICS,
-    evaluate_coco,
     metrics_table,
     results_of_type,
     score_coco,
@@ -71,7 +70,7 @@ def direct_stats(coco_gt: COCO, results_file: str, iou_type: str) -> list[float]
 
 @pytest.mark.parametrize("iou_type", ALL_TYPES)
 def test_perfect_predictions_score_one(coco_gt, iou_type):
-    scores = evaluate_coco(coco_gt, {iou_type: perfect_results(coco_gt)})[iou_type]
+    scores = score_coco(coco_gt, {iou_type: perfect_results(coco_gt)})[iou_type].metrics
     names = KEYPOINT_METRICS if iou_type == "keypoints" else OVERLAP_METRICS
     assert list(scores) == names
     for name, value in scores.items():
@@ -82,7 +81,7 @@ def test_perfect_predictions_score_one(coco_gt, iou_type):
 @pytest.mark.parametrize("iou_type", ALL_TYPES)
 def test_numbers_equal_a_direct_run_on_the_results_file(coco_gt, make_ground_truth, tmp_path, iou_type):
     results = disturbed_results(coco_gt)
-    scores = evaluate_coco(coco_gt, {iou_type: results})[iou_type]
+    scores = score_coco(coco_gt, {iou_type: results})[iou_type].metrics
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results_of_type(results, iou_type)))
     assert list(scores.values()) == direct_stats(make_ground_truth(), str(path), iou_type)
@@ -92,25 +91,25 @@ def test_numbers_equal_a_direct_run_on_the_results_file(coco_gt, make_ground_tru
 def test_results_are_not_changed(coco_gt):
     results = disturbed_results(coco_gt)
     before = copy.deepcopy(results)
-    evaluate_coco(coco_gt, dict.fromkeys(ALL_TYPES, results))
+    score_coco(coco_gt, dict.fromkeys(ALL_TYPES, results))
     assert results == before
 
 
 @pytest.mark.parametrize("iou_type", ALL_TYPES)
 def test_no_detections_score_zero(coco_gt, iou_type):
-    scores = evaluate_coco(coco_gt, {iou_type: []})[iou_type]
+    scores = score_coco(coco_gt, {iou_type: []})[iou_type].metrics
     assert scores["AP"] == 0.0 and scores["AP50"] == 0.0
 
 
 def test_sizes_without_objects_are_minus_one(coco_gt):
-    scores = evaluate_coco(coco_gt, {"bbox": []}, image_ids=[12])["bbox"]
+    scores = score_coco(coco_gt, {"bbox": []}, image_ids=[12])["bbox"].metrics
     assert set(scores.values()) == {-1.0}
 
 
 def test_only_the_given_images_count(coco_gt):
     results = [entry for entry in perfect_results(coco_gt) if entry["image_id"] == 10]
-    assert evaluate_coco(coco_gt, {"bbox": results}, image_ids=[10])["bbox"]["AP"] == pytest.approx(1.0)
-    assert evaluate_coco(coco_gt, {"bbox": results})["bbox"]["AP"] < 0.9
+    assert score_coco(coco_gt, {"bbox": results}, image_ids=[10])["bbox"].metrics["AP"] == pytest.approx(1.0)
+    assert score_coco(coco_gt, {"bbox": results})["bbox"].metrics["AP"] < 0.9
 
 
 @pytest.mark.parametrize(("field", "value"), [("image_id", 99), ("category_id", 5)])
@@ -118,26 +117,18 @@ def test_unknown_ids_are_named(coco_gt, field, value):
     results = perfect_results(coco_gt)
     results[1][field] = value
     with pytest.raises(UserError, match=f"{field} {value}"):
-        evaluate_coco(coco_gt, {"bbox": results})
+        score_coco(coco_gt, {"bbox": results})
 
 
 def test_missing_field_is_named(coco_gt):
     with pytest.raises(UserError, match="segmentation"):
-        evaluate_coco(coco_gt, {"segm": [{"image_id": 10, "category_id": 3, "score": 1.0, "bbox": [0, 0, 1, 1]}]})
-
-
-def test_other_keypoint_counts_need_their_own_constants(make_ground_truth):
-    coco_gt = make_ground_truth(keypoint_count=5)
-    results = {"keypoints": perfect_results(coco_gt)}
-    with pytest.raises(UserError, match="5 OKS constants"):
-        evaluate_coco(coco_gt, results)
-    scores = evaluate_coco(coco_gt, results, keypoint_sigmas=[0.05] * 5)
-    assert scores["keypoints"]["AP"] == pytest.approx(1.0)
+        score_coco(coco_gt, {"segm": [{"image_id": 10, "category_id": 3, "score": 1.0, "bbox": [0, 0, 1, 1]}]})
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_table_marks_what_table_3_lists(coco_gt, task):
-    metrics = evaluate_coco(coco_gt, {iou_type: disturbed_results(coco_gt) for iou_type in IOU_TYPES[task]})
+    scores = score_coco(coco_gt, {iou_type: disturbed_results(coco_gt) for iou_type in IOU_TYPES[task]})
+    metrics = {iou_type: score.metrics for iou_type, score in scores.items()}
     table = metrics_table(task, metrics)
     ap, ar = table3_scores(task, metrics)
     own = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}[task]
@@ -148,7 +139,7 @@ def test_table_marks_what_table_3_lists(coco_gt, task):
 
 
 def test_nothing_is_printed(coco_gt, capsys):
-    evaluate_coco(coco_gt, {"bbox": perfect_results(coco_gt)})
+    score_coco(coco_gt, {"bbox": perfect_results(coco_gt)})
     assert capsys.readouterr().out == ""
 
 
@@ -157,15 +148,13 @@ def test_the_categories_average_to_the_whole(coco_gt, iou_type):
     score = score_coco(coco_gt, {iou_type: disturbed_results(coco_gt)})[iou_type]
     assert [(entry.id, entry.name, entry.objects) for entry in score.categories] == [(3, "cat", 3), (7, "dog", 1)]
     assert np.mean([entry.ap for entry in score.categories]) == pytest.approx(score.metrics["AP"])
-    assert np.mean([entry.ap50 for entry in score.categories]) == pytest.approx(score.metrics["AP50"])
     assert np.mean(score.precision["0.50"]) == pytest.approx(score.metrics["AP50"], abs=1e-4)
     assert np.mean(score.precision["0.75"]) == pytest.approx(score.metrics["AP75"], abs=1e-4)
-    assert np.mean(score.categories[0].precision50) == pytest.approx(score.categories[0].ap50, abs=1e-4)
 
 
 def test_a_category_without_objects_has_no_score_and_other_images_do_not_count(coco_gt):
     score = score_coco(coco_gt, {"bbox": perfect_results(coco_gt)}, image_ids=[11])["bbox"]
     cat, dog = score.categories
     assert (cat.objects, cat.ap) == (2, pytest.approx(1.0))
-    assert (dog.objects, dog.ap, dog.precision50) == (0, None, ())
+    assert (dog.objects, dog.ap) == (0, None)
     assert score_coco(coco_gt, {"bbox": []}, image_ids=[12])["bbox"].precision == {"0.50": (), "0.75": ()}

@@ -17,6 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.factored_conv import FactoredConv
 from norton_deploy.method.coupled import decompose_coupled
+from norton_deploy.method.cp import decompose_filters
 from norton_deploy.method.layer_factors import Tucker2, decompose_layer
 from norton_deploy.structures import Task
 
@@ -93,8 +94,8 @@ def compressed_detector(task: Task) -> FasterRCNN:
     model = copy.deepcopy(reduced_detector(task))
     for stage in ("layer3", "layer4"):
         for block in model.backbone.body[stage]:
-            block.conv1 = CPDBlock.from_conv(block.conv1, 2, starts=1)
-            block.conv2 = CPDBlock.from_conv(block.conv2, 2, starts=1)
+            block.conv1 = CPDBlock.from_factors(decompose_filters(block.conv1.weight, 2, starts=1), block.conv1)
+            block.conv2 = CPDBlock.from_factors(decompose_filters(block.conv2.weight, 2, starts=1), block.conv2)
     cluster = torch.arange(8).repeat_interleave(16)
     for block in model.backbone.body.layer2:
         tucker = decompose_layer(block.conv1.weight, "tucker2", (32, 24))

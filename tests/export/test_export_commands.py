@@ -1,6 +1,7 @@
 """The two export commands, on a small checkpoint."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from norton_deploy import commands
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoint
 from norton_deploy.compression.calibration import LOGIT_SPREAD, calibrate_random_detector
 from norton_deploy.data.synthetic import CATEGORIES, draw_scene
-from norton_deploy.export.tensorrt_build import EngineManifest, is_installed
+from norton_deploy.export.tensorrt_build import EngineManifest
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
@@ -115,7 +116,7 @@ def test_export_trt_without_tensorrt_then_the_tool_command(
     assert "not built, tensorrt: " in printed and "trtexec --onnx=" in printed
     graph = tmp_path / "box.onnx"
     assert graph.is_file() and not engine.exists()
-    if is_installed("tensorrt-rtx"):
+    if find_spec("tensorrt_rtx"):
         again = ["--onnx", str(graph), "--engine", "tensorrt-rtx", "--compute-capability", "89", "--out", str(engine)]
         assert commands.run("export_trt", again) == 0
         assert EngineManifest.load(engine).compute_capability == "89"

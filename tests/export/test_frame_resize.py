@@ -3,6 +3,7 @@
 import copy
 import platform
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_boxes_in_the_wrong_pixels_are_noticed(export: Export, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not tensorrt_build.is_installed("tensorrt-rtx"), reason="tensorrt_rtx is not installed")
+@pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
 def test_rtx_engine_that_takes_frames(export: Export, tmp_path: Path) -> None:
     path = export("mask", FRAME_SIZE, "tensorrt")
     manifest = tensorrt_build.build_engine(path, tmp_path / "frame.engine", compute_capability="86")

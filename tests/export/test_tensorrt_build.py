@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from norton_deploy.export.tensorrt_build import (
 from norton_deploy.files import sha256_of
 from norton_deploy.structures import TASKS, Task
 
-needs_rtx = pytest.mark.skipif(not tensorrt_build.is_installed("tensorrt-rtx"), reason="tensorrt_rtx is not installed")
+needs_rtx = pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
 
 
 QUICK = ("mask", "fp16", True)

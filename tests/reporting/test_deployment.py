@@ -19,9 +19,9 @@ HOSTILE = "<script>alert('a|b')</script> $x_"
 def record(name: str, ap: float, ms: float) -> ModelRecord:
     curve = tuple(round(max(0.0, 1 - step / 100 / ap / 2), 4) for step in range(101))
     categories = (
-        CategoryScore(1, "cup", 30, ap + 0.1, 0.9, curve),
-        CategoryScore(2, HOSTILE, 12, ap - 0.1, 0.5, curve),
-        CategoryScore(3, "nothing", 0, None, None),
+        CategoryScore(1, "cup", 30, ap + 0.1),
+        CategoryScore(2, HOSTILE, 12, ap - 0.1),
+        CategoryScore(3, "nothing", 0, None),
     )
     measure = MeasureScore(dict.fromkeys(OVERLAP_METRICS, ap), categories, {"0.50": curve, "0.75": curve})
     stages = {"decode_ms": 2.0, "preprocess_ms": 3.0, "copy_ms": 0.0, "infer_ms": ms - 6, "postprocess_ms": 1.0}
