@@ -21,7 +21,7 @@ from benchmarks.lib.cells import RESULTS, ResultCells, interval, run, settings_o
 from benchmarks.lib.gpu_operators import nms_blocked
 from norton_deploy.cost.session import make_session
 from norton_deploy.cost.turns import time_in_turns
-from norton_deploy.export.onnx_export import OPSET
+from norton_deploy.export.onnx_export import OPSET, simplify
 from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, nms_unrolled
 from norton_deploy.export.static_roi_align import StaticRoIAlign
 
@@ -104,9 +104,11 @@ def exported(function: Callable[..., Any], inputs: Arrays) -> bytes:
     """A function of tensors as an ONNX model."""
     example = tuple(torch.from_numpy(value) for value in inputs.values())
     program = torch.onnx.export(
-        Call(function).eval(), example, dynamo=True, input_names=list(inputs), verbose=False, opset_version=OPSET
-    )
+        Call(function).eval(), example, dynamo=True, input_names=list(inputs), verbose=False, opset_version=OPSET,
+        optimize=False,
+    )  # fmt: skip
     assert program is not None
+    simplify(program.model)
     return program.model_proto.SerializeToString()
 
 

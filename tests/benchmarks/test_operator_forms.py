@@ -5,7 +5,8 @@ import json
 from benchmarks import operator_forms
 
 
-def test_all_forms_give_what_graphs_have(tmp_path):
+def test_all_forms_give_what_graphs_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(operator_forms, "DEFAULT_ITERATIONS", 6)
     settings = operator_forms.Settings(tmp_path / "forms.json", 64, channels=3, proposals=60, rounds=2)
     assert operator_forms.main(settings) == 0
     cells = json.loads(settings.out.read_text())["cells"]

@@ -102,7 +102,7 @@ def test_a_strong_pull_gives_the_factors_of_the_bare_weight() -> None:
         assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("narrow_resnets")
 def test_every_layer_of_every_form_gets_better_and_so_does_the_detector() -> None:
     torch.manual_seed(0)
     dense = DETECTOR.build("mask")
@@ -113,9 +113,9 @@ def test_every_layer_of_every_form_gets_better_and_so_does_the_detector() -> Non
     plan = CompressionPlan(
         "rcnn",
         {f"{body}layer2.1.conv2": 1},
-        {f"{body}layer2.0.conv1": 96, "backbone.fpn.layer_blocks": 12, f"{heads}mask_head.0.0": 12},
+        {f"{body}layer2.0.conv1": 24, "backbone.fpn.layer_blocks": 12, f"{heads}mask_head.0.0": 12},
         coupled={f"{body}layer1.0.conv1": Coupling(8, 4)},
-        tucker={f"{body}layer2.0.conv1": (16, 24), "rpn.head.conv.0.0": (6, 6)},
+        tucker={f"{body}layer2.0.conv1": (8, 8), "rpn.head.conv.0.0": (6, 6)},
         layer_cp={f"{heads}mask_head.0.0": 12},
     )
     found = compress_with_kept(dense, plan, starts=1)

@@ -26,7 +26,7 @@ def test_budgets_are_read_and_bad_ones_refused() -> None:
             Budget.parse(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("narrow_resnets")
 def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     settings = ClassifierSettings("resnet18", 4, image_size=(32, 32))
