@@ -18,6 +18,7 @@ from torch import Tensor
 
 from norton_deploy.compression.factored_conv import FactoredConv, chain_weight
 from norton_deploy.compression.normal_equations import NormalEquations
+from norton_deploy.method.layer_factors import leading_left
 
 STEPS = 12
 """Conjugate gradients for one factor."""
@@ -79,9 +80,11 @@ def _fit_tucker(equations: NormalEquations, present: ChainKernels, sweeps: int, 
     last, first, kernel_h, kernel_w = present.middle.shape
     channels, positions = present.entry.shape[1], kernel_h * kernel_w
     basis = _leading(best @ equations.cross, last)
-    entry = _entry_for((basis.mT @ best).view(last, channels, positions), equations, first)
+    root = _channel_root(equations, channels)
+    entry = _entry_for((basis.mT @ best).view(last, channels, positions), root, first)
     for sweep in range(sweeps + 1):
-        gram, cross = _through(entry, equations.gram, equations.cross, positions)
+        half = _half_through(entry, equations.gram, positions)
+        gram, cross = _through(entry, half, equations.cross, positions)
         through = _regression(gram, cross)
         basis = _leading(through @ cross, last)
         core = (basis.mT @ through).view(last, first, positions)
@@ -98,66 +101,81 @@ def _fit_clusters(equations: NormalEquations, present: ChainKernels, sweeps: int
     """Coupled filters: each cluster's entry V and its filters' own kernels D, W = D V^T."""
     count, rank, kernel_h, kernel_w = present.middle.shape
     channels, positions = present.entry.shape[1], kernel_h * kernel_w
-    entries, middles = [], []
-    best = best.view(count, channels, positions)
-    for part in torch.arange(count).split(count // present.groups):
-        cross = equations.cross[:, part]
-        entry = _entry_for(best[part], equations, rank)
-        for sweep in range(sweeps + 1):
-            kernels = _regression(*_through(entry, equations.gram, cross, positions)).view(-1, rank, positions)
-            if sweep < sweeps:
-                entry = _improve(equations.gram, cross.mT, partial(_expand, kernels), entry)
-        entry, kernels = _orthonormal(entry, kernels)
-        entries.append(entry)
-        middles.append(kernels)
-    middle = torch.cat(middles).unflatten(2, (kernel_h, kernel_w))
-    return ChainKernels(torch.cat(entries)[:, :, None, None], middle, None, present.groups)
+    parts = torch.arange(count).split(count // present.groups)
+    crosses = [equations.cross[:, part] for part in parts]
+    root = _channel_root(equations, channels)
+    entries = [_entry_for(best[part].view(-1, channels, positions), root, rank) for part in parts]
+    kernels: list[Tensor] = []
+    for sweep in range(sweeps + 1):
+        halves = _half_through(torch.cat(entries), equations.gram, positions).view(len(parts), rank * positions, -1)
+        kernels = [
+            _regression(*_through(entry, half, cross, positions)).view(-1, rank, positions)
+            for entry, half, cross in zip(entries, halves, crosses, strict=True)
+        ]
+        if sweep < sweeps:
+            entries = [
+                _improve(equations.gram, cross.mT, partial(_expand, own), entry)
+                for cross, own, entry in zip(crosses, kernels, entries, strict=True)
+            ]
+    final = [_orthonormal(entry, own) for entry, own in zip(entries, kernels, strict=True)]
+    middle = torch.cat([own for _, own in final]).unflatten(2, (kernel_h, kernel_w))
+    return ChainKernels(torch.cat([entry for entry, _ in final])[:, :, None, None], middle, None, present.groups)
 
 
 def _fit_layer_cp(equations: NormalEquations, present: ChainKernels, sweeps: int) -> ChainKernels:
-    """Layer CPD: entry V, one kernel s per term, exit U, W = sum_r u_r s_r v_r^T."""
-    entry, kernels = present.entry.flatten(1), present.middle.flatten(1)
-    wanted = equations.cross.mT
-    for _ in range(sweeps + 1):
-        exit = _exit_for(entry, kernels, equations)
-        kernels = _improve(equations.gram, wanted, partial(_terms, exit, entry), kernels)
-        entry = _improve(equations.gram, wanted, partial(_entry_terms, exit, kernels), entry)
-    exit = _exit_for(entry, kernels, equations)
+    """Layer CPD: entry V, one kernel s per term, exit U, W = sum_r u_r s_r v_r^T; U and s are closed-form."""
+    entry, kernels, exit = present.entry.flatten(1), present.middle.flatten(1), present.exit
+    assert exit is not None  # a layer CPD has one
+    exit = exit.flatten(1)
+    rank, positions = kernels.shape
+    for sweep in range(sweeps + 2):
+        half = _half_through(entry, equations.gram, positions)
+        gram, cross = _through(entry, half, equations.cross, positions)
+        by_position = gram.view(rank, positions, rank, positions)
+        exit = _regression(
+            torch.einsum("rk,rksl,sl->rs", kernels, by_position, kernels),
+            torch.einsum("rk,rko->ro", kernels, cross.view(rank, positions, -1)),
+        )
+        if sweep > sweeps:
+            break
+        among = exit.mT @ exit
+        weighted = torch.einsum("rs,rksl->rksl", among, by_position).reshape(gram.shape)
+        kernels = _regression(weighted, torch.einsum("rko,or->rk", cross.view(rank, positions, -1), exit).view(-1, 1))
+        kernels = kernels.view(rank, positions)
+        wanted = (equations.cross @ exit).mT
+        entry = _improve(equations.gram, wanted, partial(_entry_terms, kernels), entry, among)
     middle = kernels.view_as(present.middle)
     return ChainKernels(entry[:, :, None, None], middle, exit[:, :, None, None], present.groups)
 
 
-def _exit_for(entry: Tensor, kernels: Tensor, equations: NormalEquations) -> Tensor:
-    """The best exit [O, R] of layer CPD for an entry [R, I] and kernels [R, K]."""
-    terms = torch.einsum("ri,rk->ikr", entry, kernels).flatten(0, 1)
-    return _regression(terms.mT @ equations.gram @ terms, terms.mT @ equations.cross)
+def _entry_terms(kernels: Tensor, entry: Tensor) -> Tensor:
+    """The terms [R, I * K] of an entry [R, I] with kernels [R, K], before the exit adds them up."""
+    return torch.einsum("ri,rk->rik", entry, kernels).flatten(1)
 
 
-def _entry_terms(exit: Tensor, kernels: Tensor, entry: Tensor) -> Tensor:
-    return _terms(exit, entry, kernels)
+def _channel_root(equations: NormalEquations, channels: int) -> Tensor:
+    """The Cholesky factor [I, I] of the channel moments of the inputs, all positions of the patch together."""
+    moments = equations.gram.view(channels, -1, channels, len(equations.gram) // channels)
+    return torch.linalg.cholesky(moments.diagonal(dim1=1, dim2=3).mean(dim=2))
 
 
-def _terms(exit: Tensor, entry: Tensor, kernels: Tensor) -> Tensor:
-    """Weights [O, I * K] of exit [O, R], entry [R, I] and kernels [R, K]."""
-    return torch.einsum("or,ri,rk->oik", exit, entry, kernels).flatten(1)
-
-
-def _entry_for(weight: Tensor, equations: NormalEquations, rank: int) -> Tensor:
+def _entry_for(weight: Tensor, root: Tensor, rank: int) -> Tensor:
     """The entry [R, I] by whose R channels weights [O, I, K] lose least under the channel moments of the inputs."""
-    _, channels, positions = weight.shape
-    moments = torch.einsum("ikjk->ij", equations.gram.view(channels, positions, channels, positions)) / positions
-    root = torch.linalg.cholesky(moments)
     scaled = torch.einsum("ij,oik->jok", root, weight).flatten(1)
-    directions = _leading(scaled @ scaled.mT, rank)
+    directions = leading_left(scaled, rank)
     return torch.linalg.solve_triangular(root.mT, directions, upper=True).mT
 
 
-def _through(entry: Tensor, gram: Tensor, cross: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+def _half_through(entry: Tensor, gram: Tensor, positions: int) -> Tensor:
+    """Moments [R K, F] between what an entry [R, I] lets through of the patches and the patches."""
+    return (entry @ gram.view(entry.shape[1], -1)).view(len(entry) * positions, -1)
+
+
+def _through(entry: Tensor, half: Tensor, cross: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """Second moments of what an entry [R, I] lets through of the patches: [R K, R K] and [R K, O]."""
     channels = entry.shape[1]
-    half = torch.einsum("ri,ikf->rkf", entry, gram.view(channels, positions, -1)).flatten(0, 1)
-    both = torch.einsum("ri,fik->frk", entry, half.view(-1, channels, positions)).flatten(1)
-    return (both + both.mT) / 2, torch.einsum("ri,iko->rko", entry, cross.view(channels, positions, -1)).flatten(0, 1)
+    both = (entry @ half.view(-1, channels, positions)).flatten(1)
+    return (both + both.mT) / 2, _half_through(entry, cross, positions)
 
 
 def _expand(kernels: Tensor, entry: Tensor) -> Tensor:
@@ -186,17 +204,26 @@ def _orthonormal(entry: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
     return rows.mT, torch.einsum("qr,ork->oqk", mix, kernels)
 
 
-def _improve(gram: Tensor, wanted: Tensor, rebuild: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Conjugate gradients for one factor; `rebuild`, linear, turns it into weights [O, F]; never worse than `start`."""
+def _improve(
+    gram: Tensor, wanted: Tensor, rebuild: Callable[[Tensor], Tensor], start: Tensor, among: Tensor | None = None
+) -> Tensor:
+    """Conjugate gradients for one factor; `rebuild`, linear, turns it into weights [O, F]; never worse than `start`.
+
+    With `among` [O, O] the error of the rows is not their sum but tr(among W gram W^T).
+    """
     found: Any = torch.func.vjp(rebuild, start)
     weight, pull = found
-    residual = pull(wanted - weight @ gram)[0]
+
+    def moved_by(step: Tensor) -> Tensor:
+        return step @ gram if among is None else among @ (step @ gram)
+
+    residual = pull(wanted - moved_by(weight))[0]
     factor, direction, energy = start, residual, residual.square().sum()
     for _ in range(STEPS):
         if float(energy) == 0:
             break
         step = rebuild(direction)
-        moved = step @ gram
+        moved = moved_by(step)
         curvature = (step * moved).sum()
         if float(curvature) <= 0:
             break

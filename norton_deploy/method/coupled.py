@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from norton_deploy.errors import UserError
+from norton_deploy.method.layer_factors import leading_left
 
 ROUNDS = 20
 STARTS, CONTINUED = 12, 3
@@ -143,16 +144,17 @@ def _bases(unfolded: Tensor, cluster: Tensor, clusters: int, rank: int) -> Tenso
     """Of every cluster the R leading left singular vectors of its filters beside each other, [G, I, R]."""
     order = cluster.argsort(stable=True)
     members = unfolded[order].unflatten(0, (clusters, -1))  # [G, O / G, I, K]
-    gram = torch.einsum("gmik,gmjk->gij", members, members)
-    left = torch.linalg.eigh(gram)[1].flip(2)
-    leading = left.gather(1, left.abs().argmax(dim=1, keepdim=True))
-    return (left * torch.where(leading < 0, -1.0, 1.0))[:, :, :rank]
+    left = leading_left(members.transpose(1, 2).flatten(2), rank)
+    largest = left.gather(1, left.abs().argmax(dim=1, keepdim=True))
+    return left * torch.where(largest < 0, -1.0, 1.0)
 
 
 def _losses(unfolded: Tensor, cluster: Tensor, clusters: int, rank: int) -> Tensor:
     """What every filter would lose in every cluster as the clusters are now, [O, G]."""
     bases = _bases(unfolded, cluster, clusters, rank)
-    kept = torch.stack([torch.einsum("ir,oik->ork", basis, unfolded).square().sum(dim=(1, 2)) for basis in bases], 1)
+    count, channels, positions = unfolded.shape
+    seen = bases.mT.flatten(0, 1) @ unfolded.transpose(0, 1).reshape(channels, count * positions)  # [G * R, O * K]
+    kept = seen.view(clusters, rank, count, positions).square().sum(dim=(1, 3)).T
     return unfolded.square().sum(dim=(1, 2))[:, None] - kept
 
 
@@ -168,7 +170,11 @@ def _subspace_distance(unfolded: Tensor, rank: int) -> Tensor:
     left, singular, _ = torch.linalg.svd(unfolded, full_matrices=False)
     present = singular > RANK_TOLERANCE * singular[:, :1]
     basis = (left * present[:, None])[:, :, :rank]
-    cosines = torch.stack([torch.einsum("ir,ois->ors", one, basis).square().sum(dim=(1, 2)) for one in basis])
+    count, channels, directions = basis.shape
+    wide = basis.transpose(0, 1).reshape(channels, count * directions)
+    cosines = torch.cat(  # some filters at a time, which bounds the memory
+        [(some.mT @ wide).view(-1, directions, count, directions).square().sum(dim=(1, 3)) for some in basis.split(1)]
+    )
     return min(rank, basis.shape[2]) - cosines
 
 

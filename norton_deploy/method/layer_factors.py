@@ -196,8 +196,24 @@ def _orthogonal_iteration(
 
 def singular_vectors(tensor: Tensor, mode: int, count: int) -> Tensor:
     """The `count` leading left singular vectors of one mode's unfolding."""
-    unfolded = tensor.movedim(mode, 0).flatten(1)
-    return torch.linalg.eigh(unfolded @ unfolded.mT)[1].flip(1)[:, :count]
+    return leading_left(tensor.movedim(mode, 0).flatten(1), count)
+
+
+def leading_left(matrix: Tensor, count: int) -> Tensor:
+    """The leading left singular vectors of matrices, from the eigenvectors of the smaller product with the transpose.
+
+    Args:
+        matrix: [..., n, m], float64.
+        count: of vectors, at most n and m.
+
+    Returns:
+        [..., n, count], orthonormal columns; where the rank is less than `count`, any that complete them.
+    """
+    rows, columns = matrix.shape[-2:]
+    if rows <= columns:
+        return torch.linalg.eigh(matrix @ matrix.mT)[1].flip(-1)[..., :count]
+    right = torch.linalg.eigh(matrix.mT @ matrix)[1].flip(-1)[..., :count]
+    return torch.linalg.qr(matrix @ right)[0]
 
 
 def _leading_columns(tensor: Tensor, mode: int, rank: int, generator: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ from norton_deploy.method.plan import Decomposition
 
 SAMPLES = 6144
 """Positions of a layer, all probes and calls together."""
+JUDGED_FILTERS = 64
 SHRINKAGE = 1e-2
 """Of the moments towards a multiple of the identity, under which the fit is that of bare weights."""
 
@@ -80,18 +81,18 @@ def problem_of(conv: nn.Conv2d, moments: NormalEquations) -> NormalEquations:
 
 
 def fitted_weight(
-    conv: nn.Conv2d, problem: NormalEquations, form: Decomposition, order: Tensor | None = None, *, seed: int = 0
+    weight: Tensor, problem: NormalEquations, form: Decomposition, order: Tensor | None = None, *, seed: int = 0
 ) -> Tensor:
     """The weights [O, I, Kh, Kw] of a layer in a decomposed form, fitted to its inputs.
 
     Args:
-        conv: the dense layer.
+        weight: of the dense layer.
         problem: `problem_of` the layer.
         form: with ranks that are possible for it.
         order: of coupled filters, sorted by clusters [O]; None finds the clusters.
         seed: of a CPD's start.
     """
-    weight = conv.weight.detach()
+    weight = weight.detach()
     count, channels, kernel_h, kernel_w = weight.shape
     numbers = form.numbers
     if form.form == "ranks":
@@ -118,6 +119,12 @@ def fitted_weight(
     kernels = start.spatial.permute(2, 0, 1)[:, None].double()  # type: ignore[union-attr]  # CPD has it
     entry, exit = (factor.double()[:, :, None, None] for factor in (start.input.mT, start.output))
     return fit_chain(problem, ChainKernels(entry, kernels, exit, numbers[0]), sweeps=0).weight().float()
+
+
+def judged_filters(count: int, form: Decomposition) -> Tensor:
+    """The filters [O'] by which a form's error is judged: of the filters' own CPD, each with a large system of its own
+    to solve, some evenly spread; of a form whose filters share factors all."""
+    return torch.arange(count)[:: max(1, count // JUDGED_FILTERS) if form.form == "ranks" else 1]
 
 
 def clustered(weights: Sequence[Tensor], form: Decomposition) -> Tensor:

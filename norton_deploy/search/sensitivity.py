@@ -23,12 +23,20 @@ from norton_deploy.compression.channel_groups import ChannelGroup, channel_group
 from norton_deploy.compression.channel_harm import channel_moments, choose_by_harm, greedy_channels, reader_metric
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.frontier import Frontier
+from norton_deploy.compression.normal_equations import NormalEquations
 from norton_deploy.compression.refit import refit
 from norton_deploy.files import ResultFile
 from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 from norton_deploy.search.decisions import Decision, form_macs
 from norton_deploy.search.head_harm import Judge, total_harm
-from norton_deploy.search.layer_fit import absorbed, clustered, fitted_weight, input_moments, problem_of
+from norton_deploy.search.layer_fit import (
+    absorbed,
+    clustered,
+    fitted_weight,
+    input_moments,
+    judged_filters,
+    problem_of,
+)
 
 MOST_FORMS = 5
 """Decompositions of a group whose harm is measured."""
@@ -143,20 +151,15 @@ class Sensitivity:
             self.dense, decision.decomposed, self._run_fit(frontier), len(self.fit_probes), self.seed
         )
         problems = {name: problem_of(conv, moments[name]) for name, conv in layers.items()}
-        energy = sum(float(problem.energy.sum()) for problem in problems.values())
+        weights = {name: conv.weight.detach() for name, conv in layers.items()}
         fitted: dict[Decomposition, dict[str, Tensor]] = {}
         for form in candidates:
-            order = (
-                clustered([conv.weight.detach() for conv in layers.values()], form) if form.form == "coupled" else None
-            )
-            fitted[form] = {
-                name: fitted_weight(conv, problems[name], form, order, seed=self.seed) for name, conv in layers.items()
-            }
-            error = sum(float(p.squared_error(fitted[form][name].flatten(1)).sum()) for name, p in problems.items())
-            nmse[form] = error / max(energy, torch.finfo(torch.float32).tiny)
+            nmse[form], fitted[form] = self._fitted(form, weights, problems, judged_only=True)
             self._file.cells[names[form]] = {"nmse": nmse[form]}
         kept = undominated(layers, nmse)
         for form in kept:
+            if any(len(fitted[form][name]) < len(weight) for name, weight in weights.items()):
+                _, fitted[form] = self._fitted(form, weights, problems)
             biases = {
                 name: conv.bias + (conv.weight - fitted[form][name]).flatten(1) @ moments[name].mean.float()
                 for name, conv in layers.items()
@@ -165,6 +168,27 @@ class Sensitivity:
             with _changed(self.dense, fitted[form], biases):
                 self._file.cells[names[form]]["harm"] = self._harm(self.dense, frontier)
         return kept
+
+    def _fitted(
+        self,
+        form: Decomposition,
+        weights: Mapping[str, Tensor],
+        problems: Mapping[str, NormalEquations],
+        *,
+        judged_only: bool = False,
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Relative squared error of a group's layers in a form, and their fitted weights; `judged_only` fits only
+        `judged_filters`."""
+        order = clustered(list(weights.values()), form) if form.form == "coupled" else None
+        error, energy, fitted = 0.0, 0.0, {}
+        for name, weight in weights.items():
+            problem = problems[name]
+            if judged_only and len(some := judged_filters(len(weight), form)) < len(weight):
+                weight, problem = weight[some], problem.of_outputs(some)
+            fitted[name] = fitted_weight(weight, problem, form, order, seed=self.seed)
+            error += float(problem.squared_error(fitted[name].flatten(1)).sum())
+            energy += float(problem.energy.sum())
+        return error / max(energy, torch.finfo(torch.float32).tiny), fitted
 
     def _measure_widths(self, decision: Decision, moments: Tensor, frontier: Frontier) -> None:
         """Harm of each width of a group."""

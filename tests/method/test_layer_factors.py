@@ -7,7 +7,7 @@ import torch
 
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
-from norton_deploy.method.layer_factors import LayerCP, ReshapedCP, Tucker2, decompose_layer
+from norton_deploy.method.layer_factors import LayerCP, ReshapedCP, Tucker2, decompose_layer, leading_left
 
 
 def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -73,3 +73,11 @@ def test_mistakes_are_named() -> None:
         decompose_layer(weight, "tucker2", (5, 2))
     with pytest.raises(UserError, match="all zero"):
         decompose_layer(weight * 0, "layer", (2,))
+
+
+def test_leading_vectors_of_wide_tall_and_deficient_matrices() -> None:
+    for matrix in (weight_of(2, 5, 9), weight_of(2, 9, 5), weight_of(2, 9, 2) @ weight_of(2, 2, 5, seed=1)):
+        found = leading_left(matrix, 3)
+        assert torch.allclose(found.mT @ found, torch.eye(3).double(), atol=1e-9)
+        kept = (found.mT @ matrix).square().sum(dim=(1, 2))
+        assert torch.allclose(kept, torch.linalg.svdvals(matrix)[:, :3].square().sum(dim=1))

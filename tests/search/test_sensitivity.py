@@ -17,6 +17,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.search import layer_fit
 from norton_deploy.search import sensitivity as module
 from norton_deploy.search.decisions import Decision, list_decisions
 from norton_deploy.search.head_harm import Judge, total_harm
@@ -67,10 +68,26 @@ def test_forms_fitted_to_inputs_lose_less_of_the_outputs_than_forms_of_bare_weig
     conv = nn.Conv2d(6, 8, 3, padding=1, bias=False).requires_grad_(False)
     mix = torch.randn(6, 6) * torch.tensor([3, 1, 1, 0.3, 0.1, 0.1])
     x = torch.einsum("ij,njhw->nihw", mix, torch.randn(4, 6, 9, 9))
-    weight = fitted_weight(conv, problem_of(conv, moments_of(conv, x)), form)
-    bare = fitted_weight(conv, problem_of(conv, moments_of(conv, torch.randn(64, 6, 9, 9))), form)
+    weight = fitted_weight(conv.weight, problem_of(conv, moments_of(conv, x)), form)
+    bare = fitted_weight(conv.weight, problem_of(conv, moments_of(conv, torch.randn(64, 6, 9, 9))), form)
     # of a filter's own CPD only C is fitted
     assert output_error(conv, weight, x) < (1 if form.form == "ranks" else 0.9) * output_error(conv, bare, x)
+
+
+def test_some_filters_judge_a_form_without_shared_factors() -> None:
+    torch.manual_seed(1)
+    conv = nn.Conv2d(6, 256, 3, padding=1, bias=False).requires_grad_(False)
+    problem, cpd = problem_of(conv, moments_of(conv, torch.randn(4, 6, 9, 9))), Decomposition("ranks", (1,))
+    some = layer_fit.judged_filters(256, cpd)
+    assert len(some) == layer_fit.JUDGED_FILTERS
+    assert len(layer_fit.judged_filters(256, Decomposition("tucker", (2, 2)))) == 256
+
+    def error(filters: Tensor) -> float:
+        part = problem.of_outputs(filters)
+        weight = fitted_weight(conv.weight[filters], part, cpd)
+        return float(part.squared_error(weight.flatten(1)).sum() / part.energy.sum())
+
+    assert error(some) == pytest.approx(error(torch.arange(256)), rel=0.1)
 
 
 def test_with_full_ranks_nothing_is_lost() -> None:
@@ -78,7 +95,7 @@ def test_with_full_ranks_nothing_is_lost() -> None:
     conv = nn.Conv2d(6, 8, 3, padding=1).requires_grad_(False)
     problem = problem_of(conv, moments_of(conv, torch.randn(4, 6, 9, 9)))
     for form in (Decomposition("tucker", (6, 8)), Decomposition("coupled", (6, 2))):
-        assert torch.allclose(fitted_weight(conv, problem, form), conv.weight, atol=1e-4)
+        assert torch.allclose(fitted_weight(conv.weight, problem, form), conv.weight, atol=1e-4)
 
 
 def test_moments_are_those_of_every_call(dense: nn.Module, probes: list[Probe]) -> None:
@@ -175,7 +192,7 @@ def with_form(dense: nn.Module, decision: Decision, form: Decomposition, fit: li
     for name in decision.decomposed:
         conv, found = small.get_submodule(name), moments[name]
         assert isinstance(conv, nn.Conv2d)
-        weight = fitted_weight(conv, problem_of(conv, found), form)
+        weight = fitted_weight(conv.weight, problem_of(conv, found), form)
         with torch.no_grad():
             if conv.bias is not None:  # the mean output stays what it was
                 conv.bias += (conv.weight - weight).flatten(1) @ (found.input_sum / found.samples).float()
@@ -201,6 +218,7 @@ def test_harm_of_a_choice_is_that_of_the_model_with_it(
     dense: nn.Module, probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel_harm, "POSITIONS", 10**6)  # all, so that nothing is random
+    monkeypatch.setattr(layer_fit, "JUDGED_FILTERS", 8)  # fewer than there are, and the harm is of all
     path, decisions, fit = tmp_path / "harm.json", some(dense), probes[1:]
     sensitivity = Sensitivity(dense, probes[:1], fit, path=path)
     seen: list[tuple[int, int]] = []
