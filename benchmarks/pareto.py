@@ -129,7 +129,7 @@ def measure(settings: Settings, dense: Checkpoint, family: str, speedup: float) 
     try:
         found = search.find()
     except UserError as error:
-        if "smallest plan" not in str(error):
+        if "the smallest one considered" not in str(error):
             raise
         return {"impossible": str(error)}
     record = found.to_dict()

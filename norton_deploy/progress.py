@@ -10,7 +10,7 @@ EVERY_S = 10.0
 """Off a terminal a line is written so often at most."""
 OPEN = "{desc}: {n_fmt} {unit}, {elapsed} passed"
 """Where nobody knows of how many."""
-PLAIN = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left"
+PLAIN = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left"
 
 
 class PlainLines:

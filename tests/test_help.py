@@ -43,6 +43,15 @@ def test_help_imports_no_torch(command: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("call", [[], ["deploy", "--help"], ["train_det", "--help"]])
+def test_a_reader_that_has_enough_hears_no_complaint(call: list[str]) -> None:
+    code = f"import sys; sys.argv = ['norton', *{call!r}]; from norton_deploy.commands import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == "" and process.returncode == 141
+
+
 def test_what_matters_most_comes_first() -> None:
     text = help_text("train_det")
     needed, rest = text.partition("\nMost used:")[::2]

@@ -12,7 +12,7 @@ def test_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[str], monkeypa
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == "" and "\r" not in captured.err
-    assert lines[0].startswith("detecting: 0 of 3 image, ") and lines[-1].startswith("detecting: 3 of 3 image, ")
+    assert lines[0].startswith("detecting: image 0 of 3, ") and lines[-1].startswith("detecting: image 3 of 3, ")
     assert all(line.startswith("detecting: ") for line in lines) and len(set(lines)) == len(lines)
 
 

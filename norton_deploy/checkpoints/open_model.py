@@ -171,7 +171,7 @@ def download_imagenet(architecture: Architecture) -> dict[str, Tensor]:
     if architecture == "vgg16_bn":
         raise UserError(
             f"{VGG16_BN_Weights.__name__} are of the 224 x 224 VGG, not of the CIFAR-10 one; train one with "
-            "tools/train_cls.py and give its file to --weights"
+            "norton train_cls and give its file to --weights"
         )
     try:
         weights = get_model_weights(architecture)["IMAGENET1K_V1"]

@@ -92,7 +92,7 @@ def _what_it_is(tensors: Mapping[str, Tensor]) -> str:
     if "head.classification_head.cls_logits.weight" in tensors or "head.classification_head.conv.0.weight" in tensors:
         return "weights of a one-stage detector (RetinaNet or FCOS), and only two-stage ones are compressed"
     if any(name.startswith("backbone.bottom_up.") for name in tensors):
-        return "weights of Detectron2; bring them in with tools/import_detectron2.py"
+        return "weights of Detectron2; bring them in with norton import_detectron2"
     if "roi_heads.box_predictor.cls_score.weight" in tensors:
         return "weights of a two-stage detector on another backbone"
     return f"weights of an unknown model (first tensor: {next(iter(tensors), 'none')})"

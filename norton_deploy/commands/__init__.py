@@ -5,9 +5,10 @@
 
 import json
 import os
+import select
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,23 @@ from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.option_help import first_sentence, help_text
 
-INTERRUPTED = 130
+INTERRUPTED, READER_GONE = 130, 141
+"""Exit statuses, as a shell gives them for SIGINT and SIGPIPE."""
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the command `name` and return its exit status; a `UserError` becomes one line on stderr."""
     # Before torch is loaded: its waiting threads would spin, and beside other work take the core that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
-        print(help_text(name))
-        sys.exit(0)
-    try:
+
+    def work() -> int:
+        if {"--help", "-h"} & set(sys.argv[1:] if argv is None else argv):
+            print(help_text(name))
+            return 0
         return int(import_module(f"norton_deploy.commands.{name}").main(argv))
+
+    try:
+        return _status_of(work)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -36,9 +42,24 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _status_of(work: Callable[[], int]) -> int:
+    """Of what prints; quiet where its reader, such as `head`, has read enough."""
+    try:
+        status = work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        waiting = select.poll()
+        waiting.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in waiting.poll(0)):
+            raise  # another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
+        return READER_GONE
+    return status
+
+
 def command_line(name: str, argv: Sequence[str] | None) -> str:
     """The command as a user would type it again, for a checkpoint's lineage and for result files."""
-    return shlex.join([f"tools/{name}.py", *(sys.argv[1:] if argv is None else argv)])
+    return shlex.join(["norton", name, *(sys.argv[1:] if argv is None else argv)])
 
 
 def write_json(data: Any, target: Path | None) -> None:
@@ -58,11 +79,15 @@ def main() -> None:
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: norton COMMAND [--help] ...\n")
-        print("\n".join(f"  {name:18}{first_sentence(name)}" for name in names))
-        sys.exit(0)
+        sys.exit(_status_of(lambda: _list_commands(names)))
     name = arguments[0].replace("-", "_")
     if name not in names:
         print(f"error: unknown command '{arguments[0]}'; commands: {', '.join(names)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(run(name, arguments[1:]))
+
+
+def _list_commands(names: Sequence[str]) -> int:
+    print("usage: norton COMMAND [--help] ...\n")
+    print("\n".join(f"  {name:18}{first_sentence(name)}" for name in names))
+    return 0

@@ -127,6 +127,6 @@ class LayerBars(ExitStack):
     def advance(self, stage: str, layer: str, layers: int) -> None:
         """One layer of a stage, or one batch of images, is done."""
         if stage not in self.bars:
-            self.bars[stage] = self.enter_context(progress_bar(total=layers or None, desc=stage, unit="steps"))
+            self.bars[stage] = self.enter_context(progress_bar(total=layers or None, desc=stage, unit="step"))
         self.bars[stage].set_postfix_str(layer)
         self.bars[stage].update()

@@ -86,7 +86,7 @@ class Step:
             argv = (*argv, "--out", str(folder), "--json", str(product))
             if (folder / "settings.json").is_file():
                 once = ("--resume" if (folder / "state.pt").is_file() else "--overwrite",)
-        command = f"tools/{self.command}.py {shlex.join(argv)}"
+        command = f"norton {self.command} {shlex.join(argv)}"
         record = root / "steps" / f"{product.relative_to(root).as_posix()}.json"
         contents = {
             argument: sha256_of(argument)
@@ -166,7 +166,7 @@ def _seconds_a_step(step: Step, out: Path) -> float:
         arguments["--evaluation-images"] = "1"
     words = [word for pair in arguments.items() for word in pair]
     if run(step.command, [*words, "--out", str(out), "--no-progress", "--overwrite"]):
-        raise UserError(f"failed: tools/{step.command}.py {shlex.join(words)}")
+        raise UserError(f"failed: norton {step.command} {shlex.join(words)}")
     lines = [line for line in read_log(out / "log.jsonl") if line["section"] == "train"]
     images = {"train_cls": CROPS_A_STEP, "train_det": SCENES_A_STEP}[step.command]
     shutil.rmtree(out)

@@ -62,6 +62,6 @@ def categories_of_model(path: str | Path, num_classes: int, source: str) -> Cate
     if found.num_classes != num_classes:
         raise UserError(
             f"{path}: names {len(entries)} categories, which is {len(entries) + 1} classes with the background, but "
-            f"{source} has {num_classes}; give the file that the model was trained on"
+            f"{source} has {num_classes}; give those that the model was trained on (--categories)"
         )
     return found

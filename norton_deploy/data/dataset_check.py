@@ -90,7 +90,8 @@ class DatasetCheck:
             UserError: there are errors; the message has the first.
         """
         if self.errors:
-            raise UserError(f"{self.root}: {len(self.errors)} kinds of errors in the data; {self.errors[0].line()}")
+            more = f", and {len(self.errors) - 1} more kinds of errors" if len(self.errors) > 1 else ""
+            raise UserError(f"{self.root}: {self.errors[0].line()}{more}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the folder."""
@@ -151,7 +152,7 @@ def _check_entries(
     """What the annotation file alone tells."""
     used = Counter(entry["category_id"] for entries in annotations for entry in entries if not entry.get("iscrowd"))
     if not used:
-        found.add("error", f"split without an object: {split}", [f"{len(images)} images"])
+        found.add("error", "split without an object", [split])
     unused = (entry["name"] for entry in categories if not used[entry["id"]])
     found.add("warning", f"categories without objects in {split}", unused)
     for what, names in (

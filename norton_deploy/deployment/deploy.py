@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.data.dataset_check import check_dataset, check_layout
 from norton_deploy.data.synthetic import write_dataset
-from norton_deploy.deployment import making, source_model
+from norton_deploy.deployment import making, notes, source_model
 from norton_deploy.deployment.estimates import Estimates
 from norton_deploy.deployment.making import tool
 from norton_deploy.deployment.measurement import (
@@ -33,7 +34,7 @@ from norton_deploy.files import held, sha256_of
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.reporting.compared_images import compare_images
 from norton_deploy.reporting.deployment import Deployment
-from norton_deploy.reporting.deployment_report import write_report
+from norton_deploy.reporting.deployment_report import misses, write_report
 from norton_deploy.reporting.detector_table import MODEL_NAMES
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.search.latency_budget import Workload
@@ -43,14 +44,6 @@ from norton_deploy.training.run_log import read_log
 
 DRAWN_IMAGES = (64, 32)
 """Training and held-out scenes that are drawn for the packaged detector."""
-QUICK = "Quick run: AP was measured on {images} images, so that differences of some points are chance."
-QUICK_PLAN = (
-    "The plan was made for MACs, not for measured time, and its harm was measured on {plan_images} image; nothing was "
-    "fine-tuned."
-)
-NOT_RUN = "The engine was built, but not run on this machine: speed and AP are those of its graph in ONNX Runtime."
-BY_MACS = "The plan was made for MACs, because {target} cannot be timed on this machine."
-BY_ONNX_RUNTIME = "The plan was made for times measured in ONNX Runtime on this machine's CPU."
 
 
 def deploy(
@@ -115,22 +108,19 @@ class _Run:
         found, small = (None, self.model) if self.compressed else self._compressed(self.model)
         speedup = 1.0 if self.compressed else self.request.speedup
         others = []
-        if not self.compressed:
+        if not self.compressed and self.target.graph is not None:
             score = self._score("small-checkpoint", small, "AP of the small model", 2.5 / speedup)
             others.append(self._record("NORTON before export", small, score, None, "", load_checkpoint(small).model))
         parity, artefact, run = self._export(small)
         small_score = self._score("artefact", run, "AP of the very artefact", 1 / speedup)
         timing = self._time("time", "latency, dense and artefact in turn", {DENSE: dense, SMALL: run}, 1 + 1 / speedup)
-        reached = speedup_of(timing)
-        if not self.compressed and reached is not None and reached.ratio < self.request.speedup:
-            asked = f"{self.request.speedup:g} times as fast was asked for, {reached.ratio:.2f} were measured."
-            self.notes.append(f"{asked} A full run plans for measured time." if self.request.quick else asked)
         compared = compare_images(
             self.out, self.dataset, read_results(self._results("dense")), read_results(self._results("artefact")),
             limit=self.limit,
         )  # fmt: skip
         made = Deployment(
             title=f"{MODEL_NAMES[self.task]} for {self.target.name}: {self.file.stem}",
+            asked=None if self.compressed or self.request.plan is not None else self.request.speedup,
             task=self.task,
             dense=self._record("dense", dense, dense_score, timing, DENSE, self.dense_model),
             small=self._record("NORTON", artefact, small_score, timing, SMALL, load_checkpoint(small).model),
@@ -138,7 +128,7 @@ class _Run:
             others=tuple(others),
             data=self.data.resolve().name,
             images=self.images,
-            speedup=reached,
+            speedup=speedup_of(timing),
             artefact=artefact.relative_to(self.out).as_posix(),
             budget="" if found is None else found.get("budget", ""),
             plan=found if found and "frontier" in found else None,
@@ -148,13 +138,15 @@ class _Run:
             steps=self.steps.records,
             notes=tuple(self.notes),
         )
+        if misses(made):
+            made = replace(made, notes=(notes.why_missed(self.request, found, made.speedup), *made.notes))
         write_report(self.out, made)
         return made
 
     def _count(self, finetuned: bool) -> int:
         """Of all steps."""
         drawn, imported = self.request.data is None, not self._used_as_it_is()
-        compressing = 0 if self.compressed else 2 + (self.request.plan is None)
+        compressing = 0 if self.compressed else 1 + (self.request.plan is None) + (self.target.graph is not None)
         graphs = 0 if self.target.graph is None else 2
         return 5 + drawn + imported + compressing + finetuned + graphs + (self.target.engine is not None)
 
@@ -210,7 +202,7 @@ class _Run:
             checkpoint, multiplied_out = baseline or self.model, baseline is None
             self.dense_model = multiply_out(source.model) if baseline is None else load_checkpoint(baseline).model
         if self.request.quick:
-            self.notes.append(QUICK.format(images=self.images))
+            self.notes.append(notes.QUICK.format(images=self.images))
         if self.target.graph is None:
             return checkpoint
         return self._graph("dense", checkpoint, 1.0, multiplied_out=multiplied_out)[0]
@@ -242,16 +234,16 @@ class _Run:
         """Plan, compress, fine-tune: what is known about the plan, and the small checkpoint."""
         request, estimates, found = self.request, self.estimates, None
         if request.quick:
-            self.notes.append(QUICK_PLAN.format(plan_images=self.effort.plan_images))
+            self.notes.append(notes.quick_plan(self.effort))
         plan = request.plan
         if plan is None:
             plan = self.out / "plan.yaml"
             sensitivity = plan.with_suffix(".sensitivity.json")
             search = making.plan_request(request, self.data, self.image_size, sensitivity.is_file())
             if self.target.engine is not None and not request.quick:
-                self.notes.append(BY_MACS.format(target=self.target.name))
+                self.notes.append(notes.BY_MACS.format(target=self.target.name))
             elif search.budget.startswith("speedup") and self.target.name == "torch":
-                self.notes.append(BY_ONNX_RUNTIME)
+                self.notes.append(notes.BY_ONNX_RUNTIME)
             target_plan, engine = plan, making.timed_engine(self.target)
             found = self.steps.run(
                 "plan", f"search a plan for {search.budget}", making.plan_command(dense, search, engine, plan),
@@ -312,7 +304,7 @@ class _Run:
             seconds=60,
             products=[folder],
         )
-        self.notes.append(f"{built['reason']}; the artefact is the graph." if built["reason"] else NOT_RUN)
+        self.notes.append(f"{built['reason']}; the artefact is the graph." if built["reason"] else notes.NOT_RUN)
         return parity, folder / ("model.onnx" if built["reason"] else "model.engine"), graph
 
     def _results(self, name: str) -> Path:

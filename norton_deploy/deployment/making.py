@@ -36,7 +36,7 @@ def tool(name: str, *arguments: object, **options: object) -> str:
         arguments: as they stand.
         options: name -> value; None and False are left out, True is a flag, of tuples every part is a word.
     """
-    words = [f"tools/{name}.py", *map(str, arguments)]
+    words = ["norton", name, *map(str, arguments)]
     for option, value in options.items():
         if value is None or value is False:
             continue
@@ -142,7 +142,7 @@ def finetune_settings(
 
 
 def finetune_command(settings: DetectorTrainingSettings) -> str:
-    """`tools/train_det.py` with all that differs from its defaults."""
+    """`norton train_det` with all that differs from its defaults."""
     shown = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
@@ -192,7 +192,7 @@ def build_engine_of(graph: Path, out: Path, target: EngineTarget, report: Report
 def export_command(
     model: Path, out: Path, options: ExportOptions, data: Path, parity_images: int, artefact: Path | None
 ) -> str:
-    """`tools/export_onnx.py` for `export_file`."""
+    """`norton export_onnx` for `export_file`."""
     return tool(
         "export_onnx", model=model, out=out, image_size=options.image_size, precision=options.precision,
         form=options.form, target=options.target, images=data / "val2017", parity_images=parity_images,
@@ -201,7 +201,7 @@ def export_command(
 
 
 def plan_command(dense: Path, request: PlanRequest, engine: TimedEngine, out: Path) -> str:
-    """`tools/plan.py` for `search_plan`."""
+    """`norton plan` for `search_plan`."""
     values = {name: value for name, value in asdict(request).items() if value not in ((), False, None)}
     return tool("plan", model=dense, out=out, engine=engine, no_check_harm=not request.check_harm, **values)
 

@@ -1,9 +1,11 @@
 """The model that is deployed, as one checkpoint that knows its categories and image size; and what stands for dense."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, read_header
 from norton_deploy.checkpoints.open_model import names_no_categories, open_model, with_image_size
+from norton_deploy.data.category_list import categories_of_model
 from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.deployment.making import tool
 from norton_deploy.deployment.request import DeployRequest
@@ -60,13 +62,15 @@ def open_source(request: DeployRequest, file: Path) -> Checkpoint:
         assert request.weights is not None  # the request was checked
         opened = import_detectron2(file, request.weights, categories or _datas_own(request, read_config(file).task))
     else:
-        if categories is None and names_no_categories(file):
-            categories = _datas_own(request, request.task or "box")
         opened = open_model(str(file), categories=categories)
-    if opened.header.task == "cls":
+    task = opened.header.task
+    if task == "cls":
         raise UserError(f"{file}: a classifier; detectors are deployed")
-    if request.task not in (None, opened.header.task):
-        raise UserError(f"{file}: a detector for task '{opened.header.task}', --task is '{request.task}'")
+    if request.task not in (None, task):
+        raise UserError(f"{file}: a detector for task '{task}', --task is '{request.task}'")
+    if categories is None and names_no_categories(file) and (own := _datas_own(request, task)) is not None:
+        named = categories_of_model(own, opened.header.detector.num_classes, str(file))
+        opened = replace(opened, header=replace(opened.header, categories=named))
     return opened if request.image_size is None else with_image_size(opened, request.image_size)
 
 

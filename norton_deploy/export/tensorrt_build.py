@@ -245,7 +245,7 @@ def require_gpu(compute_capability: str | None) -> None:
 def target_commands(onnx_path: str | Path, engine_path: str | Path, engine: Compiler) -> list[str]:
     """The commands that finish on the target: this package's, and NVIDIA's own tool."""
     graph, out = str(onnx_path), str(engine_path)
-    own = ["python", "tools/export_trt.py", "--onnx", graph, "--engine", engine, "--out", out]
+    own = ["norton", "export_trt", "--onnx", graph, "--engine", engine, "--out", out]
     tool = ["tensorrt_rtx", f"--onnx={graph}"]
     if engine == "tensorrt":
         tool = ["trtexec", f"--onnx={graph}", "--stronglyTyped"]

@@ -56,8 +56,12 @@ def compare_images(
     for number, image_id in zip(numbers, dataset.image_ids, strict=False):
         dense_found, small_found = (found_objects(objects[image_id], entries[image_id]) for entries in sure)
         found[number] = dense_found, small_found
-    order = sorted(numbers, key=lambda number: found[number][1] - found[number][0])
-    shown = order if len(order) <= losses + gains else order[:losses] + order[len(order) - gains :]
+    gained = {number: small_found - dense_found for number, (dense_found, small_found) in found.items()}
+    many = {number: len(objects[image_id]) for number, image_id in zip(numbers, dataset.image_ids, strict=False)}
+    # Of images that differ alike those with more objects show more.
+    best = sorted(numbers, key=lambda number: (gained[number], many[number]))[max(0, len(numbers) - gains) :]
+    worst = sorted(set(numbers) - set(best), key=lambda number: (gained[number], -many[number]))[:losses]
+    shown = worst + best
     pictures = []
     for place, number in enumerate(shown, start=1):
         image_id, pixels = dataset.image_ids[number], dataset.pixels(number)

@@ -92,6 +92,7 @@ class Deployment:
         data, images: name of the dataset, and how many of its held-out images were evaluated.
         speedup: of `small` over `dense`, paired.
         artefact: the file or folder to ship, relative to the report's folder; "" when there is none.
+        asked: times as fast that the small model was to be; None: nothing was asked.
         budget: that the plan was made for, such as "speedup=4"; "" without one.
         plan: of `FoundPlan.to_dict`.
         parity: of `ParityReport.to_dict`, the artefact against the model in eager mode.
@@ -111,6 +112,7 @@ class Deployment:
     images: int = 0
     speedup: Speedup | None = None
     artefact: str = ""
+    asked: float | None = None
     budget: str = ""
     plan: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None

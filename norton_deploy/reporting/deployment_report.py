@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.cost.turns import FEWEST_PAIRS, Speedup
+from norton_deploy.cost.turns import FEWEST_PAIRS
 from norton_deploy.evaluation.coco_metrics import CategoryScore, primary_iou_type
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.charts import (
@@ -89,14 +89,16 @@ def deployment_report(folder: Path, deployment: Deployment) -> Report:
         time = "" if step.seconds is None else f" ({step.seconds:.0f} s)"
         blocks.append(Command(step.title + time, step.command))
     if deployment.artefact:
-        blocks.append(Paragraph(f"What to ship: {deployment.artefact}"))
+        whole = ", with its whole folder: the README.md there says how to run it"
+        more = whole if deployment.artefact.startswith("artefact/") else ""
+        blocks.append(Paragraph(f"What to ship: {deployment.artefact}{more}."))
     return Report(deployment.title, [*blocks, provenance_table(deployment.provenance)])
 
 
 def verdict(deployment: Deployment) -> str:
     """One sentence: speed-up with its interval, AP lost, size; what was not measured or not shown says so."""
     dense, small = deployment.dense, deployment.small
-    parts = [_speed_verdict(deployment.speedup, dense, small), _accuracy_verdict(deployment)]
+    parts = [_speed_verdict(deployment, dense, small), _accuracy_verdict(deployment)]
     if dense.file_bytes and small.file_bytes:
         parts.append(f"takes {_megabytes(small.file_bytes)} instead of {_megabytes(dense.file_bytes)}")
     sentence = f"{small.name} {', '.join(parts[:-1])} and {parts[-1]}."
@@ -105,16 +107,24 @@ def verdict(deployment: Deployment) -> str:
     return sentence
 
 
-def _speed_verdict(speedup: Speedup | None, dense: ModelRecord, small: ModelRecord) -> str:
+def _speed_verdict(deployment: Deployment, dense: ModelRecord, small: ModelRecord) -> str:
+    speedup = deployment.speedup
     if speedup is None:
         return "was not timed"
     where = small.runs_on if small.runs_on == dense.runs_on else f"{small.runs_on}; {dense.name}: {dense.runs_on}"
     basis = f"95 % interval {speedup.low:.2f} to {speedup.high:.2f}, {speedup.pairs} paired calls, {where}"
     if speedup.pairs >= FEWEST_PAIRS and speedup.low > 1:
-        return f"is {speedup.ratio:.2f} times as fast as {dense.name} ({basis})"
+        missed = f", not the {deployment.asked:g} times asked for" if misses(deployment) else ""
+        return f"is {speedup.ratio:.2f} times as fast as {dense.name}{missed} ({basis})"
     if speedup.pairs >= FEWEST_PAIRS and speedup.high < 1:
         return f"is slower than {dense.name}, {speedup.ratio:.2f} times as fast ({basis})"
     return f"is not shown to be faster than {dense.name} ({speedup.ratio:.2f} times, {basis})"
+
+
+def misses(deployment: Deployment) -> bool:
+    """Whether the small model is shown to be slower than asked."""
+    asked, speedup = deployment.asked, deployment.speedup
+    return asked is not None and speedup is not None and speedup.high < asked
 
 
 def _accuracy_verdict(deployment: Deployment) -> str:
@@ -129,7 +139,7 @@ def _accuracy_verdict(deployment: Deployment) -> str:
     if round(before, 3) == round(after, 3):
         return f"keeps the {measure} of {before:.3f} unchanged ({images})"
     if after > before:
-        return f"gains {after - before:.3f} {measure} on {before:.3f} ({images})"
+        return f"gains {after - before:.3f} {measure} over {before:.3f} ({images})"
     return f"loses {before - after:.3f} of {before:.3f} {measure} ({100 * after / before:.1f} % kept, {images})"
 
 
@@ -302,7 +312,7 @@ def _parity(parity: dict[str, Any] | None) -> list[Block]:
         (
             stage["name"],
             stage["measure"],
-            f"{stage['worst']:.3g}",
+            f"{stage['worst']:.0f}" if stage["measure"].startswith("pairs of") else f"{stage['worst']:.3g}",
             *_verdict(stage),
         )
         for stage in parity["stages"]
@@ -342,7 +352,7 @@ def _training(deployment: Deployment, pictures: Path) -> list[Block]:
 
 
 def _signed(difference: float) -> str:
-    return f"{difference:+.3f}".replace("-", "−") if round(difference, 3) else "unchanged"
+    return f"{difference:+.3f}".replace("-", "−") if round(difference, 3) else "±0.000"
 
 
 def _megabytes(size: int) -> str:

@@ -59,14 +59,14 @@ def plan_report(record: dict[str, Any], picture: Path | None) -> Report:
 
 
 def verdict(record: dict[str, Any]) -> str:
-    """One line: how far the prediction was off, and whether the budget was kept."""
-    error = f"prediction off by {100 * abs(record['prediction_error']):.1f} %"
+    """One line: what the plan costs, counted, or how far its predicted time was off."""
     if "measured_ms" not in record:
         kind = "parameters" if record["budget"].startswith("params") else "MACs"
         share = (
             record["params"] / record["dense_params"] if kind == "parameters" else record["macs"] / record["dense_macs"]
         )
-        return f"{error}: the plan has {100 * share:.1f} % of the dense model's {kind}, counted."
+        return f"the plan has {100 * share:.1f} % of the dense model's {kind}, counted."
+    error = f"prediction off by {100 * abs(record['prediction_error']):.1f} %"
     low, high = record["measured_speedup_p10_p90"]
     return (
         f"{error}: predicted {record['predicted_ms']:.1f} ms ({record['predicted_speedup']:.2f} times dense), measured "
@@ -146,10 +146,10 @@ def draw_pareto(path: Path, record: dict[str, Any]) -> None:
             [point["ratio"] for point in front], [point["predicted_harm"] for point in front],
             "-o", color=DENSE, markersize=3, label="planner's choices, predicted",
         )  # fmt: skip
-        if chosen["measured_harm"] is not None:
-            axes.plot(
-                chosen["ratio"], chosen["measured_harm"], "*", color=LOST, markersize=15, label="this plan, measured"
-            )
+        harm, how = chosen["measured_harm"], "measured"
+        if harm is None:
+            harm, how = chosen["predicted_harm"], "predicted"
+        axes.plot(chosen["ratio"], harm, "*", color=LOST, markersize=15, label=f"this plan, {how}")
         for mark, symbol, colour in zip(uniform, "DsPXv" * len(uniform), COLOURS * len(uniform), strict=False):
             axes.plot(
                 mark["ratio"], mark["measured_harm"], symbol, color=colour, markersize=8,

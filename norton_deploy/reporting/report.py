@@ -17,7 +17,7 @@ PRECISION_NAMES = {"no": "float32", "bf16": "mixed with bfloat16"}
 """A training's `precision` -> what tables call it."""
 PICTURE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 STYLE = Path(__file__).with_name("report.css")
-NUMBER = re.compile(r"[-+−]?[\d.,]+\b.{0,16}|[-–]?")
+NUMBER = re.compile(r"[-+−±]?[\d.,]+\b.{0,16}|[-–]?")
 SECTIONS_OF_A_LONG_PAGE = 4
 
 

@@ -137,12 +137,15 @@ class PlanSearch:
         """
         model, workload, measure = self.source.model, self.workload, self.budget.measure
         harm = self.sensitivity.of_option
+        if measure != "latency_ms":  # what cannot be is said before the harms, which take long, are measured
+            counted = joint_cost(model, workload.calls(model), measure)
+            Planner(self.decisions, counted, lambda *_: 0.0).smallest(self.budget.amount * counted.of({}, {}))
         with self._clock("sensitivity"):
             self.decisions = self.sensitivity.measure(self.decisions, self.progress)
         choices = sum(len(decision.forms) + len(decision.widths) - 2 for decision in self.decisions)
         with self._clock("search"):
             latency = self._within_latency() if measure == "latency_ms" else None
-            cost = latency.cost if latency else joint_cost(model, workload.calls(model), measure)
+            cost = latency.cost if latency else counted
             planner = Planner(self.decisions, cost, harm)
             dense_cost = cost.of({}, {})
             point = latency.point if latency else planner.within(self.budget.amount * dense_cost)

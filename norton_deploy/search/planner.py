@@ -48,6 +48,22 @@ class Planner:
         harm = sum(self.harm(group, option.form, option.keep) for group, option in choice.items())
         return Point(dict(choice), self.cost.of(forms, keep), harm)
 
+    def smallest(self, budget: float) -> Point:
+        """The cheapest choice, which is to cost at most `budget`.
+
+        Raises:
+            UserError: not even it does.
+        """
+        dense = self.point(untouched(self.decisions))
+        cheapest = self.solve(math.inf, dense.choice)
+        if cheapest.cost > budget:
+            raise UserError(
+                f"a plan that costs {dense.cost / budget:.4g} times less than the dense model was asked for, the "
+                f"smallest one considered costs {dense.cost / cheapest.cost:.3g} times less; ask for no more "
+                "(--budget, --speedup)"
+            )
+        return cheapest
+
     def within(self, budget: float) -> Point:
         """The least harmful choice found that costs at most `budget`.
 
@@ -57,12 +73,7 @@ class Planner:
         dense = self.point(untouched(self.decisions))
         if dense.cost <= budget:
             return dense
-        cheapest = self.solve(math.inf, dense.choice)
-        if cheapest.cost > budget:
-            raise UserError(
-                f"budget {budget:.4g}: the smallest plan considered costs {cheapest.cost:.4g}, "
-                f"{dense.cost / cheapest.cost:.2g} times less than dense; ask for no more (--budget, --speedup)"
-            )
+        cheapest = self.smallest(budget)
         front = self.frontier()
         low, high = 0.0, max(cheapest.harm, 1e-12) / dense.cost * 1e-3
         while (point := self.solve(high, dense.choice)).cost > budget and math.isfinite(high * 4):

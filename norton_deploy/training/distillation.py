@@ -221,7 +221,7 @@ def open_detector_teacher(
     if pyramid_channels is None and width != wide:
         raise UserError(
             f"--teacher {path}: fpn_channels is {wide}, the student's pyramid has {width} channels, and its checkpoint "
-            "does not say which; compress the dense detector with tools/compress.py and start from that file (--init)"
+            "does not say which; compress the dense detector with norton compress and start from that file (--init)"
         )
     if pyramid_channels is not None and max(pyramid_channels) >= wide:
         raise UserError(

@@ -19,7 +19,9 @@ import tyro
 
 from norton_deploy.commands import import_detectron2, run
 from norton_deploy.config import parse_settings
+from norton_deploy.cost.turns import Speedup
 from norton_deploy.data.synthetic import CATEGORIES
+from norton_deploy.deployment import notes
 from norton_deploy.deployment.compare import CompareRequest, compare
 from norton_deploy.deployment.deploy import deploy
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
@@ -55,9 +57,9 @@ def request_for(own: Path, data: Path, out: Path, **changes: Any) -> DeployReque
 def check_commands(made: Deployment) -> None:
     """Every printed command is one that its tool understands."""
     for step in made.steps:
-        words = shlex.split(step.command)
-        name = Path(words[0]).stem
-        parse_settings(import_module(f"norton_deploy.commands.{name}").Settings, words[1:], prog=name, description="")
+        program, name, *words = shlex.split(step.command)
+        assert program == "norton"
+        parse_settings(import_module(f"norton_deploy.commands.{name}").Settings, words, prog=name, description="")
 
 
 @pytest.mark.slow
@@ -134,11 +136,15 @@ def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_pa
         ("--model nothing.pth --data d", "--model nothing.pth: no such file"),
         ("--task mask --data d", "d/annotations/instances_train2017.json: not found; expected COCO's layout in d"),
         ("--task mask --images 0", "--images: expected at least 1, got 0"),
+        ("--task keypoint --model {own} --data {data}", "{own}: a detector for task 'box', --task is 'keypoint'"),
     ],
 )
-def test_mistakes(arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("deploy", [*arguments.split(), "--out", str(tmp_path / "run")]) == 1
-    assert f"error: {message}" in capsys.readouterr().err
+def test_mistakes(
+    arguments: str, message: str, own: Path, tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments.format(own=own, data=tiny_coco).split()
+    assert run("deploy", [*words, "--out", str(tmp_path / "run")]) == 1
+    assert f"error: {message.format(own=own)}" in capsys.readouterr().err
 
 
 def test_a_second_deployment_into_one_folder_is_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,16 +175,16 @@ def test_the_printed_import_of_a_detectron2_model_names_the_categories_and_the_s
     request = DeployRequest(model=Path("c.yaml"), weights=Path("w.pkl"), data=Path("d"), out=Path("o"),
                             image_size=(320, 480))  # fmt: skip
     command = import_command(request, Path("c.yaml"), Path("d/annotations/a.json"), Path("o/model.safetensors"))
-    program, *words = shlex.split(command)
+    program, name, *words = shlex.split(command)
     read = tyro.cli(import_detectron2.Settings, args=words)
-    assert program == "tools/import_detectron2.py" and read.image_size == (320, 480)
+    assert (program, name) == ("norton", "import_detectron2") and read.image_size == (320, 480)
     assert (read.config, read.weights, read.annotations) == (
         Path("c.yaml"),
         Path("w.pkl"),
         Path("d/annotations/a.json"),
     )
     mine = import_command(replace(request, model=Path("m.pth"), weights=None), Path("m.pth"), Path("a.json"), Path("o"))
-    assert shlex.split(mine)[1:] == [
+    assert shlex.split(mine)[2:] == [
         "--model",
         "m.pth",
         "--out",
@@ -198,3 +204,22 @@ def test_targets() -> None:
     )  # fmt: skip
     assert EngineTarget.parse("openvino").backend == "openvino"
     assert EngineTarget.parse("torch").graph is None
+
+
+def test_an_impossible_budget_is_refused_before_anything_long(own: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    request = request_for(own, tiny_coco, tmp_path / "run", plan=None, speedup=5000.0, images=1)
+    with pytest.raises(UserError, match=r"5000 times less than the dense model was asked for, the smallest one"):
+        deploy(request, command="", report=lambda line: None)
+    assert not (tmp_path / "run" / "plan.sensitivity.json").exists()
+
+
+def test_a_missed_speedup_says_why_and_what_to_do() -> None:
+    asked = DeployRequest(task="mask", out=Path("o"), speedup=3, quick=True)
+    reached = Speedup(1.93, 1.88, 1.95, 12)
+    counted = notes.why_missed(asked, {"macs": 1}, reached)
+    assert "the plan has 33% of the MACs" in counted and "leave --quick out" in counted and "--speedup 5" in counted
+    assert "--quick" not in notes.why_missed(replace(asked, target="tensorrt-rtx:86"), {}, reached)
+    timed = notes.why_missed(replace(asked, quick=False), {"measured_speedup": 2.9}, reached)
+    assert "2.90 times then, 1.93 now" in timed
+    assert "not fine-tuned" in notes.quick_plan(asked.effort)
+    assert "fine-tuned for 20 steps only" in notes.quick_plan(replace(asked, finetune_steps=20).effort)

@@ -100,10 +100,10 @@ def test_absent_package_or_gpu_is_one_line(exported: Callable, tmp_path: Path, m
 
 def test_commands_for_the_target() -> None:
     own, nvidia = target_commands("m.onnx", "m.engine", "tensorrt")
-    assert own == "python tools/export_trt.py --onnx m.onnx --engine tensorrt --out m.engine"
+    assert own == "norton export_trt --onnx m.onnx --engine tensorrt --out m.engine"
     assert nvidia == "trtexec --onnx=m.onnx --stronglyTyped --saveEngine=m.engine"
     own, nvidia = target_commands("my models/m.onnx", "m;ls.engine", "tensorrt-rtx")
-    assert own == "python tools/export_trt.py --onnx 'my models/m.onnx' --engine tensorrt-rtx --out 'm;ls.engine'"
+    assert own == "norton export_trt --onnx 'my models/m.onnx' --engine tensorrt-rtx --out 'm;ls.engine'"
     assert nvidia == "tensorrt_rtx '--onnx=my models/m.onnx' '--saveEngine=m;ls.engine'"
 
 

@@ -47,6 +47,8 @@ def test_the_largest_loss_comes_first(tiny_coco: Path, tmp_path: Path, task: Any
         assert {max(picture.shape) for picture in drawn} == {480}
         assert (drawn[0] != drawn[1]).any() and (drawn[0] != drawn[2]).any()
     assert len(compare_images(tmp_path, dataset, dense, small, limit=2)) == 2
+    alike = compare_images(tmp_path, dataset, truth, truth, losses=1, gains=1)
+    assert [image.objects for image in alike] == sorted(counts.values())[-2:], "of images alike those with most objects"
 
 
 def test_results_come_back_as_the_detections_that_they_were(tiny_coco: Path) -> None:

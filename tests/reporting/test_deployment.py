@@ -78,7 +78,7 @@ def test_what_was_not_measured_is_left_out_and_says_so(tmp_path: Path) -> None:
     [
         (0.5, 0.45, "loses 0.050 of 0.500 box AP (90.0 % kept, 20 images)"),
         (0.5, 0.5001, "keeps the box AP of 0.500 unchanged (20 images)"),
-        (0.5, 0.52, "gains 0.020 box AP on 0.500 (20 images)"),
+        (0.5, 0.52, "gains 0.020 box AP over 0.500 (20 images)"),
         (0.0, 0.0, "has a box AP of 0.000 where dense has 0, which says nothing about losses (20 images)"),
     ],
 )
@@ -88,7 +88,13 @@ def test_the_verdict_on_accuracy(before: float, after: float, words: str) -> Non
         model.scores["bbox"].metrics.update(AP=ap)
     made = deployment(dense=known["dense"], small=known["NORTON"])
     assert words in verdict(made)
-    assert ("unchanged" in first_figures(made)[1][2]) == (round(before, 3) == round(after, 3))
+    assert ("±0.000" in first_figures(made)[1][2]) == (round(before, 3) == round(after, 3))
+
+
+def test_a_missed_budget_stands_in_the_verdict() -> None:
+    assert ", not the 5 times asked for (95 %" in verdict(deployment(asked=5.0))
+    for asked in (None, 4.1):  # 4.1 lies within the interval
+        assert "asked for" not in verdict(deployment(asked=asked))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,10 @@ def test_no_combination_is_better_than_the_plan_by_more_than_the_grid_allows(
         assert found.cost <= budget
         assert found.harm <= 1.02 * best
     assert planner.solve(float("inf"), untouched(some)).cost == cheapest
-    with pytest.raises(UserError, match=r"smallest plan considered costs .* times less than dense; ask for no more"):
+    with pytest.raises(
+        UserError,
+        match=r"times less than the dense model was asked for, the smallest one considered costs .* ask for no more",
+    ):
         planner.within(0.9 * cheapest)
     front = planner.frontier()
     assert [p.harm for p in front] == sorted((p.harm for p in front), reverse=True)

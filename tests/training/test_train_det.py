@@ -108,7 +108,7 @@ def test_from_a_compressed_classifier_to_a_checkpoint(tiny_coco, tmp_path, compr
     assert checkpoint.header.plan == PLAN
     lineage = checkpoint.header.lineage[-1]
     assert lineage["source"] == str(compressed_classifier) and len(lineage["source_sha256"]) == 64
-    assert lineage["command"].startswith("tools/train_det.py --task")
+    assert lineage["command"].startswith("norton train_det --task")
     before = load_file(compressed_classifier)
     body = checkpoint.model.backbone.body.state_dict()
     assert torch.equal(body["layer1.0.conv1.pointwise.weight"], before["layer1.0.conv1.pointwise.weight"])
