@@ -38,6 +38,7 @@ from norton_deploy.reporting.deployment_report import misses, write_report
 from norton_deploy.reporting.detector_table import MODEL_NAMES
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.search.latency_budget import Workload
+from norton_deploy.search.plan_search import check_budget
 from norton_deploy.structures import Task
 from norton_deploy.training.run_folder import RunFolder
 from norton_deploy.training.run_log import read_log
@@ -95,6 +96,10 @@ class _Run:
         self._check_data()
         self.model = self._import(opened)
         self.image_size = source_model.own_image_size(request, self.model)
+        if not self.compressed and request.plan is None:
+            check_budget(
+                load_checkpoint(self.model).model, making.plan_request(request, self.data, self.image_size, False)
+            )
         self.estimates = Estimates.of(load_checkpoint(self.model), self.image_size, self.data)
         self.limit = self.effort.images
         self.dataset = CocoDetection(self.data, "val", self.task, categories=self.categories)

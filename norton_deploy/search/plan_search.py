@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
 from norton_deploy.compression.calibration import PROBE_BATCH, Probe, make_probes
@@ -104,8 +105,8 @@ class PlanSearch:
             progress: called with (done, all) channel groups whose choices are measured.
 
         Raises:
-            UserError: the model is compressed already, a latency is asked of a classifier, or a plan to compare with
-                does not fit.
+            UserError: the model is compressed already, a latency is asked of a classifier, a plan to compare with
+                does not fit, or see `check_budget`.
         """
         if source.header.plan is not None:
             raise UserError("the model is compressed already; plan for its dense original")
@@ -122,6 +123,7 @@ class PlanSearch:
         self.decisions = list_decisions(
             source.model, forms=request.forms, ranks=request.ranks, multiple=request.multiple
         )
+        check_budget(source.model, replace(request, image_size=self.workload.image_size))
         self.seconds: dict[str, float] = {}
         with self._clock("sensitivity"):
             self.sensitivity = Sensitivity(
@@ -137,15 +139,12 @@ class PlanSearch:
         """
         model, workload, measure = self.source.model, self.workload, self.budget.measure
         harm = self.sensitivity.of_option
-        if measure != "latency_ms":  # what cannot be is said before the harms, which take long, are measured
-            counted = joint_cost(model, workload.calls(model), measure)
-            Planner(self.decisions, counted, lambda *_: 0.0).smallest(self.budget.amount * counted.of({}, {}))
         with self._clock("sensitivity"):
             self.decisions = self.sensitivity.measure(self.decisions, self.progress)
         choices = sum(len(decision.forms) + len(decision.widths) - 2 for decision in self.decisions)
         with self._clock("search"):
             latency = self._within_latency() if measure == "latency_ms" else None
-            cost = latency.cost if latency else counted
+            cost = latency.cost if latency else joint_cost(model, workload.calls(model), measure)
             planner = Planner(self.decisions, cost, harm)
             dense_cost = cost.of({}, {})
             point = latency.point if latency else planner.within(self.budget.amount * dense_cost)
@@ -206,6 +205,24 @@ class PlanSearch:
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def check_budget(model: nn.Module, request: PlanRequest) -> None:
+    """Say before the harms are measured, which takes long, that no plan is so small; times are only known later.
+
+    Args:
+        model: dense.
+        request: with its image size.
+
+    Raises:
+        UserError: the smallest plan has more MACs or parameters.
+    """
+    budget = Budget.parse(request.budget)
+    if budget.measure == "latency_ms" or request.image_size is None:
+        return
+    decisions = list_decisions(model, forms=request.forms, ranks=request.ranks, multiple=request.multiple)
+    cost = joint_cost(model, Workload.of(model, request.image_size).calls(model), budget.measure)
+    Planner(decisions, cost, lambda *_: 0.0).smallest(budget.amount * cost.of({}, {}))
 
 
 def sensitivity_probes(source: Checkpoint, request: PlanRequest) -> tuple[list[Probe], list[Probe]]:
