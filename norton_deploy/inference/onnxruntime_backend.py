@@ -70,7 +70,8 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         check_digest(path)
         super().__init__(str(path), GraphContract.parse(metadata[METADATA_KEY], str(path)), score_threshold)
         self._check_tensors()
-        used = f"{self._session.get_session_options().intra_op_num_threads or 'all'} threads"
+        number = self._session.get_session_options().intra_op_num_threads
+        used = f"{number or 'all'} thread{'s' * (number != 1)}"
         provider = self.providers[0]
         if provider == CUDA and profile_prefix is None:
 

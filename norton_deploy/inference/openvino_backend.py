@@ -83,7 +83,8 @@ class OpenVinoPredictor(StaticGraphPredictor):
         self._compiled, self._request = compiled, compiled.create_infer_request()
         self.float_type = float_type
         version = openvino.__version__.partition("-")[0]
-        self.device = f"OpenVINO {version}, CPU, {float_type}, {settings.get('INFERENCE_NUM_THREADS', 'all')} threads"
+        number = settings.get("INFERENCE_NUM_THREADS", "all")
+        self.device = f"OpenVINO {version}, CPU, {float_type}, {number} thread{'s' * (number != 1)}"
 
     def _check_tensors(self, compiled: Any) -> None:
         """The graph's tensors must be those that its metadata promises."""

@@ -300,7 +300,7 @@ def _plan(plan: dict[str, Any] | None, pictures: Path) -> list[Block]:
         return []
     chart = pictures / "plans.svg"
     draw_pareto(chart, plan)
-    text = f"Plan for {plan['budget']}. {_capital(plan_verdict(plan))}"
+    text = f"Made for {plan['budget']}: {plan_verdict(plan)}"
     picture = Picture(chart, "What speed costs: the plans that were considered, this one marked")
     return [Heading("The plan"), Paragraph(text), picture]
 

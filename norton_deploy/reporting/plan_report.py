@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullLocator
+
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.charts import DENSE, LOST, STAGE_COLOURS, chart, legend_above
 from norton_deploy.reporting.provenance import provenance_table
@@ -12,6 +14,8 @@ from norton_deploy.reporting.report import Heading, Paragraph, Picture, Report, 
 
 AXES = {"macs": "reduction of MACs", "params": "reduction of parameters"}
 COLOURS = STAGE_COLOURS
+RATIOS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
+"""What the axis of costs is marked at."""
 
 
 def write_plan_report(path: Path, record: dict[str, Any], picture: Path) -> None:
@@ -163,6 +167,10 @@ def draw_pareto(path: Path, record: dict[str, Any]) -> None:
                     planned["ratio"], planned["measured_harm"], symbol, color=colour, markersize=8, fillstyle="none"
                 )
         axes.set_xlabel(f"Predicted {AXES.get(record['budget'].partition('=')[0], 'speed-up')} over dense")
+        axes.set_xscale("log")
+        axes.set_xticks([ratio for ratio in RATIOS if ratio <= axes.get_xlim()[1]], minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("Harm (relative squared error)")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")  # the scale's own writes powers as TeX

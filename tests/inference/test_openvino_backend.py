@@ -42,7 +42,7 @@ def test_threads_float_type_and_cache(graph, lamp, tmp_path, monkeypatch):
     file = graph()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     predictor = load_predictor(file, backend="openvino", cache=tmp_path / "cache")
-    assert predictor.device.endswith("CPU, fp32, 1 threads")
+    assert predictor.device.endswith("CPU, fp32, 1 thread")
     assert any((tmp_path / "cache").iterdir())
     assert predictor._compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     two = load_predictor(file, backend="openvino", threads=2)
