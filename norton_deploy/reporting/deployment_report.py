@@ -86,7 +86,7 @@ def deployment_report(folder: Path, deployment: Deployment) -> Report:
         Heading("How it was made"),
     ]
     for step in deployment.steps:
-        time = "" if step.seconds is None else f" ({step.seconds:.0f} s)"
+        time = "" if step.seconds is None else f" ({step.seconds:.0f}\u00a0s)"
         blocks.append(Command(step.title + time, step.command))
     if deployment.artefact:
         whole = ", with its whole folder: the README.md there says how to run it"
@@ -247,7 +247,11 @@ def _compared(deployment: Deployment, folder: Path) -> list[Block]:
     blocks: list[Block] = [Heading("Pictures"), Paragraph(text)]
     for image in deployment.compared:
         files = (image.dense, image.small, image.annotated)
-        counts = (f"{image.dense_found} found", f"{image.small_found} found", f"{image.objects} objects")
+        counts = (
+            f"{image.dense_found} found",
+            f"{image.small_found} found",
+            f"{image.objects} object{'s' * (image.objects != 1)}",
+        )
         pictures = (
             Picture(folder / file, f"{name}: {count}") for file, name, count in zip(files, names, counts, strict=True)
         )
