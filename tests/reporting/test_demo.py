@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from norton_deploy.commands.demo import FIXED_S, SMALL_SHARE, Settings, StepTimes, fitted, main
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.deployment import Deployment
 
 SMALL = ("--train-images", "8", "--val-images", "4", "--pretrain-steps", "2", "--finetune-steps", "1",
@@ -29,10 +30,13 @@ def test_as_many_detector_steps_as_the_minutes_allow(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow_resnets")
 def test_the_demo_runs_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    out = tmp_path / "demo"
-    assert main(["--out", str(out), *SMALL]) == 0
+    out, plan = tmp_path / "demo", tmp_path / "plan.yaml"
+    CompressionPlan("resnet50", {"layer3.1.conv2": 1}, {"layer3.1.conv1": 40, "layer2": 96}).save(plan)
+    arguments = ["--out", str(out), "--plan", str(plan), *SMALL]
+    assert main(arguments) == 0
     assert (out / "report.md").read_text().count("pictures/1-dense.jpg") == 1
     report = Deployment.from_json(out / "report.json")
     assert (report.dense.name, report.small.name, report.images, len(report.steps)) == ("dense", "NORTON", 4, 7)
@@ -41,5 +45,5 @@ def test_the_demo_runs_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.M
     times = json.loads((out / "times.json").read_text())
     assert times["classifier"] > 0 and times["detector"] > 0 and not (out / "probe").exists()
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    assert main(["--out", str(out), *SMALL]) == 0
+    assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == made
