@@ -1,4 +1,4 @@
-"""Dense model + plan -> compressed model: decompose first, then prune (paper, section II).
+"""Dense model + plan -> compressed model: decompose first, then prune (paper, section II), or the other way round.
 
 Every tensor of the small model comes from the large one. Names of a plan for a backbone also fit the
 backbone inside a detector, and a detector's plan gives its backbone part to a classifier.
@@ -26,6 +26,7 @@ from norton_deploy.compression.channel_groups import (
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.compression.factored_conv import ChainShape, Decomposed, FactoredConv
 from norton_deploy.compression.fit_plan import fit_plan
+from norton_deploy.errors import UserError
 from norton_deploy.method.coupled import cluster_filters, decompose_coupled
 from norton_deploy.method.cp import CPFactors, decompose_filters
 from norton_deploy.method.filter_selection import FilterChoice, Filters, choose_by_angles
@@ -89,6 +90,9 @@ def compress_with_kept(
     producers are summed, so that they keep the same channels. Filters without CP factors of their own are compared as
     vectors.
 
+    A plan with `first: prune` has its filters chosen likewise; the layers are then cut while dense, and what is left of
+    them is decomposed.
+
     Filters in clusters have to stand beside each other. The channels of such a group are sorted first, in all its
     producers, normalisations and readers, so nothing is left to reorder when the model runs. Pruning takes equally many
     filters out of each cluster.
@@ -107,17 +111,28 @@ def compress_with_kept(
     """
     plan = fit_plan(model, plan)
     small, groups = copy.deepcopy(model), channel_groups(model)
-    steps = len(plan.decomposed) + len(plan.keep.keys() - (chosen or {}).keys())
+    known = chosen or {}
+    rest = {name: count for name, count in plan.keep.items() if name not in known}
+    prunes_first = plan.first == "prune"
+    steps = len(plan.decomposed) * (1 + prunes_first) + len(rest)
     report = progress or (lambda name, steps: None)
     kept = _cluster_orders(model, groups, plan)
     _cut_groups(small, groups, kept)
-    for name in plan.decomposed:
-        small.set_submodule(name, _decompose(_convolution(small, name), plan, name, seed, starts))
-        report(name, steps)
-    known = chosen or {}
-    rest = {name: count for name, count in plan.keep.items() if name not in known}
-    survivors = {**known, **_chosen_filters(small, groups, rest, choose, lambda name: report(name, steps))}
+
+    def decompose(model: nn.Module) -> nn.Module:
+        for name in plan.decomposed:
+            try:
+                model.set_submodule(name, _decompose(_convolution(model, name), plan, name, seed, starts))
+            except UserError as error:  # the plan fits the dense layers, not always what pruning leaves of them
+                raise UserError(f"{plan.source}: layer '{name}': {error}") from None
+            report(name, steps)
+        return model
+
+    judged = decompose(copy.deepcopy(small) if prunes_first else small)
+    survivors = {**known, **_chosen_filters(judged, groups, rest, choose, lambda name: report(name, steps))}
     _cut_groups(small, groups, survivors)
+    if prunes_first:
+        decompose(small)
     kept |= {name: kept[name][index] if name in kept else index for name, index in survivors.items()}
     for name, layer in model.named_modules():
         if any(not parameter.requires_grad for parameter in layer.parameters(recurse=False)):

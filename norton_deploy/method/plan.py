@@ -16,6 +16,7 @@ from norton_deploy.files import atomic_write
 FORMS = ("ranks", "coupled", "tucker", "layer_cp")
 """Sections of a plan that decompose layers."""
 Choice = Literal["angles", "harm"]
+Order = Literal["decompose", "prune"]
 SECTIONS = (*FORMS, "keep")
 _EXPECTED = {
     "ranks": "a whole number",
@@ -38,6 +39,7 @@ _SHARED_HEADER = """\
 # of the output channels], rank.
 """
 _CHOICE_HEADER = "# `choose: harm`: the kept filters are chosen on unlabelled images (compress --refit).\n"
+_ORDER_HEADER = "# `first: prune`: the dense layers are pruned, and what is left of them is decomposed.\n"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class CompressionPlan:
         layer_cp: convolution name -> CP rank of the whole layer, its Kh x Kw kernel positions as one mode.
         choose: which filters are kept: by the "angles" between their factors, as in the paper (eq. 11, Algorithm 1), or
             those whose loss does least "harm" to the next layers on unlabelled images (`choose_by_harm`).
+        first: what comes first. "decompose", as in the paper: factors of the dense layers are cut. "prune": the filters
+            are chosen in the same way, and what is left of the dense layers is decomposed.
     """
 
     architecture: str
@@ -106,10 +110,13 @@ class CompressionPlan:
     tucker: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     layer_cp: Mapping[str, int] = field(default_factory=dict)
     choose: Choice = "angles"
+    first: Order = "decompose"
 
     def __post_init__(self) -> None:
-        if self.choose not in get_args(Choice):
-            raise UserError(f"{self.source}: choose: expected angles or harm, found {shown(self.choose)}")
+        for key, known in (("choose", get_args(Choice)), ("first", get_args(Order))):
+            if getattr(self, key) not in known:
+                found = shown(getattr(self, key))
+                raise UserError(f"{self.source}: {key}: expected {' or '.join(known)}, found {found}")
         for kind in SECTIONS:
             for name, value in getattr(self, kind).items():
                 for number in _numbers(value):
@@ -153,7 +160,7 @@ class CompressionPlan:
         Raises:
             UserError: unknown or missing keys, or values that are not whole numbers >= 1.
         """
-        known = ("architecture", "note", "choose", *SECTIONS)
+        known = ("architecture", "note", "choose", "first", *SECTIONS)
         if not isinstance(values, Mapping):
             raise UserError(f"{source}: expected a plan with {', '.join(known)}, found {shown(values)}")
         for key in values:
@@ -177,6 +184,7 @@ class CompressionPlan:
             note=note if isinstance(note, str) else shown(note),
             source=source,
             choose=values.get("choose", "angles"),
+            first=values.get("first", "decompose"),
             **sections,
         )
 
@@ -191,6 +199,7 @@ class CompressionPlan:
             "architecture": self.architecture,
             "note": self.note,
             **({"choose": self.choose} if self.choose != "angles" else {}),
+            **({"first": self.first} if self.first != "decompose" else {}),
             "ranks": dict(self.ranks),
             **{kind: section for kind, section in shared.items() if section},
             "keep": dict(self.keep),
@@ -210,6 +219,7 @@ class CompressionPlan:
         with atomic_write(path, "w") as stream:
             stream.write(_HEADER + (_SHARED_HEADER if self.coupled or self.tucker or self.layer_cp else ""))
             stream.write(_CHOICE_HEADER if self.choose == "harm" else "")
+            stream.write(_ORDER_HEADER if self.first == "prune" else "")
             yaml.safe_dump(self.to_dict(), stream, sort_keys=False, default_flow_style=False)
 
     def with_prefix(self, architecture: str, prefix: str) -> CompressionPlan:

@@ -11,9 +11,16 @@ from torchvision.models.resnet import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.calibration import reestimate_batch_norm
-from norton_deploy.compression.compress import build_classifier, build_detector, channel_groups, compress
+from norton_deploy.compression.compress import (
+    build_classifier,
+    build_detector,
+    channel_groups,
+    compress,
+    compress_with_kept,
+)
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
+from norton_deploy.method.cp import decompose_filters
 from norton_deploy.method.filter_selection import pabs_distance, select_filters
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
@@ -110,6 +117,27 @@ def test_pruning_only_equals_cutting_by_hand() -> None:
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, atol=0, rtol=0, msg=name)
     assert small(torch.rand(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_what_pruning_leaves_is_decomposed_where_the_plan_says_prune_first() -> None:
+    layer, reader = "layer1.0.conv1", "layer1.0.conv2"
+    model = shake(ClassifierSettings("resnet18", 10).build())
+    plan = CompressionPlan("resnet18", {layer: 2, reader: 2}, {layer: 24})
+    usual, first = (compress_with_kept(model, replace(plan, first=order), starts=1) for order in ("decompose", "prune"))
+    assert usual.kept.keys() == first.kept.keys() == {layer}
+    kept = first.kept[layer]
+    assert torch.equal(usual.kept[layer], kept)
+    wanted = model.get_submodule(reader).weight.detach()[:, kept]  # type: ignore[index]
+    errors = []
+    for small in (usual.model, first.model):
+        block = small.get_submodule(reader)
+        assert isinstance(block, CPDBlock)
+        errors.append(float((block.dense_weight().detach() - wanted).square().sum()))
+    assert errors[1] < errors[0]
+    expected = decompose_filters(wanted, 2, starts=1).reconstruct()
+    torch.testing.assert_close(block.dense_weight(), expected)
+    with pytest.raises(UserError, match=f"layer '{reader}'.*ranks"):
+        compress(model, CompressionPlan("resnet18", {}, {layer: 24}, tucker={reader: (32, 32)}, first="prune"))
 
 
 def zero_out(model: nn.Module, kept: dict[str, Tensor]) -> nn.Module:

@@ -23,7 +23,8 @@ def test_round_trip(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.yaml")
     assert CompressionPlan.load(tmp_path / "plan.yaml") == plan
     assert "choose" not in plan.to_dict()  # the paper's choice
-    harm = replace(plan, choose="harm")
+    assert "first" not in plan.to_dict()
+    harm = replace(plan, choose="harm", first="prune")
     harm.save(tmp_path / "harm.yaml")
     assert CompressionPlan.load(tmp_path / "harm.yaml") == harm
 
@@ -51,6 +52,7 @@ def test_decompositions_are_the_sections_of_a_plan() -> None:
         ("ranks: {}", "'architecture' is missing"),
         ("architecture: resnet50\nrank: {}", "unknown key 'rank'"),
         ("architecture: resnet50\nchoose: luck", "choose: expected angles or harm, found 'luck'"),
+        ("architecture: resnet50\nfirst: nothing", "first: expected decompose or prune, found 'nothing'"),
         ("architecture: resnet50\nranks: {layer1.0.conv2: 0}", "layer 'layer1.0.conv2': expected at least 1"),
         ("architecture: resnet50\nkeep: {layer1: 1.5}", "'layer1': expected a whole number"),
         ("architecture: resnet50\nkeep: {layer1: true}", "'layer1': expected a whole number"),
