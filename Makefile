@@ -18,7 +18,8 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py --out runs/demo
 
-# A worker for each core, a thread for each worker. `test` leaves out what takes minutes; `test-all` is what CI runs.
+# A worker for each core, a thread for each worker. `test` leaves out what takes minutes; `test-all` is what CI runs, with the
+# coverage of the other ones.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 

@@ -4,9 +4,12 @@ import json
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from benchmarks import operator_forms
 
 
+@pytest.mark.slow
 def test_all_forms_give_what_graphs_have(tmp_path, monkeypatch):
     monkeypatch.setattr(operator_forms, "DEFAULT_ITERATIONS", 6)
     # processor time may come in ticks of milliseconds, in which so little is nothing

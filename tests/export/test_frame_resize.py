@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,21 +31,21 @@ from norton_deploy.structures import Task
 FRAME_SIZE = (135, 240)
 
 
-Export = Callable[..., Path]
+Export = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def export(once: Callable[[str, Callable[[Path], None]], Path]) -> Export:
-    """(task, input_size, target) -> a graph behind the host's letterbox (None), or one that takes frames."""
+def of_frames(once: Callable[[str, Callable[[Path], None]], Path]) -> Export:
+    """(task, target) -> a graph that takes frames."""
 
-    def make(task: Task, input_size: tuple[int, int] | None, target: Target = "onnxruntime") -> Path:
+    def make(task: Task, target: Target = "onnxruntime") -> Path:
         def write(path: Path) -> None:
-            settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=input_size)
+            settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=FRAME_SIZE)
             graph = StaticRCNN(lower_model(copy.deepcopy(reduced_detector(task))), settings)
             digest = tensors_digest(reduced_detector(task).state_dict())
             export_onnx(graph, path, categories=CATEGORIES, weights_sha256=digest)
 
-        return once(f"frames-{task}-{target}-{input_size is None}.onnx", write)
+        return once(f"frames-{task}-{target}.onnx", write)
 
     return make
 
@@ -74,8 +75,9 @@ def test_the_bytes_of_the_hosts_letterbox(input_size: tuple[int, int], image_siz
 @pytest.mark.parametrize(
     "task", ["mask", *(pytest.param(task, marks=pytest.mark.slow) for task in ("box", "keypoint"))]
 )
-def test_same_detections_as_behind_the_letterbox(task: Task, export: Export) -> None:
-    on_host, in_graph = (load_predictor(export(task, size), device="cpu") for size in (None, FRAME_SIZE))
+def test_same_detections_as_behind_the_letterbox(task: Task, exported: Export, of_frames: Export) -> None:
+    graphs = (exported(task, "onnxruntime")[1], of_frames(task))
+    on_host, in_graph = (load_predictor(graph, device="cpu") for graph in graphs)
     assert (on_host.input_size, in_graph.input_size) == (IMAGE_SIZE, FRAME_SIZE)
     frames = list(blobs(3, FRAME_SIZE, seed=5).numpy())
     detections = 0
@@ -94,15 +96,15 @@ def test_same_detections_as_behind_the_letterbox(task: Task, export: Export) -> 
     assert max(float(found.boxes[:, 2].max()) for found in in_graph(frames)) > IMAGE_SIZE[1]
 
 
-def test_frames_of_another_size_are_refused(export: Export) -> None:
-    predictor = load_predictor(export("box", FRAME_SIZE), device="cpu")
+def test_frames_of_another_size_are_refused(of_frames: Export) -> None:
+    predictor = load_predictor(of_frames("box"), device="cpu")
     message = r"exactly 135x240 \(height x width\), got 120x150; export with --input-size 120 150"
     with pytest.raises(UserError, match=message):
         predictor([np.zeros((*IMAGE_SIZE, 3), np.uint8)])
 
 
-def test_parity_covers_the_resizing(export: Export, tmp_path: Path) -> None:
-    path = export("keypoint", FRAME_SIZE)
+def test_parity_covers_the_resizing(of_frames: Export, tmp_path: Path) -> None:
+    path = of_frames("keypoint")
     contract = read_contract(path)
     assert (contract.input_size, contract.image_size, contract.resize) == (FRAME_SIZE, IMAGE_SIZE, "graph")
     images = list(blobs(2, FRAME_SIZE, seed=5).numpy())
@@ -120,8 +122,8 @@ def test_parity_covers_the_resizing(export: Export, tmp_path: Path) -> None:
         check_parity(reduced_detector("keypoint"), tmp_path / "shifted.onnx", images).require()
 
 
-def test_boxes_in_the_wrong_pixels_are_noticed(export: Export, tmp_path: Path) -> None:
-    model = onnx.load(export("box", FRAME_SIZE))
+def test_boxes_in_the_wrong_pixels_are_noticed(of_frames: Export, tmp_path: Path) -> None:
+    model = onnx.load(of_frames("box"))
     factors = next(entry for entry in model.graph.initializer if "to_frame" in entry.name)
     factors.CopyFrom(numpy_helper.from_array(np.ones(4, np.float32), factors.name))
     save_signed(model, tmp_path / "unscaled.onnx")
@@ -133,8 +135,8 @@ def test_boxes_in_the_wrong_pixels_are_noticed(export: Export, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
-def test_rtx_engine_that_takes_frames(export: Export, tmp_path: Path) -> None:
-    path = export("mask", FRAME_SIZE, "tensorrt")
+def test_rtx_engine_that_takes_frames(of_frames: Export, tmp_path: Path) -> None:
+    path = of_frames("mask", "tensorrt")
     manifest = tensorrt_build.build_engine(path, tmp_path / "frame.engine", compute_capability="86")
     assert manifest.contract.input_size == FRAME_SIZE
 

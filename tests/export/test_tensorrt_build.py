@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +27,13 @@ needs_rtx = pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_r
 
 
 QUICK = ("mask", "fp16", True)
-"""The one of twelve that belongs to the quick tests."""
+"""The one that belongs to the quick tests."""
 ENGINES = [
-    pytest.param(*engine, marks=() if engine == QUICK else pytest.mark.slow)
-    for engine in product(TASKS, ("fp32", "fp16"), (False, True))
+    pytest.param(task, precision, compressed, marks=() if (task, precision, compressed) == QUICK else pytest.mark.slow)
+    for task in TASKS
+    for precision, compressed in (("fp32", task == "box"), ("fp16", task != "box"))
 ]
+"""Every pair of task, precision and compression; all of them at full size are in benchmarks/engine_builds.py."""
 
 
 @needs_rtx

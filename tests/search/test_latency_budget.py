@@ -170,6 +170,7 @@ def test_of_plans_whose_times_never_agree_the_nearest_is_taken(monkeypatch: pyte
     assert abs(found.measured_ms / wanted - 1) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "device"), [("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")])
 def test_a_plan_is_timed_on_the_engine_that_it_is_for(
     engine: TimedEngine, device: str, monkeypatch: pytest.MonkeyPatch
