@@ -303,16 +303,17 @@ def _refit_layer(
     A fit on one half of the samples is tried on the other half with every ridge; if none helps there, too few
     samples were given for so many unknowns and the layer stays.
     """
-    equations = halves[0].merged(halves[1])
     old = (layer.dense_weight() if isinstance(layer, Decomposed) else cast(Tensor, layer.weight)).detach().flatten(1)
     old_bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
-    before = equations.squared_error(old, old_bias)
-    energy, error = float(equations.energy.sum()), float(before.sum())
+    before = sum((half.squared_error(old, old_bias) for half in halves), old.new_zeros((), dtype=torch.float64))
+    energy, error = float(sum(half.energy.sum() for half in halves)), float(before.sum())
     if energy == 0 or error <= EXACT * energy:
         return LayerRefit(name, 0.0, 0.0)
     ridge = _best_ridge(layer, prior, halves, old, old_bias)
     if ridge is None:
         return LayerRefit(name, error / energy, error / energy)
+    equations = halves[0].merged(halves[1])
+    del halves  # a wide layer's moments are large
     found = _solution(layer, prior, equations, old, ridge, sweeps)
     after = equations.squared_error(found.weight, found.bias)
     better = after < before
