@@ -125,9 +125,7 @@ def evaluate(settings: Settings, model: Path) -> dict[str, Any]:
 def report(results: ResultCells) -> str:
     """A row for each size."""
     told = results.settings
-    caption = (
-        f"Refit of `{told['plan']}` on {told['images']} images, untrained; AP on {told['val_images']} images"
-    )
+    caption = f"Refit of `{told['plan']}` on {told['images']} images, untrained; AP on {told['val_images']} images"
 
     def ap(kind: str) -> Callable[[tuple[str, Cell]], str]:
         return lambda row: f"{row[1]['metrics'][kind]['AP']:.3f}" if "metrics" in row[1] else "-"
