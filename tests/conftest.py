@@ -73,13 +73,11 @@ class NarrowResNet(resnet.ResNet):
         return super()._make_layer(block, planes // 4, *arguments, **options)
 
 
-@pytest.fixture(scope="module")
-def narrow_resnets() -> Iterator[None]:
+@pytest.fixture
+def narrow_resnets(monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNets that are built here are narrow: closed-form fits of 512 channels by 9 positions take half a minute."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "resnet18", partial(NarrowResNet, resnet.BasicBlock, [2, 2, 2, 2]))
-        patch.setattr(resnet, "resnet50", partial(NarrowResNet, resnet.Bottleneck, [3, 4, 6, 3]))
-        yield
+    monkeypatch.setattr(resnet, "resnet18", partial(NarrowResNet, resnet.BasicBlock, [2, 2, 2, 2]))
+    monkeypatch.setattr(resnet, "resnet50", partial(NarrowResNet, resnet.Bottleneck, [3, 4, 6, 3]))
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,11 @@ from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.deployment import Deployment
 
-PLAN = "architecture: rcnn\nranks:\n  backbone.body.layer4.1.conv2: 1\nkeep:\n  backbone.body.layer4.0.conv1: 256\n"
+PLAN = "architecture: rcnn\nranks:\n  backbone.body.layer4.1.conv2: 1\nkeep:\n  backbone.body.layer4.0.conv1: 64\n"
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def own(narrow_resnets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small torchvision detector of the embedded categories with random weights, as a .pth; and a plan for it."""
     folder = tmp_path_factory.mktemp("own")
     torch.manual_seed(0)

@@ -43,9 +43,14 @@ TINY = {
     "export_trt": "--parity-images 1 --nms-iterations 4",
     "predict": "--device cpu",
 }
-SMALL_IMAGES = (  # random weights need a normalisation that lives
-    "--detector.image.min-size 96 --detector.image.max-size 128 --detector.backbone.norm batch"
+SMALL_DETECTOR = (  # random weights need a normalisation that lives
+    "--detector.image.min-size 96 --detector.image.max-size 128 --detector.backbone.norm batch "
+    "--detector.backbone.fpn-channels 32 --detector.roi.box-features 32 --detector.roi.mask-channels 16 "
+    "--detector.rpn.pre-nms 100 60 --detector.rpn.post-nms 100 50 --detector.roi.detections-per-image 20"
 )
+
+
+pytestmark = pytest.mark.usefixtures("narrow_resnets")
 
 
 def commands_of(tutorial: str) -> list[list[str]]:
@@ -72,7 +77,7 @@ def folder(tmp_path: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "data").symlink_to(tiny_coco)
     (tmp_path / "coco").symlink_to(tiny_coco)
     Image.fromarray(draw_scene(5, (96, 128)).image).save(tmp_path / "picture.jpg")
-    plan = CompressionPlan("rcnn", {"backbone.body.layer4.1.conv2": 1}, {"backbone.body.layer4.1.conv1": 16})
+    plan = CompressionPlan("rcnn", {"backbone.body.layer1.1.conv2": 1}, {"backbone.body.layer1.1.conv1": 8})
     plan.save(tmp_path / "configs" / "plans" / "fast.yaml")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -96,7 +101,7 @@ def test_every_tutorial_is_run() -> None:
 def test_own_data(folder: Path) -> None:
     follow(
         "own_data",
-        train_det=f"{SMALL_IMAGES} --detector.backbone.architecture resnet18 --detector.backbone.fpn-channels 32",
+        train_det=f"{SMALL_DETECTOR} --detector.backbone.architecture resnet18",
     )
     assert (folder / "small_detector" / "labels.txt").is_file() and (folder / "seen" / "detections.json").is_file()
 
@@ -121,6 +126,6 @@ def test_reproduce(folder: Path) -> None:
             target.mkdir(parents=True)
             pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(target / "a.png")
-    CompressionPlan("resnet50", {"layer4.2.conv2": 1}, {}).save(folder / "configs" / "plans" / "table3.yaml")
-    follow("reproduce", compress="--weights none", train_det=SMALL_IMAGES)
+    CompressionPlan("resnet50", {"layer1.2.conv2": 1}, {}).save(folder / "configs" / "plans" / "table3.yaml")
+    follow("reproduce", compress="--weights none", train_det=SMALL_DETECTOR)
     assert (folder / "mask.json").is_file()
