@@ -33,11 +33,11 @@ from benchmarks.lib.cifar_experiment import (
     save_state,
 )
 from benchmarks.lib.resident_training import use_gpu_forms
+from benchmarks.lib.rival_choices import choose_living_by_angles
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import layer_nmse
-from norton_deploy.method.filter_selection import choose_living_by_angles
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 

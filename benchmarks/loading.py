@@ -21,7 +21,14 @@ from benchmarks.lib.cifar_experiment import IMAGE_SIZE, MEAN, STD
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.data.classification import ClassificationFolder, list_class_files
 from norton_deploy.data.resident_images import read_resident_images
-from norton_deploy.training.batches import Batch, EpochLoader, ResidentBatches, SampledBatches, collate_classes
+from norton_deploy.training.batches import (
+    Batch,
+    EpochLoader,
+    GroupedBatchSampler,
+    ResidentBatches,
+    SampledBatches,
+    collate_classes,
+)
 from norton_deploy.training.settings import TrainingSettings, build_accelerator
 
 RESIDENT, READ = "in memory", "read one by one"
@@ -57,9 +64,10 @@ def measure(settings: Settings) -> dict[str, Any]:
     convert = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))]
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *convert])
     files = ClassificationFolder(list_class_files(settings.data, "train"), transform)
+    sampler = GroupedBatchSampler.of(len(files), training, accelerator)
     batches = {
         RESIDENT: _endless(ResidentBatches(images.to(accelerator.device), training, accelerator)),
-        READ: _endless(SampledBatches.of(files, collate_classes, training, accelerator)),
+        READ: _endless(SampledBatches(files, sampler, collate_classes, training.workers)),
     }
 
     def draw(name: str, _step: int) -> None:

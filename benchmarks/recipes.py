@@ -19,13 +19,13 @@ from torch import nn
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, Teacher, digest_of, fine_tuning, percent
+from benchmarks.lib.rival_choices import choose_living_by_angles
 from benchmarks.lib.training_runs import LAST
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.compression.calibration import make_probes, reestimate_batch_norm
 from norton_deploy.compression.compress import compress, compress_with_kept
 from norton_deploy.compression.refit import refit
 from norton_deploy.data.image_folder import read_images
-from norton_deploy.method.filter_selection import choose_living_by_angles
 from norton_deploy.method.plan import CompressionPlan
 
 PROBE_BATCH = 200

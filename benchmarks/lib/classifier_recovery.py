@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.training_runs import train_once
+from benchmarks.lib.training_runs import PRECISION_NAMES, train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint, tensors_digest
 from norton_deploy.compression.calibration import reestimate_batch_norm
 from norton_deploy.cost.complexity import complexity_of
@@ -21,7 +21,6 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.reporting.report import PRECISION_NAMES
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings
 from norton_deploy.training.initial_weights import InitialModel
 from norton_deploy.training.trainer import NonFiniteLossError

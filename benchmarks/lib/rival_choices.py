@@ -7,7 +7,11 @@ from torch import Tensor
 
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import CPFactors
-from norton_deploy.method.filter_selection import Filters
+from norton_deploy.method.filter_selection import Filters, choose_by_angles
+
+SWITCHED_OFF = 1e-2
+"""A filter whose norm is below this fraction of its layer's largest has been switched off by its training. No filter of
+VGG-16-BN is after training as a dense network: its smallest are at 0.08 of the largest."""
 
 
 def choose_by_l1_norm(layers: Sequence[Filters], keep: int) -> Tensor:
@@ -30,6 +34,15 @@ def choose_by_geometric_median(layers: Sequence[Filters], keep: int) -> Tensor:
 def choose_at_random(layers: Sequence[Filters], keep: int, *, generator: torch.Generator) -> Tensor:
     """`keep` filters, all sets equally likely; the control."""
     return _largest(torch.rand(len(_vectors(layers)), generator=generator), keep)
+
+
+def choose_living_by_angles(layers: Sequence[Filters], keep: int) -> Tensor:
+    """`choose_by_angles` for filters that were trained as factors, where those that were switched off go first.
+
+    Weight decay on the three factors of a filter shrinks their product three times as fast as decay of the product
+    would, down to nothing where the loss does not resist.
+    """
+    return choose_by_angles(layers, keep, dead=SWITCHED_OFF)
 
 
 def _vectors(layers: Sequence[Filters]) -> Tensor:

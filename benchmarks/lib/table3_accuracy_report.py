@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.lib.cells import ResultCells
+from benchmarks.lib.training_runs import PRECISION_NAMES
 from norton_deploy.evaluation.coco_metrics import primary_iou_type, table3_scores
 from norton_deploy.reporting.detector_table import MODEL_NAMES, PAPER_ROWS, reduction_percent
-from norton_deploy.reporting.report import PRECISION_NAMES, Heading, Paragraph, Report, Table
+from norton_deploy.reporting.report import Heading, Paragraph, Report, Table
 from norton_deploy.structures import Task
 
 Cell = Mapping[str, Any]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 CONFIGS = Path("configs")
 LAST = "last.safetensors"
+PRECISION_NAMES = {"no": "float32", "bf16": "mixed with bfloat16"}
+"""A training's `precision` -> what tables call it."""
 
 
 def read_recipe(settings_class: type[S], name: str, **given: Any) -> S:

@@ -139,15 +139,14 @@ class LayerCall:
 
 
 def layer_calls(
-    model: nn.Module, image_size: tuple[int, int], *, proposals: int = 1000, detections: int = 100, batch: int = 1
+    model: nn.Module, image_size: tuple[int, int], *, proposals: int = 1000, detections: int = 100
 ) -> list[LayerCall]:
-    """The calls for one batch, in order; nothing is computed (meta device).
+    """The calls for one image, in order; nothing is computed (meta device).
 
     Args:
         model: classifier or detector, dense or compressed.
         image_size: (height, width) of the images; a detector pads them to its size divisor.
         proposals, detections: RoIs per image through the box head and through the mask or keypoint head.
-        batch: images.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     inside = tuple(f"{name}." for name, layer in shadow.named_modules() if isinstance(layer, CPDBlock))
@@ -159,7 +158,7 @@ def layer_calls(
     for name, layer in shadow.named_modules():
         if isinstance(layer, (CPDBlock, *LAYERS)) and not name.startswith(inside):
             layer.register_forward_pre_hook(lambda module, inputs, name=name: record(name, module, inputs))
-    run_on_meta(shadow, image_size, proposals * batch, detections * batch, batch)
+    run_on_meta(shadow, image_size, proposals, detections)
     return calls
 
 
@@ -269,21 +268,20 @@ def complexity_of(model: nn.Module, settings: ModelSettings) -> Complexity:
 
 
 @torch.no_grad()
-def run_on_meta(model: Any, image_size: tuple[int, int], proposals: int, detections: int, batch: int = 1) -> None:
-    """Send tensors of the right shapes through a classifier, or through every stage of a detector that has weights.
+def run_on_meta(model: Any, image_size: tuple[int, int], proposals: int, detections: int) -> None:
+    """Send an image's tensors through a classifier, or through every stage of a detector that has weights.
 
     Args:
         model: on the meta device.
-        image_size: (height, width) of the images.
-        proposals, detections: RoIs in all, through the box head and through the mask or keypoint head.
-        batch: images.
+        image_size: (height, width).
+        proposals, detections: RoIs through the box head and through the mask or keypoint head.
     """
     if not is_detector(model):
-        model(torch.empty(batch, 3, *image_size, device="meta"))
+        model(torch.empty(1, 3, *image_size, device="meta"))
         return
     divisor = model.transform.size_divisible
     height, width = (-(-side // divisor) * divisor for side in image_size)
-    features = model.backbone(torch.empty(batch, 3, height, width, device="meta"))
+    features = model.backbone(torch.empty(1, 3, height, width, device="meta"))
     model.rpn.head(list(features.values()))
     channels = model.backbone.out_channels
     heads = model.roi_heads

@@ -6,7 +6,6 @@ inference alike, and annotations belong to the upright picture. A tag that canno
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,23 +35,19 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-def read_image(path: str | Path, content: bytes | None = None) -> npt.NDArray[np.uint8]:
+def read_image(path: str | Path) -> npt.NDArray[np.uint8]:
     """Decode a picture: uint8 RGB [H, W, 3], upright; grey, palette, CMYK and 16-bit grey are converted, alpha dropped.
-
-    Args:
-        path: the file.
-        content: its bytes where they have been read already, out of an archive; the path then only names it.
 
     Raises:
         UserError: the file is missing, no regular file, no picture of `FORMATS`, truncated, or larger than
             `MAX_PIXELS`.
     """
-    return np.array(read_picture(path, content))
+    return np.array(read_picture(path))
 
 
-def read_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
+def read_picture(path: str | Path) -> Image.Image:
     """As `read_image`, as Pillow's picture of mode RGB."""
-    with _opened(path, content) as picture:
+    with _opened(path) as picture:
         turn = _TURNS.get(_orientation(picture))
         rgb = _to_rgb(picture)
         return rgb if turn is None else rgb.transpose(turn)
@@ -81,11 +76,10 @@ def sizes_of(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 @contextmanager
-def _opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    if content is None:
-        require_regular(path, "a picture")
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    require_regular(path, "a picture")
     try:
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width} x {picture.height}"
                 raise UserError(f"{path}: has {size} pixels, more than {MAX_PIXELS} in all; make it smaller")

@@ -99,7 +99,6 @@ def evaluate_detector(
     detect: Detector,
     dataset: CocoDetection,
     *,
-    categories: Categories | None = None,
     limit: int | None = None,
     batch_size: int = 1,
     workers: int = 0,
@@ -114,8 +113,8 @@ def evaluate_detector(
 
     Args:
         detect: images -> detections.
-        dataset: the split; crowds, small objects and images without objects count as COCO's rules say.
-        categories: the detector's labels, by default the dataset's.
+        dataset: the split, whose categories are the detector's; crowds, small objects and images without objects count
+            as COCO's rules say.
         limit: evaluate the first so many images only.
         batch_size: images per call of `detect`.
         workers: processes that decode images.
@@ -123,7 +122,6 @@ def evaluate_detector(
     """
     # joins torchrun's processes, unless a trainer has done so before; without `cpu` it would not on CPUs
     state = PartialState(cpu=not torch.cuda.is_available())
-    labels = dataset.categories if categories is None else categories
     chosen = range(len(dataset))[:limit]
     done = {} if journal is None else journal.done
     left = [index for index in chosen if dataset.image_ids[index] not in done]
@@ -135,7 +133,7 @@ def evaluate_detector(
         for batch in one_line_errors(loader):
             found = detect([pixels for _, pixels in batch])
             for (image_id, _), detections in zip(batch, found, strict=True):
-                entries = detections.to_coco_results(image_id, labels)
+                entries = detections.to_coco_results(image_id, dataset.categories)
                 own.extend(entries)
                 if journal is not None:
                     journal.add(image_id, entries)

@@ -175,12 +175,12 @@ def is_adaptive(model: GeneralizedRCNN) -> bool:
     return any(pooler.sampling_ratio <= 0 for pooler in _poolers(model))
 
 
-def fix_sampling(model: GeneralizedRCNN, samples: int = EXPORTED_SAMPLES) -> GeneralizedRCNN:
-    """A copy of a detector whose adaptive RoI poolings take `samples` samples per cell and axis."""
+def fix_sampling(model: GeneralizedRCNN) -> GeneralizedRCNN:
+    """A copy of a detector whose adaptive RoI poolings take `EXPORTED_SAMPLES` samples per cell and axis."""
     fixed = copy.deepcopy(model)
     for pooler in _poolers(fixed):
         if pooler.sampling_ratio <= 0:
-            pooler.sampling_ratio = samples
+            pooler.sampling_ratio = EXPORTED_SAMPLES
     return fixed
 
 

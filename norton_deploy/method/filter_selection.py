@@ -26,9 +26,6 @@ SMALL_ANGLE = 1e-5
 BLOCK_NUMBERS = 2**20
 DEAD = 1e-6
 """A filter whose norm is below this fraction of its layer's largest contributes nothing."""
-SWITCHED_OFF = 1e-2
-"""A filter whose norm is below this fraction of its layer's largest has been switched off by its training. No filter of
-VGG-16-BN is after training as a dense network: its smallest are at 0.08 of the largest."""
 Filters = CPFactors | Tensor
 FilterChoice = Callable[[Sequence[Filters], int], Tensor]
 
@@ -202,7 +199,6 @@ def choose_by_angles(
     layers: Sequence[Filters],
     keep: int,
     *,
-    weights: tuple[float, float, float] = EQUAL_WEIGHTS,
     measure: AngleMeasure = "largest",
     dead: float = DEAD,
 ) -> Tensor:
@@ -215,7 +211,6 @@ def choose_by_angles(
     Args:
         layers: filters of the coupled layers, O each.
         keep: number of filters O' to keep, 1 <= O' <= O.
-        weights: alpha, beta, gamma of eq. 11.
         measure: how the principal angles become one distance (`pabs_distance`).
         dead: norm, as a fraction of the largest of its layer, below which a filter does nothing.
 
@@ -230,16 +225,5 @@ def choose_by_angles(
         return size.argsort(descending=True, stable=True)[:keep].sort().values.cpu()
     if len(living) < len(size):
         layers = [part.select_filters(living) if isinstance(part, CPFactors) else part[living] for part in layers]
-    distance = torch.stack([pabs_distance(filters, weights=weights, measure=measure) for filters in layers]).sum(dim=0)
+    distance = torch.stack([pabs_distance(filters, measure=measure) for filters in layers]).sum(dim=0)
     return living.cpu()[select_filters(distance, keep)]
-
-
-def choose_living_by_angles(layers: Sequence[Filters], keep: int) -> Tensor:
-    """`choose_by_angles` for filters that were trained as factors, where those that were switched off go first.
-
-    Weight decay on the three factors of a filter shrinks their product three times as fast as decay of the product
-    would, down to nothing where the loss does not resist.
-
-    Args, Returns: see `choose_by_angles`.
-    """
-    return choose_by_angles(layers, keep, dead=SWITCHED_OFF)

@@ -9,6 +9,8 @@ import numpy.typing as npt
 from norton_deploy.structures import Detections
 
 Arrays = dict[str, npt.NDArray[Any]]
+PAIRED_IOU = 0.5
+"""Pairs overlap at least this much."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ def pair_detections(
     score_threshold: float,
     max_detections: int,
     score_tolerance: float,
-    min_iou: float = 0.5,
 ) -> Pairing:
     """Pair greedily, closest boxes first, within each label.
 
@@ -51,10 +52,9 @@ def pair_detections(
         score_threshold: below it both runs drop detections.
         max_detections: both runs keep at most so many.
         score_tolerance: how far from a cut counts as borderline.
-        min_iou: pairs overlap at least this much.
     """
     distance = np.abs(first.boxes[:, None] - second.boxes[None]).max(axis=2)
-    allowed = (first.labels[:, None] == second.labels[None]) & (box_iou(first.boxes, second.boxes) >= min_iou)
+    allowed = (first.labels[:, None] == second.labels[None]) & (box_iou(first.boxes, second.boxes) >= PAIRED_IOU)
     distance = np.where(allowed, distance, np.inf)
     pairs: list[tuple[int, int]] = []
     free_rows, free_columns = np.ones(len(first), bool), np.ones(len(second), bool)

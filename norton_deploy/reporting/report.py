@@ -13,8 +13,6 @@ from typing import Literal
 
 from norton_deploy.errors import UserError
 
-PRECISION_NAMES = {"no": "float32", "bf16": "mixed with bfloat16"}
-"""A training's `precision` -> what tables call it."""
 PICTURE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 STYLE = Path(__file__).with_name("report.css")
 NUMBER = re.compile(r"[-+−±]?[\d.,]+\b.{0,16}|[-–]?")

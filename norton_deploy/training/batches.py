@@ -185,20 +185,6 @@ class SampledBatches:
     ) -> None:
         self.dataset, self.sampler, self.collate, self.workers = dataset, sampler, collate, workers
 
-    @classmethod
-    def of(
-        cls,
-        dataset: EpochDataset,
-        collate: Callable[[list[Any]], Batch],
-        settings: TrainingSettings,
-        accelerator: Accelerator,
-        *,
-        image_sizes: npt.ArrayLike | None = None,
-    ) -> "SampledBatches":
-        """A process's share of a dataset; `image_sizes` [images, 2] are for batches of alike aspect ratio."""
-        sampler = GroupedBatchSampler.of(len(dataset), settings, accelerator, image_sizes=image_sizes)
-        return cls(dataset, sampler, collate, settings.workers)
-
     def __len__(self) -> int:
         return len(self.sampler)
 

@@ -18,7 +18,14 @@ from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.files import atomic_write
 from norton_deploy.models.classifiers import Architecture, ClassifierSettings, Norm
-from norton_deploy.training.batches import Batch, EpochLoader, ResidentBatches, SampledBatches, collate_classes
+from norton_deploy.training.batches import (
+    Batch,
+    EpochLoader,
+    GroupedBatchSampler,
+    ResidentBatches,
+    SampledBatches,
+    collate_classes,
+)
 from norton_deploy.training.distillation import DistilledClassification, open_classifier_teacher
 from norton_deploy.training.forms import use_cpu_forms
 from norton_deploy.training.initial_weights import InitialModel, initial_classifier
@@ -165,7 +172,8 @@ def train_classifier(
             )
             for split in ("train", "val")
         )
-        loader = SampledBatches.of(train, collate_classes, settings, accelerator)
+        sampler = GroupedBatchSampler.of(len(train), settings, accelerator)
+        loader = SampledBatches(train, sampler, collate_classes, settings.workers)
 
     def evaluate(model: nn.Module) -> Evaluation:
         how: Any = {"batch_size": settings.batch_size, "workers": settings.workers, "progress": settings.progress}

@@ -19,7 +19,7 @@ from norton_deploy.files import sha256_of
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Task
-from norton_deploy.training.batches import Batch, SampledBatches, collate_detections
+from norton_deploy.training.batches import Batch, GroupedBatchSampler, SampledBatches, collate_detections
 from norton_deploy.training.distillation import DetectorImitation, open_detector_teacher
 from norton_deploy.training.initial_weights import initial_detector, training_categories
 from norton_deploy.training.rounding import round_layers
@@ -188,11 +188,12 @@ def train_detector(
         )
         return Evaluation(evaluation.metrics, table3_scores(settings.task, evaluation.metrics)[0])
 
+    sampler = GroupedBatchSampler.of(len(train), settings, accelerator, image_sizes=train.image_sizes())
     trainer = Trainer(
         accelerator=accelerator,
         model=start.model,
         loss_terms=loss_terms,
-        loader=SampledBatches.of(train, collate_detections, settings, accelerator, image_sizes=train.image_sizes()),
+        loader=SampledBatches(train, sampler, collate_detections, settings.workers),
         settings=settings,
         evaluate=evaluate,
         save_model=lambda path, model: save_checkpoint(path, model, header),

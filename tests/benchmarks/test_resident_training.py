@@ -15,10 +15,10 @@ from benchmarks.lib.resident_training import (
     train_resident,
     use_gpu_forms,
 )
+from benchmarks.lib.rival_choices import choose_living_by_angles
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.data.resident_images import ResidentImages
-from norton_deploy.method.filter_selection import choose_living_by_angles
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 

@@ -57,9 +57,6 @@ def test_macs_and_parameters_are_those_of_the_complexity_counter() -> None:
     counted = count_complexity(model, (64, 96), proposals=20, detections=5)
     assert sum(call.shape.macs for call in calls) == counted.macs
     assert [call.name for call in calls].count("rpn.head.conv.0.0") == 5
-    assert max(
-        call.shape.macs for call in layer_calls(model, (64, 96), batch=2) if "body.conv1" in call.name
-    ) == 2 * max(call.shape.macs for call in calls if "body.conv1" in call.name)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

@@ -1,6 +1,7 @@
 """Algorithm 1 against a literal double loop over its lines."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from norton_deploy.errors import UserError
 from norton_deploy.method.cp import decompose_filters
-from norton_deploy.method.filter_selection import choose_by_angles, choose_living_by_angles, select_filters
+from norton_deploy.method.filter_selection import choose_by_angles, select_filters
 
 
 def algorithm_1(distance: Tensor, keep: int) -> list[int]:
@@ -88,6 +89,9 @@ def test_what_is_not_a_distance_matrix_is_refused() -> None:
 
 def filters(count: int, length: int, seed: int = 0) -> Tensor:
     return torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
+
+
+choose_living_by_angles = partial(choose_by_angles, dead=1e-2)
 
 
 def test_filters_that_were_switched_off_go_first_though_their_angles_are_the_largest() -> None:

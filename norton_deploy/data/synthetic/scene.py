@@ -258,12 +258,11 @@ def _sample_objects(rng: np.random.Generator, image_size: tuple[int, int], objec
     return [items[index] for index in np.argsort(depth, kind="stable")]
 
 
-def draw_scene(seed: int | Sequence[int], image_size: tuple[int, int], time_s: float = 0.0) -> Scene:
-    """Draw one scene: the same seed, size and time give the same picture, whatever was drawn before.
+def draw_scene(seed: int | Sequence[int], image_size: tuple[int, int]) -> Scene:
+    """Draw one scene: the same seed and size give the same picture, whatever was drawn before.
 
     Args:
         seed: an integer or a sequence of them.
         image_size: (height, width) in pixels, at least 32 each.
-        time_s: seconds; the frames of one seed make a video (see `SyntheticVideo`, which is faster for many).
     """
-    return SyntheticVideo(seed, image_size).frame(time_s)
+    return SyntheticVideo(seed, image_size).frame()
