@@ -1,16 +1,13 @@
-"""Writing files and folders whole or not at all, one process at a time; naming them by their content, and keeping
-results as they come; reading JSON, and using names as paths, that a stranger may have written."""
+"""Writing files and folders whole or not at all; naming them by their content; reading JSON, and using names as paths,
+that a stranger may have written."""
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import stat
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -32,10 +29,11 @@ PARTIAL = ".partial"
 """How the names of files and folders end that are not whole yet: .NAME.XXXXXXXX.partial, beside NAME."""
 
 
-def _umask() -> int:
+def give_usual_rights(path: str | Path) -> None:
+    """Those of a new file by the process's umask; a temporary file is its owner's alone."""
     umask = os.umask(0)
     os.umask(umask)
-    return umask
+    os.chmod(path, 0o666 & ~umask)
 
 
 @contextmanager
@@ -59,7 +57,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(neighbour, 0o666 & ~_umask())
+        give_usual_rights(neighbour)
         os.replace(neighbour, target)
     except BaseException as error:
         Path(neighbour).unlink(missing_ok=True)
@@ -140,41 +138,6 @@ def check_output_folder(path: Path, *, replaces: str | None = None) -> None:
         raise UserError(f"{path}: holds something already; remove it or choose another folder")
     if not (path / replaces).is_file():
         raise UserError(f"{path}: holds something else (no {replaces}), and stays; choose another folder")
-
-
-@contextmanager
-def held(lock: Path, doing: str) -> Iterator[None]:
-    """Keep every other process away from a file's folder meanwhile.
-
-    The lock is the operating system's: one whose process died, on whatever host, holds nobody up.
-
-    Args:
-        lock: file in that folder; it stays there and names who holds it, or did so last.
-        doing: what its holder does there, for the message.
-
-    Raises:
-        UserError: another process holds it (the message names it), or the folder cannot be written to.
-    """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise UserError(f"{lock}: cannot write here ({error.strerror}); choose another --out") from error
-    with os.fdopen(descriptor, "r+") as stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            holder = stream.read().strip() or "another process"
-            raise UserError(f"{lock.parent}: {holder} {doing}; wait for it or choose another --out") from error
-        except OSError:  # a file system without locks can keep nobody out
-            pass
-        try:
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            stream.flush()
-        except OSError as error:
-            raise UserError(f"{lock}: cannot be written ({error.strerror})") from error
-        yield
 
 
 @contextmanager
@@ -336,58 +299,3 @@ def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-class ResultFile:
-    """Results by name in one JSON file, {"settings": ..., "cells": {name: result}}, all made with the same settings.
-
-    What takes long is measured once: a stopped run goes on with the results that are there.
-
-    Attributes:
-        path: the file, or None to keep everything in memory.
-        settings: what the results depend on, as JSON values.
-        cells: name -> result, as JSON values.
-    """
-
-    def __init__(
-        self, path: Path | None, settings: Mapping[str, Any], *, resume: bool = True, otherwise: str, every_s: float = 0
-    ) -> None:
-        """
-        Args:
-            resume: go on with the file's results where there is one; otherwise it is replaced.
-            otherwise: what to do about a file of other settings, for the message.
-            every_s: seconds between two writings.
-
-        Raises:
-            UserError: the file's results were made with other settings, or it is no such file.
-        """
-        self.path = path
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.cells: dict[str, Any] = {}
-        self._every_s, self._saved_s = every_s, time.monotonic()
-        if not resume or path is None or not path.is_file():
-            return
-        found = read_json(path, "a file of results")
-        before = found.get("settings") if isinstance(found, dict) else None
-        cells = found.get("cells") if isinstance(found, dict) else None
-        if not isinstance(before, dict) or not isinstance(cells, dict):
-            raise UserError(f"{path}: not a file of results with their settings; {otherwise}")
-        self.cells = cells
-        for name in sorted(before.keys() | self.settings.keys()):
-            old, now = before.get(name), self.settings.get(name)
-            if old != now:
-                raise UserError(f"{path}: measured with {name} = {old!r}, now it is {now!r}; {otherwise}")
-
-    def add(self, cells: Mapping[str, Any]) -> None:
-        """Take results in, and write the file if the last writing is `every_s` ago."""
-        self.cells.update(cells)
-        if time.monotonic() - self._saved_s >= self._every_s:
-            self.save()
-
-    def save(self) -> None:
-        """Write the file, whole or not at all."""
-        self._saved_s = time.monotonic()
-        if self.path is not None:
-            with atomic_write(self.path, "w") as stream:
-                json.dump({"settings": self.settings, "cells": self.cells}, stream, indent=1)
-                stream.write("\n")

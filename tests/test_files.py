@@ -8,7 +8,6 @@ import pytest
 
 from norton_deploy.errors import UserError, shown
 from norton_deploy.files import (
-    ResultFile,
     atomic_write,
     check_output_file,
     check_tree,
@@ -18,6 +17,7 @@ from norton_deploy.files import (
     read_json,
     refuse_same_file,
 )
+from norton_deploy.result_file import ResultFile
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:

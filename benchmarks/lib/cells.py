@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
-from norton_deploy.files import ResultFile, atomic_write
+from norton_deploy.files import atomic_write
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.report import Report, Table
+from norton_deploy.result_file import ResultFile
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

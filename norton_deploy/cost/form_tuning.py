@@ -10,7 +10,7 @@ from typing import Any
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import LayerCall, LayerShape
 from norton_deploy.cost.layer_timing import FORMS, TimedEngine, forms_of, time_forms
-from norton_deploy.files import ResultFile
+from norton_deploy.result_file import ResultFile
 
 SAVE_EVERY_S = 20.0
 

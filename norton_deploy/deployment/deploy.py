@@ -30,7 +30,8 @@ from norton_deploy.deployment.request import DeployRequest, EngineTarget
 from norton_deploy.deployment.steps import LOCK, ProgressLines, Steps, check_run_folder, to_stderr
 from norton_deploy.errors import UserError
 from norton_deploy.export.artefact import write_artefact
-from norton_deploy.files import held, sha256_of
+from norton_deploy.files import sha256_of
+from norton_deploy.folder_lock import held
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.reporting.compared_images import compare_images
 from norton_deploy.reporting.deployment import Deployment

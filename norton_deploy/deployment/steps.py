@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from norton_deploy.errors import UserError
-from norton_deploy.files import ResultFile
 from norton_deploy.reporting.deployment import StepRecord
+from norton_deploy.result_file import ResultFile
 
 RECORD, LOCK = "deploy.json", "deploy.lock"
 

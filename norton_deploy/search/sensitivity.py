@@ -25,8 +25,8 @@ from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.frontier import Frontier
 from norton_deploy.compression.normal_equations import NormalEquations
 from norton_deploy.compression.refit import refit
-from norton_deploy.files import ResultFile
 from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
+from norton_deploy.result_file import ResultFile
 from norton_deploy.search.decisions import Decision, form_macs
 from norton_deploy.search.head_harm import Judge, total_harm
 from norton_deploy.search.layer_fit import (

@@ -12,7 +12,8 @@ import torch
 
 from norton_deploy.config import flatten
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write, held, read_json, remove_partials
+from norton_deploy.files import atomic_write, read_json, remove_partials
+from norton_deploy.folder_lock import held
 
 FORMAT = 1
 RUN_MARK = {"batch_size", "lr", "seed"}

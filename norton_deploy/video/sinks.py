@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from norton_deploy.errors import UserError
+from norton_deploy.files import give_usual_rights
 from norton_deploy.inference.predictor import Image
 
 CODECS: dict[str, dict[str, object]] = {"libx264": {"preset": "ultrafast"}, "mpeg4": {"qscale": "4"}}
@@ -124,9 +125,7 @@ class VideoFile:
         except (OSError, av.FFmpegError) as failure:  # the second after a failed write is FFmpeg's
             problem = failure
         if self.frames:
-            umask = os.umask(0)
-            os.umask(umask)
-            self._partial.chmod(0o666 & ~umask)
+            give_usual_rights(self._partial)
             self._partial.replace(self.path)
         else:
             self._partial.unlink(missing_ok=True)

@@ -149,7 +149,7 @@ def test_mistakes(
 
 def test_a_second_deployment_into_one_folder_is_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from norton_deploy.files import held\n"
+        "import sys, time; from pathlib import Path; from norton_deploy.folder_lock import held\n"
         "with held(Path(sys.argv[1]), 'deploys here'): print('held', flush=True); time.sleep(120)"
     )
     words = [sys.executable, "-c", hold, str(tmp_path / "run" / "deploy.lock")]
