@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.data.resident_images import ResidentImages
+from norton_deploy.data.resident_images import Augmentation, ResidentImages
 from norton_deploy.training.batches import GroupedBatchSampler
 from norton_deploy.training.forms import M, recompose_blocks
 from norton_deploy.training.settings import parameter_groups
@@ -182,7 +182,7 @@ def train_resident(
     while epoch < epochs:
         sampler.set_epoch(epoch)
         order = torch.from_numpy(sampler.epoch_batches().ravel()).to(images.labels.device)
-        data: tuple[Tensor, ...] = (images.augmentation(seed, epoch)(order), images.labels[order])
+        data: tuple[Tensor, ...] = (Augmentation(images, seed, epoch)(order), images.labels[order])
         if teacher is not None:
             data = (*data, teacher(epoch, data[0]))
         model.train()

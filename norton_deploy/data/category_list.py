@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Never
 
-from norton_deploy.data.coco_entries import BadEntryError, check_category, name_of
+from norton_deploy.data.coco_entries import check_categories
 from norton_deploy.errors import UserError
 from norton_deploy.files import parse_json, read_text
 from norton_deploy.structures import Categories
@@ -26,13 +26,7 @@ def read_categories(path: str | Path) -> list[dict[str, Any]]:
     listed = content.get("categories") if isinstance(content, dict) else None
     if not isinstance(listed, list):
         raise UserError(f"{path}: not a COCO annotation file: the list 'categories' is missing")
-    known: set[int] = set()
-    for position, entry in enumerate(listed):
-        try:
-            check_category(entry, known)
-        except BadEntryError as error:
-            raise UserError(f"{path}: category id {name_of(entry, position)}: {error}") from error
-        known.add(entry["id"])
+    check_categories(listed, path)
     entries = [{"id": entry["id"], "name": entry["name"]} for entry in listed] or _none(path)
     return sorted(entries, key=lambda entry: int(entry["id"]))
 

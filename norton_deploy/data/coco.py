@@ -16,28 +16,13 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from norton_deploy.data.coco_entries import NUM_KEYPOINTS, Entry
+from norton_deploy.data.coco_entries import NUM_KEYPOINTS, SMALLEST_BOX_SIDE, Entry, clipped_box, is_degenerate
 from norton_deploy.data.coco_index import Split, annotation_file, image_folder, read_annotations, read_pixels
 from norton_deploy.data.run_lengths import decode_segmentation
 from norton_deploy.data.transforms import DetectionTransform, Target, generator_for
 from norton_deploy.errors import UserError
 from norton_deploy.files import path_below
 from norton_deploy.structures import Categories, Task
-
-SMALLEST_BOX_SIDE = 1.0
-
-
-def _clipped_box(entry: Entry, image: Entry) -> tuple[float, float, float, float]:
-    """The annotation's box as xyxy, clipped to the image."""
-    x, y, width, height = entry["bbox"]
-    x1, x2 = (min(max(side, 0.0), image["width"]) for side in (x, x + width))
-    y1, y2 = (min(max(side, 0.0), image["height"]) for side in (y, y + height))
-    return x1, y1, x2, y2
-
-
-def _is_degenerate(entry: Entry, image: Entry) -> bool:
-    x1, y1, x2, y2 = _clipped_box(entry, image)
-    return x2 - x1 < SMALLEST_BOX_SIDE or y2 - y1 < SMALLEST_BOX_SIDE
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
@@ -118,7 +103,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 stacklevel=2,
             )
         degenerate = sum(
-            not entry["iscrowd"] and _is_degenerate(entry, image)
+            not entry["iscrowd"] and is_degenerate(entry, image)
             for image, entries in zip(images, annotations, strict=True)
             for entry in entries
         )
@@ -152,7 +137,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return record
 
     def _is_target(self, entry: Entry, image: Entry) -> bool:
-        if entry["iscrowd"] or _is_degenerate(entry, image):
+        if entry["iscrowd"] or is_degenerate(entry, image):
             return False
         return self.task != "keypoint" or any(visibility > 0 for visibility in entry["keypoints"][2::3])
 
@@ -195,7 +180,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         entries = [entry for entry in entries if self._is_target(entry, image)]
         label_of_id = self.categories.label_of_id
         target: Target = {
-            "boxes": torch.tensor([_clipped_box(entry, image) for entry in entries]).float().reshape(-1, 4),
+            "boxes": torch.tensor([clipped_box(entry, image) for entry in entries]).float().reshape(-1, 4),
             "labels": torch.tensor([label_of_id[entry["category_id"]] for entry in entries], dtype=torch.int64),
             "area": torch.tensor([float(entry["area"]) for entry in entries], dtype=torch.float32),
             "iscrowd": torch.zeros(len(entries), dtype=torch.int64),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ Entry = dict[str, Any]
 NUM_KEYPOINTS = 17
 LARGEST_ID = 2**53 - 1
 """pycocotools keeps ids in float64."""
+SMALLEST_BOX_SIDE = 1.0
 LARGEST_AREA = 1e10
 """Of pycocotools' ranges of areas, in square pixels."""
 
@@ -61,17 +62,24 @@ def check_image(entry: Entry, known: Collection[int], folder: Path) -> Path:
         raise BadEntryError(f"'file_name' {error}") from error
 
 
-def check_category(entry: Entry, known: Collection[int]) -> None:
-    """Check an entry of `categories`; `known` holds the ids before it.
+def check_categories(entries: Sequence[Entry], source: str | Path) -> set[int]:
+    """Check the list `categories` of the file `source`; returns their ids.
 
     Raises:
-        BadEntryError: a field is missing or impossible.
+        UserError: an entry has no id or name, or an id that is there already.
     """
-    _require_id(entry, "id", 0)
-    if entry["id"] in known:
-        raise BadEntryError("there is another category with this id")
-    if not isinstance(entry.get("name"), str) or not entry["name"]:
-        raise BadEntryError(f"needs a 'name', got {shown(entry.get('name'))}")
+    known: set[int] = set()
+    for position, entry in enumerate(entries):
+        try:
+            _require_id(entry, "id", 0)
+            if entry["id"] in known:
+                raise BadEntryError("there is another category with this id")
+            if not isinstance(entry.get("name"), str) or not entry["name"]:
+                raise BadEntryError(f"needs a 'name', got {shown(entry.get('name'))}")
+        except BadEntryError as error:
+            raise UserError(f"{source}: category id {name_of(entry, position)}: {error}; repair the file") from error
+        known.add(entry["id"])
+    return known
 
 
 def require_ids(entry: Entry) -> None:
@@ -127,6 +135,20 @@ def check_annotation(
         raise BadEntryError(str(error)) from error
     if not _is_number(entry["area"]) or not 0 <= entry["area"] <= LARGEST_AREA:
         raise BadEntryError(f"'area' must be a number from 0 to {LARGEST_AREA:g}, got {shown(entry['area'])}")
+
+
+def clipped_box(entry: Entry, image: Entry) -> tuple[float, float, float, float]:
+    """A sound annotation's box as xyxy, clipped to its image."""
+    x, y, width, height = entry["bbox"]
+    x1, x2 = (min(max(side, 0.0), image["width"]) for side in (x, x + width))
+    y1, y2 = (min(max(side, 0.0), image["height"]) for side in (y, y + height))
+    return x1, y1, x2, y2
+
+
+def is_degenerate(entry: Entry, image: Entry) -> bool:
+    """Whether nothing is trained on a box: it is less than `SMALLEST_BOX_SIDE` wide or high inside its image."""
+    x1, y1, x2, y2 = clipped_box(entry, image)
+    return bool(x2 - x1 < SMALLEST_BOX_SIDE or y2 - y1 < SMALLEST_BOX_SIDE)
 
 
 def _area(entry: Entry, image: Entry) -> float:

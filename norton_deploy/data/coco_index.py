@@ -16,7 +16,7 @@ from norton_deploy.data.coco_entries import (
     BadEntryError,
     Entry,
     check_annotation,
-    check_category,
+    check_categories,
     check_image,
     name_of,
     require_ids,
@@ -183,13 +183,7 @@ def read_annotations(
     root = Path(root)
     source = annotation_file(root, split, task)
     content = _read_file(source, root, split)
-    all_categories: set[int] = set()
-    for position, entry in enumerate(content["categories"]):
-        try:
-            check_category(entry, all_categories)
-        except BadEntryError as error:
-            raise UserError(f"{source}: category id {name_of(entry, position)}: {error}; repair the file") from error
-        all_categories.add(entry["id"])
+    all_categories = check_categories(content["categories"], source)
     categories = [entry for entry in content["categories"] if task != "keypoint" or "keypoints" in entry]
     if not categories:
         raise UserError(f"{source}: no category{' with keypoints' if task == 'keypoint' else ''}")

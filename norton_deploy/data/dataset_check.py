@@ -1,6 +1,5 @@
 """What is wrong, or odd, with a dataset in COCO's layout, all of it at once and before anything is trained on it."""
 
-import hashlib
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -9,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from PIL import Image
-
+from norton_deploy.data.coco_entries import SMALLEST_BOX_SIDE, is_degenerate
 from norton_deploy.data.coco_index import (
     Entry,
     MissingAreaWarning,
@@ -19,15 +17,13 @@ from norton_deploy.data.coco_index import (
     image_folder,
     read_annotations,
 )
+from norton_deploy.data.image_file import is_turned
 from norton_deploy.errors import UserError
+from norton_deploy.files import sha256_of
 from norton_deploy.structures import Task
 
-TINY = 1.0
-"""Boxes of fewer pixels in width or height are not trained on."""
 OUTSIDE = 1.0
 """So many pixels an annotation may reach beyond the image; tools round differently."""
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = 1
 EXIF_POLICY = "they are turned upright in training as in inference, and annotations must be of the upright picture"
 SPLITS: tuple[Split, ...] = get_args(Split)
 Severity = Literal["error", "warning"]
@@ -166,8 +162,8 @@ def _check_entries(
               (where for where, image, entry in located if _is_outside(_corners(entry), image)))  # fmt: skip
     found.add("warning", f"masks of {split} reach outside of their image",
               (where for where, image, entry in located if _is_outside(_points(entry), image)))  # fmt: skip
-    tiny = (where for where, image, entry in located if not entry.get("iscrowd") and _is_tiny(entry, image))
-    found.add("warning", f"boxes of {split} are less than {TINY:g} px wide or high inside the image", tiny)
+    tiny = (where for where, image, entry in located if not entry.get("iscrowd") and is_degenerate(entry, image))
+    found.add("warning", f"boxes of {split} are less than {SMALLEST_BOX_SIDE:g} px wide or high inside the image", tiny)
     copies = Counter((entry["image_id"], entry["category_id"], *entry["bbox"]) for _, entry in pairs)
     found.add("warning", f"objects of {split} are annotated twice",
               (f"{key[2:]} of image {key[0]}" for key, count in copies.items() if count > 1))  # fmt: skip
@@ -180,9 +176,7 @@ def _check_files(found: DatasetCheck, split: str, folder: Path, images: list[Ent
 
     def look(entry: Entry) -> tuple[str, str, bool]:
         path = folder / entry["file_name"]
-        with Image.open(path) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT
-        return entry["file_name"], hashlib.sha256(path.read_bytes()).hexdigest(), turned
+        return entry["file_name"], sha256_of(path), is_turned(path)
 
     with ThreadPoolExecutor() as pool:
         looked = list(pool.map(look, images))
@@ -210,9 +204,3 @@ def _is_outside(points: list[float], image: Entry) -> bool:
     """Whether any of x, y, x, y, ... lies more than a pixel outside of the image."""
     sides = (image["width"], image["height"])
     return any(not -OUTSIDE <= value <= sides[index % 2] + OUTSIDE for index, value in enumerate(points))
-
-
-def _is_tiny(entry: Entry, image: Entry) -> bool:
-    x1, y1, x2, y2 = _corners(entry)
-    width = min(x2, image["width"]) - max(x1, 0.0)
-    return bool(width < TINY or min(y2, image["height"]) - max(y1, 0.0) < TINY)

@@ -75,6 +75,16 @@ def sizes_of(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
         return (stored[::-1] if _orientation(picture) in _SIDEWAYS else stored), stored
 
 
+def is_turned(path: str | Path) -> bool:
+    """Whether a picture is stored otherwise than upright.
+
+    Raises:
+        UserError: see `read_image`.
+    """
+    with _opened(path) as picture:
+        return _orientation(picture) in _TURNS
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     require_regular(path, "a picture")

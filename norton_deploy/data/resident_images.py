@@ -54,22 +54,18 @@ class ResidentImages:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W], (pixels / 255 - mean) / std, channels last in memory."""
         return ((pixels.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
 
-    def augmentation(self, seed: int, epoch: int, *, cutout: int = 0) -> Augmentation:
-        """What an epoch does to these images.
-
-        Args:
-            seed, epoch: choose crops, mirroring and cut-outs.
-            cutout: side of a square that takes the mean colour, its centre anywhere; 0 for none.
-        """
-        return Augmentation(self, seed, epoch, cutout)
-
 
 class Augmentation:
-    """Images shifted by up to an eighth of their size over their reflected surroundings, mirrored, and cut out (T.
-    DeVries, G. Taylor: Improved regularization of convolutional neural networks with cutout, 2017); see
-    `ResidentImages.augmentation`."""
+    """What an epoch does to images: shifted by up to an eighth of their size over mirrored surroundings, mirrored,
+    and cut out (T. DeVries, G. Taylor: Improved regularization of convolutional neural networks with cutout, 2017).
 
-    def __init__(self, images: ResidentImages, seed: int, epoch: int, cutout: int) -> None:
+    Args:
+        images: on any device.
+        seed, epoch: choose crops, mirroring and cut-outs.
+        cutout: side of a square that takes the mean colour, its centre anywhere; 0 for none.
+    """
+
+    def __init__(self, images: ResidentImages, seed: int, epoch: int, *, cutout: int = 0) -> None:
         self.images, self.cutout = images, cutout
         count, *self.size = images.pixels.shape[:3]
         state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)

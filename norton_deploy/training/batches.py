@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from norton_deploy.data.resident_images import ResidentImages
+from norton_deploy.data.resident_images import Augmentation, ResidentImages
 from norton_deploy.data.transforms import to_unit_range
 from norton_deploy.errors import UserError, one_line_errors
 from norton_deploy.training.settings import TrainingSettings
@@ -209,7 +209,7 @@ class ResidentBatches:
     Args:
         images: on the device of the training.
         settings, accelerator: give the share of this process.
-        cutout: see `ResidentImages.augmentation`.
+        cutout: see `Augmentation`.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class ResidentBatches:
     def batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         """The batches of an epoch from `first_batch` on."""
         self.sampler.set_epoch(epoch, first_batch)
-        augmented = self.images.augmentation(self.seed, epoch, cutout=self.cutout)
+        augmented = Augmentation(self.images, self.seed, epoch, cutout=self.cutout)
         for indices in self.sampler:
             chosen = torch.tensor(indices, device=self.images.labels.device)
             names = [self.images.names[index] for index in indices]

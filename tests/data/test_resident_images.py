@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from norton_deploy.data import resident_images
-from norton_deploy.data.resident_images import ResidentImages, read_class_names, read_resident_images
+from norton_deploy.data.resident_images import Augmentation, ResidentImages, read_class_names, read_resident_images
 from norton_deploy.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -56,7 +56,7 @@ def test_other_sizes_are_resized_as_pillow_does(folder: Path) -> None:
 def test_an_epoch_is_crops_and_mirror_images_of_the_reflected_images() -> None:
     count, height, width, border = 60, 16, 17, 2
     images = in_memory(torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8))
-    found = images.augmentation(3, 1)(torch.arange(count))
+    found = Augmentation(images, 3, 1)(torch.arange(count))
     seen = set()
     for pixels, crop in zip(images.pixels, found.numpy(), strict=True):
         wide = np.pad(pixels.numpy(), ((border, border), (border, border), (0, 0)), mode="reflect")
@@ -76,17 +76,17 @@ def test_an_epoch_is_crops_and_mirror_images_of_the_reflected_images() -> None:
 @pytest.mark.parametrize("cutout", [0, 4])
 def test_an_image_depends_on_seed_epoch_and_index_alone(cutout: int) -> None:
     images = in_memory(torch.randint(0, 256, (9, 16, 16, 3), dtype=torch.uint8))
-    whole = images.augmentation(0, 5, cutout=cutout)(torch.arange(9))
-    again = images.augmentation(0, 5, cutout=cutout)
+    whole = Augmentation(images, 0, 5, cutout=cutout)(torch.arange(9))
+    again = Augmentation(images, 0, 5, cutout=cutout)
     for index in (7, 0, 3):  # whatever the batch and its order
         assert torch.equal(again(torch.tensor([2, index]))[1], whole[index])
     for seed, epoch in ((0, 6), (1, 5)):
-        assert not torch.equal(images.augmentation(seed, epoch, cutout=cutout)(torch.arange(9)), whole)
+        assert not torch.equal(Augmentation(images, seed, epoch, cutout=cutout)(torch.arange(9)), whole)
 
 
 def test_a_cut_out_is_a_square_of_the_mean_colour() -> None:
     images = in_memory(torch.zeros(30, 16, 16, 3, dtype=torch.uint8), mean=(0.2, 0.4, 0.6))
-    found = images.augmentation(0, 0, cutout=4)(torch.arange(30))
+    found = Augmentation(images, 0, 0, cutout=4)(torch.arange(30))
     cut = (found == torch.tensor([51, 102, 153])).all(dim=-1)
     assert cut.sum((1, 2)).max() == 16
     for mask in cut:

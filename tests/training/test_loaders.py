@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from norton_deploy.data.resident_images import ResidentImages
+from norton_deploy.data.resident_images import Augmentation, ResidentImages
 from norton_deploy.errors import UserError
 from norton_deploy.training.batches import (
     Batch,
@@ -58,7 +58,7 @@ def test_an_epoch_of_resident_images_continues_where_it_stopped(tmp_path):
     for batch in batches:
         chosen = batch.targets
         assert batch.image_ids == [str(label) for label in chosen.tolist()]
-        expected = images.augmentation(4, 3, cutout=4)(chosen).permute(0, 3, 1, 2) / 255
+        expected = Augmentation(images, 4, 3, cutout=4)(chosen).permute(0, 3, 1, 2) / 255
         torch.testing.assert_close(batch.images, expected)
     assert {name for batch in batches for name in batch.image_ids} == set(names)
 
