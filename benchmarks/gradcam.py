@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
 from norton_deploy.data.image_folder import read_images
-from norton_deploy.reporting.gradcam import compare_gradcam, draw_gradcam, open_compared
+from norton_deploy.reporting.gradcam import compare_gradcam, open_compared
+from norton_deploy.reporting.gradcam_picture import draw_gradcam
 from norton_deploy.reporting.report import Table
 
 NOTES = """\

@@ -1,10 +1,7 @@
 """One file per model: safetensors with a JSON header that says how to rebuild it and where it comes from."""
 
-import argparse
 import hashlib
 import json
-import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -268,57 +265,6 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         if own[name].shape != tensors[name].shape:
             expected, found = tuple(own[name].shape), tuple(tensors[name].shape)
             raise UserError(f"{source}: tensor '{name}' has shape {found}, expected {expected}")
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file (loaded without running any code) or of a .safetensors file.
-
-    A .pth file may hold the state_dict itself or a mapping with it under "model", "state_dict" or "model_state_dict".
-
-    Raises:
-        UserError: the file is missing, broken, or would need code to load.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        _refuse_packed(Path(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's training scripts store theirs
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        told = re.split("trusted source.|WeightsUnpickler error: ", str(error))[-1]  # before it, advice to run it
-        reason = f"({' '.join(told.split())[:300] or type(error).__name__})"
-        if foreign is not None:
-            reason = (
-                f"but a pickle of {foreign[1]}, which would run as code; open it where it was made and save its "
-                "weights alone: torch.save(model.state_dict(), 'weights.pth')"
-            )
-        raise UserError(f"{path}: not a file of plain tensors {reason}") from error
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(map(_is_plain, content.values())):
-        raise UserError(f"{path}: expected a mapping of tensors (a state_dict)")
-    if strange := [name for name in content if not isinstance(name, str)]:
-        raise UserError(f"{path}: a state_dict's names are texts, found {shown(strange[0])}")
-    return dict(content)
-
-
-def _is_plain(value: object) -> bool:
-    """A tensor in memory, with each of its elements stored (a view can claim any size)."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
-        return False
-    return not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()
-
-
-def _refuse_packed(path: Path) -> None:
-    """torch stores its files' entries as they are; compressed ones can grow to any size."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UserError("has compressed entries, as torch never writes them")
 
 
 def _leaves(values: Any) -> Iterator[Any]:

@@ -15,10 +15,9 @@ from norton_deploy.checkpoints.checkpoint import (
     class_categories,
     load_checkpoint,
     load_weights,
-    read_tensors,
     rebuild,
 )
-from norton_deploy.checkpoints.torchvision_weights import classifier_settings, current_names, identify
+from norton_deploy.checkpoints.torchvision_weights import classifier_settings, current_names, identify, read_tensors
 from norton_deploy.data.category_list import categories_of_model
 from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import Architecture

@@ -14,7 +14,8 @@ from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file
-from norton_deploy.reporting.gradcam import Box, compare_gradcam, draw_gradcam, open_compared
+from norton_deploy.reporting.gradcam import Box, compare_gradcam, open_compared
+from norton_deploy.reporting.gradcam_picture import draw_gradcam
 from norton_deploy.reporting.provenance import provenance
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_header, read_tensors
+from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, load_weights, read_header
 from norton_deploy.checkpoints.open_model import published_categories
+from norton_deploy.checkpoints.torchvision_weights import read_tensors
 from norton_deploy.compression.channel_groups import PYRAMID_GROUP
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.fit_plan import BODY

@@ -4,7 +4,6 @@ All models explain the same score: a classifier's logit of the class that the de
 class logit of one given box, which every model pools from its own features.
 """
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
@@ -25,13 +22,10 @@ from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.fit_plan import BODY
 from norton_deploy.errors import UserError
-from norton_deploy.files import atomic_write
 
 DENSE = "dense"
 STAGES = ("layer2", "layer3", "layer4")
 SHARED_IOU = 0.5
-PANEL_LETTERS = 20
-PANEL_INCHES = 1.7
 INSTALL = (
     "Grad-CAM needs two more steps: pip install 'norton-deploy[explain]', then pip install --no-deps grad-cam "
     "(with its dependencies it would put opencv-python-headless over opencv-python, and windows would be gone)"
@@ -283,42 +277,3 @@ def _summary(correlations: Sequence[float]) -> dict[str, Any]:
     mean = round(float(np.mean(correlations)), 4) if correlations else None
     std = round(float(np.std(correlations)), 4) if correlations else None
     return {"mean": mean, "std": std, "maps": len(correlations)}
-
-
-def draw_gradcam(path: Path, comparison: GradcamComparison) -> None:
-    """A picture of maps over their images: a row per image; the image, then for each layer all models.
-
-    Args:
-        path: .png or .jpg to write.
-        comparison: whose rows are drawn; the dense model's maps come first.
-    """
-    rows = comparison.rows
-    models = [DENSE, *comparison.correlation]
-    from pytorch_grad_cam.utils.image import show_cam_on_image
-
-    layers = list(rows[0][2][models[0]])
-    columns = 1 + len(layers) * len(models)
-    figure = Figure(figsize=(PANEL_INCHES * columns, PANEL_INCHES * len(rows) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (question, label, maps) in zip(axes, rows, strict=True):
-        panels = [(label, question.picture)]
-        for layer in layers:
-            for model in models:
-                over = show_cam_on_image(question.picture, maps[model][layer], use_rgb=True)
-                correlation = None if model == DENSE else map_correlation(maps[DENSE][layer], maps[model][layer])
-                panels.append(("" if correlation is None else f"r = {correlation:.2f}", over))
-        for axis, (caption, panel) in zip(line, panels, strict=True):
-            axis.imshow(panel)
-            axis.set_xlabel(caption, fontsize=7)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if question.box is not None:
-                x1, y1, x2, y2 = question.box[0].tolist()
-                axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="white", linewidth=1)
-    wrapped = {model: textwrap.fill(model, PANEL_LETTERS) for model in models}
-    headings = ["image", *(f"{layer.removeprefix(BODY)}\n{wrapped[model]}" for layer in layers for model in models)]
-    for axis, heading in zip(axes[0], headings, strict=True):
-        axis.set_title(heading, fontsize=8)
-    with atomic_write(path) as stream:
-        figure.savefig(stream, format=path.suffix.removeprefix("."), dpi=120)

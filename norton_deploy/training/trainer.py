@@ -3,9 +3,6 @@
 import json
 import math
 import resource
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +30,7 @@ from norton_deploy.training.run_folder import (
 )
 from norton_deploy.training.run_log import RunLog
 from norton_deploy.training.settings import TrainingSettings, build_optimizer, build_weight_average
+from norton_deploy.training.stop_signals import StopSignals
 
 LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 
@@ -310,35 +308,3 @@ class Trainer:
             self.average.load_state_dict(state.average)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
-
-
-class StopSignals:
-    """While it is entered, the first SIGINT or SIGTERM only sets `received`; a second one acts as ever.
-
-    Processes forked meanwhile (those that read data) do the same, so that Ctrl-C in a terminal, which reaches them
-    too, does not end them before the step is done.
-    """
-
-    def __init__(self, *, enabled: bool) -> None:
-        """With `enabled` False, or outside the main thread, signals act as ever."""
-        self.received = False
-        self._enabled = enabled and threading.current_thread() is threading.main_thread()
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if self._enabled:
-            self._previous = {one: signal.signal(one, self._receive) for one in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _receive(self, _signal: int, _frame: object) -> None:
-        self.received = True
-        print("stops after this step; once more stops at once, without saving", file=sys.stderr)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()

@@ -14,10 +14,10 @@ from norton_deploy.checkpoints.checkpoint import (
     class_categories,
     load_checkpoint,
     read_header,
-    read_tensors,
     save_checkpoint,
 )
 from norton_deploy.checkpoints.open_model import open_model
+from norton_deploy.checkpoints.torchvision_weights import read_tensors
 from norton_deploy.compression.compress import build_classifier, build_detector
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan

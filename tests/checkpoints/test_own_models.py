@@ -8,9 +8,9 @@ import torch
 from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from norton_deploy.checkpoints.checkpoint import read_header, read_tensors
+from norton_deploy.checkpoints.checkpoint import read_header
 from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.checkpoints.torchvision_weights import current_names, identify
+from norton_deploy.checkpoints.torchvision_weights import current_names, identify, read_tensors
 from norton_deploy.commands import run
 from norton_deploy.data.category_list import categories_of_model, read_categories
 from norton_deploy.data.synthetic import CATEGORIES
