@@ -86,7 +86,6 @@ def check_output_file(path: Path | None, option: str, suffix: str = "", *, overw
     What killed writers of it left is removed.
 
     Args:
-        path: of the file to come.
         option: its option on the command line, for the message.
         suffix: the ending that its name must have.
         overwrite: whether it may replace the file that is there.
@@ -126,7 +125,6 @@ def check_output_folder(path: Path, *, replaces: str | None = None) -> None:
     """Say before the work that a folder is there already.
 
     Args:
-        path: of the folder to come.
         replaces: a folder that holds a file of this name may be replaced.
 
     Raises:
@@ -147,7 +145,6 @@ def new_folder(path: str | Path, *, replaces: str | None = None) -> Iterator[Pat
     What a killed run left behind is removed first.
 
     Args:
-        path: of the folder to come.
         replaces: a folder that holds a file of this name is replaced; see `check_output_folder`.
 
     Raises:
@@ -221,7 +218,6 @@ def read_json(path: str | Path, expected: str) -> Any:
     """The values in a JSON file.
 
     Args:
-        path: the file.
         expected: what it should be, for messages.
 
     Raises:

@@ -38,7 +38,6 @@ class Categories:
     Attributes:
         labels: model labels, each in 1..num_classes-1.
         ids: COCO category id of each label.
-        names: name of each label.
     """
 
     labels: tuple[int, ...]

@@ -65,13 +65,7 @@ class CheckpointHeader:
         return self.settings
 
     def made_by(self, command: str, source: str | Path | None = None, **changes: Any) -> "CheckpointHeader":
-        """This header with `changes` to its fields, and with one more lineage entry, made now by this version.
-
-        Args:
-            command: the command line.
-            source: the file it started from.
-            changes: to other fields.
-        """
+        """This header with `changes` to its fields, and with one more lineage entry, made now by this version."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
         entry = {"command": command, "date": date, "version": version("norton-deploy")}
         if source is not None:
@@ -153,7 +147,6 @@ def tensors_digest(tensors: Mapping[str, Tensor], prefix: bytes = b"") -> str:
 
     Args:
         tensors: on any device, for example a model's `state_dict()`.
-        prefix: bytes that come first.
     """
     digest = hashlib.sha256(prefix)
     for name in sorted(tensors):
@@ -167,9 +160,6 @@ def save_checkpoint(path: str | Path, model: nn.Module, header: CheckpointHeader
     """Write weights and header, whole or not at all.
 
     Args:
-        path: where to; usually *.safetensors.
-        model: its state_dict is stored.
-        header: what it is.
         half: store floating-point tensors as float16 (they load as float32 again).
     """
     tensors = {

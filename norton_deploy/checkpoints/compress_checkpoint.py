@@ -39,7 +39,6 @@ def compress_checkpoint(
     Args:
         dense: the dense model; it is not changed.
         plan: of its architecture, or of a whole detector.
-        command: for the lineage.
         source: the file that `dense` comes from, for the lineage and for messages.
         seed: of the decomposition's random starts and of the refit's choice of positions.
         starts: starts per decomposition; the best is kept per filter.

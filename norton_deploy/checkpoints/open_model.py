@@ -72,8 +72,6 @@ def open_for_data(path: Path, task: ModelTask, data: Categories, named: Path | N
     classes, is taken to detect them.
 
     Args:
-        path: see `open_model`.
-        task, data: of the data.
         named: the categories of a .pth file, which are then its own.
 
     Returns:

@@ -69,8 +69,6 @@ def make_probes(
         dense: in evaluation mode; a detector supplies its own best proposals as the boxes.
         images: float [3, H, W], 0..1 RGB, of any sizes.
         settings: of the model; a classifier's images are resized to its input size.
-        batch: images per probe.
-        boxes: proposals per image.
     """
     stream = iter(images)
     while part := list(islice(stream, batch)):

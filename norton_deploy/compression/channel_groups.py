@@ -131,7 +131,6 @@ def chain_groups(layers: Sequence[str], norms: Mapping[str, str] | None = None) 
     """Groups of a plain chain of layers, in the order of the data; the last one is not pruned.
 
     Args:
-        layers: their names.
         norms: layer -> its normalisation, for those that have one.
     """
     for layer, following in itertools.pairwise(layers):

@@ -34,8 +34,6 @@ def choose_by_harm(
     Args:
         dense: classifier or detector, in evaluation mode.
         plan: says how many channels each group keeps.
-        probes: batches of images (`make_probes`).
-        seed: of the choice of positions.
 
     Returns:
         Group -> kept channels [O'], int64, ascending.

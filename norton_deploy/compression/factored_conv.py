@@ -26,7 +26,6 @@ class ChainShape:
 
     Attributes:
         first, last: channels before and after the middle convolution.
-        groups: of the middle convolution.
         has_exit: whether a 1x1 convolution follows; without one `last` is the number of filters.
     """
 

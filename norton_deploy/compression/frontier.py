@@ -62,7 +62,6 @@ class Frontier:
         """Tell which layers will still change.
 
         Args:
-            pending: their names.
             fill: runs the model on every probe.
         """
         while self._last + 1 < len(self._units) and not _holds(self._units[self._last + 1].name, pending):

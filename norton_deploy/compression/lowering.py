@@ -35,7 +35,6 @@ def lower_block(block: CPDBlock, norm: FoldableNorm | None = None, form: Form = 
         block: on any device; it is not changed.
         norm: the BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d that follows the block; its running statistics
             are used whatever its mode.
-        form: which of the three.
 
     Returns:
         A new module in evaluation mode, on the block's device and in its dtype, without gradient: a Sequential
@@ -138,7 +137,6 @@ def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | No
         model: in eval mode; any module that holds its layers as torchvision does, a normalisation directly
             after the convolution whose output it takes: `convN`, `bnN` in a ResNet, neighbours in an
             `nn.Sequential`.
-        form: how CPDBlocks leave, see `lower_block`.
         forms: name of a CPDBlock in `model` -> its own form, for those that shall not take `form`.
 
     Returns:

@@ -134,7 +134,6 @@ def fit_factors(equations: NormalEquations, factors: CPFactors, sweeps: int, rid
 
     Args:
         equations: of patches [I * Kh * Kw] and the wanted outputs.
-        factors: present factors.
         sweeps: rounds of C, A, B; a last C follows.
     """
     A, B, C = factors.A.double(), factors.B.double(), factors.C.double()

@@ -42,8 +42,6 @@ def categories_of_model(path: str | Path, num_classes: int, source: str) -> Cate
     has as many classes as the largest id asks for (COCO's 91).
 
     Args:
-        path: see `read_categories`.
-        num_classes: of the model, background included.
         source: what to call the model in an error.
 
     Raises:

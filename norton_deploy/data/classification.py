@@ -75,7 +75,6 @@ def list_class_files(root: Path, split: Split, classes: Sequence[str] | None = N
 
     Args:
         root: folder with train/ and val/ or test/.
-        split: which.
         classes: class names in the order of the labels, for example a checkpoint's; by default the sorted
             folders of train/, or of the split itself where there is no train/.
 
@@ -124,11 +123,6 @@ class ClassificationFolder(Dataset[tuple[Tensor, int, str]]):
     Item i is (float32 [3, H, W] normalised, label 0..K-1, file name relative to the split's folder). The
     augmentation of an image depends on (seed, epoch, i) alone. Pictures are upright, see
     `norton_deploy.data.image_file`.
-
-    Args:
-        files: of a split.
-        transform: see `classification_transform`.
-        seed: of the augmentation.
     """
 
     def __init__(self, files: ClassFiles, transform: v2.Compose, *, seed: int = 0) -> None:

@@ -48,13 +48,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         task: "box", "mask" (instances_*.json) or "keypoint" (person_keypoints_*.json).
         categories: labels to use, for example those of a checkpoint; by default those of the file.
         transforms: changes image and target, seeded by (seed, epoch, image id).
-        seed: of the transforms.
         keep_empty: keep images that have nothing to learn a box from, as negatives.
         skip_bad: leave out bad images and annotations with one counted warning.
 
     Attributes:
         image_ids: COCO image ids in the order of the items.
-        categories: the labels in use.
 
     Raises:
         UserError: see `read_annotations`; or the file has categories that `categories` lacks, or

@@ -35,9 +35,7 @@ def check_image(entry: Entry, known: Collection[int], folder: Path) -> Path:
     """Check an entry of `images`.
 
     Args:
-        entry: as in the file.
         known: ids of the images before it.
-        folder: of the split's images.
 
     Returns:
         Where its file must be.
@@ -101,10 +99,8 @@ def check_annotation(
     computed, of the mask or else of the box, and set.
 
     Args:
-        entry: as in the file.
         known: ids of the annotations before it.
         images: id -> sound image.
-        category_ids: those in the file.
         task: says which fields there must be.
 
     Raises:

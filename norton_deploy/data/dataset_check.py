@@ -53,7 +53,6 @@ class DatasetCheck:
     """What was found in a dataset.
 
     Attributes:
-        root: its folder.
         images, objects: of each split, sound ones.
         findings: errors first.
     """

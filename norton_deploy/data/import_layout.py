@@ -31,11 +31,8 @@ def import_dataset(
     """Write a dataset in COCO's layout; images are copied, annotations become instances_*.json.
 
     Args:
-        layout: yolo or voc.
         train, val: folders of images, whose annotations lie in labels/ (yolo) or Annotations/ (voc) in place of images/
             or JPEGImages/, or beside them; of voc also a list of names, ImageSets/Main/train.txt.
-        out: folder to make.
-        names: YOLO's data.yaml.
 
     Returns:
         (images, objects) of "train" and "val".

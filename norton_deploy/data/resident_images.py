@@ -114,11 +114,9 @@ def read_resident_images(
 
     Args:
         root: folder with train/ and val/ or test/; or with data_batch_1.bin and so on (cifar-10-batches-bin).
-        split: which.
         image_size: (height, width) in pixels; images of another size are resized.
         mean, std: of the RGB channels, 0..1.
         classes: in the order of the labels; see `list_class_files`.
-        workers: processes that decode.
 
     Raises:
         UserError: as `list_class_files`; a file is no image, or all together are too large for the memory.

@@ -43,7 +43,6 @@ def check_segmentation(segmentation: object, image_size: tuple[int, int]) -> Non
     """Refuse a segmentation that pycocotools cannot be trusted with.
 
     Args:
-        segmentation: as JSON has it.
         image_size: (height, width) of its image.
 
     Raises:

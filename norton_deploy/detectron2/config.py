@@ -111,7 +111,6 @@ class Detectron2Config:
 
     Attributes:
         values: "SECTION.KEY" -> value, of the keys in `DEFAULTS`; lists are tuples.
-        source: the file, for messages.
     """
 
     values: Mapping[str, Any]

@@ -74,10 +74,7 @@ def convert_weights(
     """A Detectron2 state_dict as one of ours.
 
     Args:
-        tensors: Detectron2's names -> tensors.
         model: the detector that shall hold them; only its names and shapes are used.
-        config: of the Detectron2 model.
-        source: the weights' file, for messages.
 
     Returns:
         Our names -> float32 tensors, all that `model` has.

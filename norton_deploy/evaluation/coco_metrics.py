@@ -105,7 +105,6 @@ def score_coco(
     """Score detections against COCO ground truth.
 
     Args:
-        coco_gt: the ground truth.
         results: for each measure ("bbox", "segm", "keypoints") its COCO results entries; the entries are
             left as they are. An empty list scores 0.
         image_ids: the images to score, all of `coco_gt` when None. Images without detections count.

@@ -112,12 +112,9 @@ def evaluate_detector(
     are left out with one warning.
 
     Args:
-        detect: images -> detections.
         dataset: the split, whose categories are the detector's; crowds, small objects and images without objects count
             as COCO's rules say.
         limit: evaluate the first so many images only.
-        batch_size: images per call of `detect`.
-        workers: processes that decode images.
         journal: gets the results of each image; what it has of a stopped run is not repeated.
     """
     # joins torchrun's processes, unless a trainer has done so before; without `cpu` it would not on CPUs
@@ -269,9 +266,6 @@ def evaluate_classifier(
         model: images [N, 3, H, W] -> logits [N, K], in evaluation mode, on `device`. What runs is a copy with
             CPDBlocks and BatchNorm merged, which gives the same scores to rounding in less time.
         dataset: the images, which are not augmented.
-        device: where the model is.
-        batch_size: images per forward pass.
-        workers: processes that decode images.
 
     Returns:
         top1 and top5, 0..1. With fewer than five classes top5 is 1.

@@ -36,7 +36,6 @@ class Source:
 
     Attributes:
         file: the graph (.onnx) or the engine (.engine).
-        contract: of it.
         engine: "" for a graph, else "tensorrt" or "tensorrt-rtx".
     """
 

@@ -42,7 +42,6 @@ class GraphContract:
         image_size: (height, width) of the image that the detector sees.
         input_size: (height, width) of the graph's input; boxes are in its pixels. Another one than `image_size`
             only where the graph resizes.
-        batch: images per run, fixed.
         max_detections: D, rows of every output per image.
         categories: labels, COCO ids and names.
         input_dtype: "uint8" ([B, H, W, 3] RGB) or "float32" ([B, 3, H, W] RGB, 0..1).
@@ -54,7 +53,6 @@ class GraphContract:
         weights_sha256: digest of the weights that the graph was made from, "" if not recorded.
         score_threshold: the graph drops detections below this score.
         mask_paste: how its masks come into the image.
-        input_name: name of the only input.
         float_layers: of an int8 graph, the layers that were left in float although they could be quantised.
         weight_bits: of an int8 graph, 8, or 7 where it is for CPUs that would overflow.
     """

@@ -68,9 +68,7 @@ def export_onnx(
 
     Args:
         detector: in the precision that the file shall have (`norton_deploy.export.precision`).
-        path: the .onnx file.
         categories: written into the file, for whoever runs it.
-        precision: what to record.
         weights_sha256: digest of the weights that the detector was made from.
         letterbox: whether images of another size may be letterboxed by the caller; says nothing about a graph that
             does it itself.

@@ -123,7 +123,6 @@ def nms_native(boxes: Tensor, valid: Tensor, groups: Tensor, group_count: int, i
         boxes: float32 [B, N, 4] xyxy, sorted by falling score.
         valid: bool [B, N].
         groups: int64 [B, N], 0..group_count-1.
-        group_count: number of groups.
         iou_threshold: as in `nms_unrolled`.
 
     Returns:
@@ -166,7 +165,6 @@ class StaticNMS(nn.Module):
             boxes: float32 [B, N, 4] xyxy by falling score.
             valid: bool [B, N].
             groups: int64 [B, N], 0..group_count-1, or None for one group.
-            group_count: number of groups.
             iou_threshold: a box goes when its IoU with an earlier kept box of its group is larger.
 
         Returns:

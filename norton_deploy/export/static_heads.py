@@ -77,7 +77,6 @@ class StaticBoxHead(nn.Module):
             image_size: (height, width) that boxes are clipped to.
             max_detections: D, detections per image.
             candidates: M, (proposal, class) pairs that are decoded, at most.
-            nms: how boxes are suppressed.
         """
         super().__init__()
         head = roi_heads.box_head

@@ -85,7 +85,6 @@ class StaticRCNN(nn.Module):
 
     Attributes:
         task: box, mask or keypoint.
-        settings: with `max_detections` filled in `max_detections`.
         padded_size: (height, width) after padding to the model's size divisor.
         mask_paste: how its masks come into the image.
     """

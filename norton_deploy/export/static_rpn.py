@@ -37,7 +37,6 @@ class StaticRPN(nn.Module):
             feature_sizes: (height, width) of every feature map, finest first.
             image_size: (height, width) that boxes are clipped to.
             padded_size: (height, width) that the anchors are laid out on.
-            nms: how boxes are suppressed.
 
         Raises:
             UserError: the head does not give one score per anchor.

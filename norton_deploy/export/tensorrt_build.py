@@ -45,9 +45,6 @@ class EngineManifest:
         engine: which engine it is for, or "aotinductor".
         engine_version: version of the engine that built it; no other can load it.
         compute_capability: of the GPU that it was built for, as "86", or "portable", or "cpu".
-        norton_deploy_version: of this package.
-        graph_sha256, engine_sha256: digests of the files.
-        contract: of the graph.
         checked: what is known of the engine itself, in words.
     """
 
@@ -106,10 +103,8 @@ class EngineBuild:
 
     Attributes:
         graph, file: the ONNX file and the engine.
-        engine: which.
         manifest: None where it was not built.
         reason: why it was not built, "" where it was.
-        build_s: how long it took.
     """
 
     graph: Path
@@ -301,8 +296,6 @@ def builder_config(package: ModuleType, builder: Any, precision: Precision, timi
     """How to build: fp32 means fp32, though a builder would round the factors of its products to TF32's 10 bits.
 
     Args:
-        package: tensorrt or tensorrt_rtx.
-        builder: its IBuilder.
         precision: tf32 leaves products as they are by default.
         timings: TensorRT's times of kernels from an earlier build, if there are any.
     """

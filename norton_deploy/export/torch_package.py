@@ -26,7 +26,6 @@ def build_package(detector: StaticRCNN, graph: Path, out: Path, device: torch.de
     Args:
         detector: the one that `graph` was exported from.
         graph: the checked .onnx file of standard operators (target "tensorrt"); the package gets its contract.
-        out: the .pt2 file.
         device: that the package is for: the CPU, or a GPU of this machine.
 
     Raises:

@@ -36,8 +36,6 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
     Args:
         image: uint8 RGB [H, W, 3], the image that the detections belong to.
         detections: what to draw; filter by score beforehand, e.g. `detections[detections.scores >= 0.5]`.
-        categories: names for the labels.
-        scores: write them beside the names.
 
     Returns:
         uint8 RGB [H, W, 3]. Keypoints whose score is not positive are left out (torchvision's scores are
@@ -109,9 +107,6 @@ def compose_panels(
 
     Args:
         image: the frame, uint8 RGB [H, W, 3].
-        detections: of each model.
-        categories: of each model.
-        headings: of the panels.
         fps: frames per second of the whole pipeline, None while unknown.
         latency_ms: recent capture-to-display times of the whole pipeline.
 
@@ -174,9 +169,6 @@ def annotate_images(
     what came before.
 
     Args:
-        predictor: of boxes, masks or keypoints.
-        files: images.
-        out: folder.
         draw_threshold: detections below this score are not drawn.
         journal: of this or a stopped run over these very files.
         processes: that share the files; the first one writes the JSON, all get what became of them.

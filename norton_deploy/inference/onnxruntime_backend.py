@@ -48,12 +48,8 @@ class OnnxRuntimePredictor(StaticGraphPredictor):
         """Open the graph.
 
         Args:
-            path: the `.onnx` file.
-            score_threshold: see `load_predictor`.
             device: see `load_predictor`; must agree with `providers` when both are given.
-            providers: see `load_predictor`.
             profile_prefix: when given, ONNX Runtime profiles every node; `end_profiling` returns the file.
-            threads: on the CPU, see `load_predictor`.
 
         Raises:
             UserError: not a graph of this package, its tensors contradict its metadata, it was changed since its
@@ -149,8 +145,6 @@ def with_cuda_graph(
     """A session on a GPU with its launches recorded, if they can be; and how it is launched, in words.
 
     Args:
-        session: without.
-        contract: of its graph.
         open_again: the same with a CUDA graph; raises a UserError where a node would run on the CPU.
     """
     if contract.target != "tensorrt":

@@ -46,9 +46,6 @@ class OpenVinoPredictor(StaticGraphPredictor):
         """Compile the graph.
 
         Args:
-            path: the `.onnx` or `.xml` file.
-            score_threshold: see `load_predictor`.
-            device: None or "cpu".
             threads: by default OMP_NUM_THREADS, as torch's and ONNX Runtime's are, or all cores where that is not set.
             float_type: what the graph's floats are computed in. OpenVINO's own choice would be bf16 wherever the CPU
                 has it; here it is taken only when asked for.

@@ -27,7 +27,6 @@ class PackagePredictor(StaticGraphPredictor):
 
         Args:
             path: the `.pt2` file, with its manifest beside it.
-            score_threshold: see `load_predictor`.
             device: must be of the kind that the package was compiled for.
 
         Raises:

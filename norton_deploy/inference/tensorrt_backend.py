@@ -44,10 +44,7 @@ class BufferPlan:
     """One input or output tensor of an engine.
 
     Attributes:
-        name: tensor name.
-        shape: fixed shape.
         dtype: NumPy's name of its type.
-        is_input: whether the engine reads it.
     """
 
     name: str
@@ -65,8 +62,6 @@ def check_runtime(path: Path, manifest: EngineManifest, version: str, capability
     """Refuse an engine that was built by another version or for another GPU; neither can be loaded.
 
     Args:
-        path: the engine, for the message.
-        manifest: its manifest.
         version: of the installed TensorRT or TensorRT-RTX.
         capability: (major, minor) compute capability of the GPU.
 
@@ -85,12 +80,6 @@ def check_runtime(path: Path, manifest: EngineManifest, version: str, capability
 
 def plan_buffers(engine: Any, package: ModuleType, contract: GraphContract, source: str) -> list[BufferPlan]:
     """The engine's tensors, checked against the contract; all shapes are fixed.
-
-    Args:
-        engine: an ICudaEngine.
-        package: tensorrt or tensorrt_rtx.
-        contract: from the manifest.
-        source: for the message.
 
     Raises:
         UserError: the input differs from the contract, an output is missing, or a shape is not fixed.
@@ -179,8 +168,6 @@ class TensorRTPredictor(StaticGraphPredictor):
 
         Args:
             path: the `.engine` file, with its manifest beside it.
-            score_threshold: see `load_predictor`.
-            device: "cuda" or "cuda:N".
 
         Raises:
             UserError: manifest, GPU, package or version do not fit (see `check_runtime`).

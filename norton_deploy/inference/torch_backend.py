@@ -47,7 +47,6 @@ class TorchPredictor(Predictor):
 
     Attributes:
         model: the detector, in evaluation mode, on `torch_device`.
-        torch_device: where it runs.
         float_type: fp32, or fp16 as in `norton_deploy.export.precision`; what eager mode does is in fp32.
         records: whether sizes that come again get a module of fixed shapes; without, all is eager.
     """
@@ -71,12 +70,8 @@ class TorchPredictor(Predictor):
 
         Args:
             model: one of torchvision's R-CNN classes.
-            task: box, mask or keypoint.
-            categories: the model's labels.
             name: what to call it in messages.
             score_threshold: replaces the model's own; None keeps it.
-            device: see `load_predictor`.
-            float_type: fp32 or fp16.
             graphs: whether sizes that come again get a module of fixed shapes; None: on a GPU, where it is recorded.
 
         Raises:

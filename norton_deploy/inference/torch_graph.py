@@ -29,7 +29,6 @@ class FrameDetector(nn.Module):
         Args:
             model: the detector, in evaluation mode; copied.
             frame_size: (height, width) of the frames.
-            batch: B.
             float_type: fp32, or fp16 (`to_fp16`).
         """
         super().__init__()

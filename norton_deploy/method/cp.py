@@ -110,7 +110,6 @@ def decompose_filters(
         rank: number of terms R, 1 <= R <= max_rank(I, Kh, Kw).
         seed: of the random starts.
         starts: how many starts compete for each filter.
-        max_iterations: ALS sweeps at most.
         tolerance: relative fall of a filter's NMSE per sweep below which it has converged.
 
     Returns:

@@ -95,12 +95,10 @@ def decompose_layer(
 
     Args:
         weight: [O, I, Kh, Kw], finite, not all zero.
-        kind: which factorisation.
         ranks: (R,), or (P, Q) for "tucker2".
         seed: of the random columns.
         starts: CPDs with other random columns, of which the best is taken, as for the filters' CPD; the orthogonal
             iteration has one start, its outcome hardly depends on it.
-        sweeps: at most.
         tolerance: relative fall of the squared error per sweep below which it has converged.
 
     Raises:

@@ -249,10 +249,8 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         """
         Args:
             featmap_names: names of the pyramid levels, finest first.
-            output_size: cells per axis.
             sampling_ratio: samples per cell and axis; 0: as many as the cell has pixels, rounded up.
             strides: pixels per cell of each level; every level has twice that of the one before.
-            aligned: sample at true pixel centres.
             canonical_scale: side in pixels of a RoI that is pooled from stride 16.
         """
         super().__init__(featmap_names, output_size, sampling_ratio, canonical_scale=canonical_scale)
@@ -266,7 +264,6 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         Args:
             x: name -> features [B, C, H, W].
             boxes: per image [R, 4] xyxy in pixels.
-            image_shapes: not used; torchvision's signature.
 
         Returns:
             [sum of R, C, output_size, output_size].

@@ -29,8 +29,6 @@ def check_engine(
 
     Args:
         build: of a checked graph; one that was not built is returned as it is.
-        load: opens the engine.
-        report: gets each message for people.
 
     Raises:
         UserError: the engine differs; it then stays as *.unchecked.engine (or .pt2), without a manifest.

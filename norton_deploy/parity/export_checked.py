@@ -91,9 +91,7 @@ class Export:
     """A graph that was checked.
 
     Attributes:
-        file: the .onnx file.
         contract: what stands in it.
-        parity: the comparison with eager mode.
         sampling_effect: what fixing adaptive RoIAlign changed; None where nothing was adaptive.
         average_precision: "before" (eager mode), "after" (the graph), of int8 also "fp32" (the graph before) ->
             measure -> COCO AP; None without a dataset.
@@ -141,15 +139,10 @@ def export_checked(
 
     Args:
         model: a detector in eval mode, on the CPU; not changed.
-        task: of the model.
-        categories: of the model.
-        out: the .onnx file.
-        options: what the graph shall be.
         images: uint8 RGB [H, W, 3] to compare on.
         scenes: without `images`, how many embedded scenes to compare on.
         dataset: also evaluate AP before and after on it ...
         eval_limit: ... on its first so many images.
-        report: gets each message for people.
 
     Raises:
         UserError: impossible options, or the graph differs, or in int8 loses too much AP; it then stays

@@ -64,7 +64,6 @@ def check_parity(
 
     Args:
         model: the detector that was exported, in eval mode, on the CPU, before any lowering; not changed.
-        onnx_path: the graph.
         images: uint8 RGB [H, W, 3]; any size, they are letterboxed into the graph's. The last batch is filled up from
             the first images; a batch of the gate's own goes before them, for the layers. Lists are compared where
             scores do not tie as on blank images. Where the graph resizes its input itself, its result is compared with
@@ -73,7 +72,6 @@ def check_parity(
         categories: of the model; None leaves the graph's unchecked.
         predictor: what runs the whole graph for the last stage, by default ONNX Runtime on the CPU; an engine that was
             built from the graph is compared by giving it here, and must then find enough in the images itself.
-        tolerances: by default those of `precision`.
         keep: gets the images and what eager mode finds in them.
 
     Raises:

@@ -41,7 +41,6 @@ class CuttableGraph:
 
     Attributes:
         stages: names of its stage tensors, without "stage/".
-        outputs: names of its outputs.
         max_detections: rows of them.
     """
 

@@ -89,10 +89,8 @@ class ParityReport:
     """What was compared and how far it is apart.
 
     Attributes:
-        graph: the file.
         precision: whose limits hold.
         images, detections: given to the graph, and found by it.
-        stages: in their order.
         compared: pairs by output, boxes, masks or keypoints.
         inexact: batches with an inexact shortcut, by flag.
     """

@@ -26,7 +26,6 @@ class SamplingEffect:
     """Differences between the detections of the two, paired by label and box.
 
     Attributes:
-        images: compared.
         detections: of the adaptive model.
         unpaired: detections of either without a partner in the other, boxes overlapping by IoU 0.5 at least.
         differences: of `MEASURES`, those there is something to compare by: (median, worst) over the pairs.

@@ -106,7 +106,6 @@ def compare_task(
     """From pyramid, boxes and labels to masks or keypoints, of a sample of the detections of one run.
 
     Args:
-        prefix: before the stages' names.
         decoding: limits of what starts from heatmaps, if others than `limits`.
     """
     rows = np.flatnonzero(np.asarray(outputs["labels"]) > 0)

@@ -39,7 +39,6 @@ class ReferenceFile:
     """What an exported detector must find.
 
     Attributes:
-        contract: of the graph.
         precision: that was asked for; its limits hold.
         labels: all that the model can give.
         cuts: score threshold and number of detections where the model's list ends.

@@ -53,7 +53,6 @@ def chart(path: Path, height: float) -> Iterator[Axes]:
 
     Args:
         path: .svg, or .png on white.
-        height: in inches.
     """
     kind = path.suffix[1:]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": path.stem}), warnings.catch_warnings():
@@ -78,9 +77,7 @@ def draw_categories(path: Path, pairs: Sequence[tuple[CategoryScore, CategorySco
     """AP of every category, dense and small joined by a line, the first pair at the top.
 
     Args:
-        path: the .svg file.
         pairs: (dense, small) of categories with objects.
-        names: of the two models.
     """
     with chart(path, 0.9 + 0.3 * len(pairs)) as axes:
         rows = np.arange(len(pairs))
@@ -100,7 +97,6 @@ def draw_precision_recall(path: Path, scores: Mapping[str, MeasureScore]) -> Non
     """Precision over recall, the mean of the categories, at IoU 0.50 (full line) and 0.75 (dashed).
 
     Args:
-        path: the .svg file.
         scores: name -> score, the dense model first.
     """
     with chart(path, 3.6) as axes:
@@ -118,7 +114,6 @@ def draw_stages(path: Path, stages_ms: Mapping[str, Mapping[str, float]]) -> Non
     """Where a frame's time goes: a stacked bar for every model.
 
     Args:
-        path: the .svg file.
         stages_ms: model -> stage of `StageTiming` -> mean time.
     """
     stages = list(vars(StageTiming()))
@@ -143,7 +138,6 @@ def draw_training(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """The loss over the steps of a training run, as logged (400 lines at most) and smoothed.
 
     Args:
-        path: the .svg file.
         records: of section "train", see `read_log`.
     """
     records = records[:: 1 + len(records) // MOST_POINTS]
@@ -164,9 +158,7 @@ def draw_learning(path: Path, points: Sequence[tuple[int, float]], dense: float 
     """AP over the steps of a training run, with the dense model's as a line.
 
     Args:
-        path: the .svg file.
         points: (step, AP).
-        dense: the dense model's AP.
     """
     with chart(path, 2.8) as axes:
         axes.plot(*zip(*points, strict=True), "-o", color=SMALL, markersize=4, label="fine-tuned model")

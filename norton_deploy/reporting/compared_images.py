@@ -41,7 +41,6 @@ def compare_images(
 
     Args:
         folder: of the report; .jpg files go into its `pictures`.
-        dataset: that both were evaluated on.
         dense, small: COCO results entries of the models (`DetectorEvaluation.results`).
         limit: of the evaluation: the first so many images were seen.
         losses, gains: how many images to take from either end.
@@ -86,12 +85,7 @@ def compare_images(
 
 
 def found_objects(objects: Sequence[Entry], detections: Sequence[Entry]) -> int:
-    """How many annotated objects of one image are found (see `compare_images`), the surest detections first.
-
-    Args:
-        objects: COCO annotations.
-        detections: COCO results entries.
-    """
+    """How many annotated objects of one image are found (see `compare_images`), the surest detections first."""
     if not objects or not detections:
         return 0
     detections = sorted(detections, key=lambda entry: -entry["score"])

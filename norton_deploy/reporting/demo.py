@@ -31,10 +31,7 @@ def write_demo_report(out: Path, task: Task, *, dense: Path, compressed: Path, d
     """Evaluate, measure latency and write report.html, report.md and report.json into `out`.
 
     Args:
-        out: folder of the demo.
-        task: of both detectors.
         dense: folder of the dense detector's training run.
-        compressed: folder of the compressed detector's.
         data: dataset; its validation images are used.
         command: the command line, for the record.
 

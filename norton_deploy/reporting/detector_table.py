@@ -59,8 +59,6 @@ def detector_table(rows: Sequence[DetectorRow], caption: str, *, paper: Task | N
     """Table III's columns and what each line was measured on.
 
     Args:
-        rows: what was measured.
-        caption: line above the table.
         paper: adds the paper's two lines of this task, marked as the paper's.
     """
     header = ("Model", "Runs on", "AP", "AR", "MACs (CR)", "Params (CR)", "FPS", "Δ (ms)")

@@ -175,7 +175,6 @@ class GradcamComparison:
     """What `compare_gradcam` found.
 
     Attributes:
-        images: how many images were explained.
         skipped: how many were not, because the detectors share no detection in them.
         correlation: compressed model -> layer -> mean and standard deviation of the correlations with the dense
             model's maps (None without any), and their number: maps that are constant have none.
@@ -217,7 +216,6 @@ def compare_gradcam(
     """Map the same score in all models, image by image, and correlate the maps with the dense model's.
 
     Args:
-        models: from `open_compared`.
         images: float32 [3, H, W] in 0..1 RGB.
         layers: names of the layers to map; by default `explained_layers`.
         box: of detectors, the box to explain; by default the best detection that all share.

@@ -81,11 +81,7 @@ def measure_alternating(
     A predictor synchronises its device before it returns. Afterwards a few streams are timed, for the throughput.
 
     Args:
-        predictors: name -> detector.
         images: image files, used in turn; decoding them is part of the time.
-        rounds: measured calls per detector.
-        warm_up: calls per detector before measuring.
-        clock: of seconds.
 
     Raises:
         UserError: no detectors, images or rounds, or an image that cannot be decoded.

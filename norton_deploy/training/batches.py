@@ -82,9 +82,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
 
     Args:
         count: number of images, at least 1.
-        batch_size: images per batch and process.
         image_sizes: [count, 2] heights and widths for grouping; None groups nothing.
-        seed: of the order.
         processes, rank: how many processes share the epoch, and which of them this one is.
     """
 
@@ -170,10 +168,8 @@ class SampledBatches:
     """The batches that a sampler makes of a dataset (an `EpochLoader`).
 
     Args:
-        dataset: images and targets.
         sampler: which of them make this process's batches.
         collate: list of the dataset's items -> Batch.
-        workers: processes that read them.
     """
 
     def __init__(
@@ -209,7 +205,6 @@ class ResidentBatches:
     Args:
         images: on the device of the training.
         settings, accelerator: give the share of this process.
-        cutout: see `Augmentation`.
     """
 
     def __init__(

@@ -110,8 +110,6 @@ def train_classifier(
     """Train, evaluate and save a classifier; every process of a run calls this with the same settings.
 
     Args:
-        settings: of the run.
-        command: for the checkpoints' lineage.
         announce: called on the main process with what the run starts from and how.
         start: a model whose structure no checkpoint can name (instead of `settings.init`); its weights are then
             saved as plain safetensors.

@@ -112,7 +112,6 @@ def train_detector(
     those of one process with all their images when every image gives its full sample.
 
     Args:
-        settings: of the run.
         command: the command line, for the checkpoints' lineage.
         announce: called on the main process with what the run starts from and how.
 

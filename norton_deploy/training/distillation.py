@@ -186,10 +186,7 @@ def open_detector_teacher(
 
     Args:
         path: its checkpoint (.safetensors, or torchvision's .pth).
-        student: the detector in training.
-        settings, plan: of the student.
         pyramid_channels: which of the dense pyramid's channels the student has (`CheckpointHeader`).
-        task, categories: of the training.
         named: the categories of a .pth file, where they are not the training's (`open_for_data`).
 
     Returns:
@@ -256,7 +253,6 @@ class DistilledClassification:
         teacher: trained classifier; it is put in evaluation mode and not trained.
         weight: w, 0..1.
         temperature: T > 0.
-        smoothing: label smoothing of the cross-entropy.
     """
 
     def __init__(self, teacher: nn.Module, *, weight: float, temperature: float, smoothing: float = 0.0) -> None:

@@ -134,7 +134,6 @@ def convolve(
         images: [N, C, H, W].
         weight: [O, C, Kh, Kw].
         bias: [O], or None.
-        stride, padding, dilation: as `nn.Conv2d` keeps them.
 
     Returns:
         [N, O, H', W'].

@@ -88,7 +88,6 @@ class HeadImitation:
     """What the heads of a student saw and answered in one step, and how far that is from its teacher's answers.
 
     Args:
-        student: torchvision detector in training.
         teacher: dense detector of the same task and categories on the same device, in evaluation mode.
 
     Attributes:

@@ -76,7 +76,6 @@ def initial_detector(
 
     Args:
         task, categories: of the training data; the categories decide the number of classes.
-        settings: of the detector.
         init: a checkpoint (.safetensors), or torchvision's .pth.
         plan: structure of a detector that starts from random weights; not with `init`.
         named: the categories of a .pth file (`read_categories`).

@@ -24,7 +24,6 @@ class RunFolder:
     """Paths of a run.
 
     Attributes:
-        root: the folder.
         settings: settings of the run as JSON; its presence marks the folder as a run's.
         state: what --resume continues from.
         log, tensorboard: JSON lines; TensorBoard's event files.

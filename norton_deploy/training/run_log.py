@@ -37,7 +37,6 @@ class RunLog:
     step stands in the log once.
 
     Args:
-        folder: of the run.
         first_step: steps done before; lines of later ones are dropped.
         evaluated_step: of the last evaluation that the state knows; later ones are made again, their lines dropped.
         enabled: False on all processes but the main one.
@@ -121,7 +120,6 @@ class RunLog:
 
         Args:
             section: "train" or "evaluation"; also the prefix of the names in the tracker.
-            step: steps done.
             values: numbers, or one level of dictionaries of numbers.
 
         Raises:

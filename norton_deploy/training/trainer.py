@@ -67,11 +67,8 @@ class Trainer:
     common implementation.
 
     Args:
-        accelerator: from `build_accelerator`.
         model: on any device; trained in place.
         loss_terms: (model in training mode, batch) -> scalar losses, whose sum is minimised.
-        loader: data of this process.
-        settings: how long and how fast.
         evaluate: model in evaluation mode -> Evaluation; called on every process.
         save_model: (path, model) writes a checkpoint; called on the main process.
         identity: what decides the weights beside the settings; a resumed run must have the same.

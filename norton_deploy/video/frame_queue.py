@@ -11,11 +11,7 @@ POLL_S = 0.1
 
 
 class FrameQueue(Generic[T]):
-    """First in, first out, bounded; when full it either makes the producer wait or drops the oldest item.
-
-    Attributes:
-        dropped: items dropped so far.
-    """
+    """First in, first out, bounded; when full it either makes the producer wait or drops the oldest item."""
 
     def __init__(self, capacity: int, stop: threading.Event, *, drop_oldest: bool) -> None:
         """Make an empty queue.

@@ -23,9 +23,7 @@ class FrameSource(ABC):
     """Frames one after another.
 
     Attributes:
-        name: what the user called it.
         is_live: frames arrive by the clock whether they are wanted or not.
-        fps: nominal frame rate.
         corrupt_frames: frames that could not be decoded and were skipped, so far.
         reconnects: how often a live source was opened again.
         problem: why the source ended early, "" if it came to its end.
@@ -101,8 +99,6 @@ class RetryPolicy:
     Attributes:
         limit: attempts in a row before giving up.
         first_delay_s: wait before the first attempt; doubles each time.
-        longest_delay_s: the wait never exceeds this.
-        sleep: replaced by tests.
     """
 
     limit: int = 5
@@ -125,7 +121,6 @@ class LiveSource(FrameSource):
 
         Args:
             name: what to call it in messages.
-            connect: opens the stream.
             retry: when and how often to reconnect.
 
         Raises:

@@ -198,10 +198,7 @@ def serve(page: gradio.Blocks, host: str, port: int | None, *, wait: bool = True
     """Serve the page to `host` alone, without telemetry, fonts or links from elsewhere; returns its address.
 
     Args:
-        page: of `try_page`.
-        host: address to listen on.
         port: a free one from 7860 on by default.
-        wait: until Ctrl-C.
 
     Raises:
         UserError: the address is taken or not this machine's.

@@ -111,7 +111,6 @@ def write_dataset(
     Args:
         root: folder to make; must not exist or be empty.
         train_images, val_images: how many images each split gets, at least 1.
-        seed: of everything.
         image_sizes: smallest and largest side in pixels; height and width are drawn from it independently.
         workers: processes; None takes the number of cores, at most 16.
 
