@@ -92,7 +92,7 @@ def help_text(command: str) -> str:
     by_name = {option.name: option for option in options}
     needed = [option for option in options if option.default is None]
     common = [by_name[name] for name in names if by_name[name] not in needed]
-    groups: dict[str, list[Option]] = {"Needed": needed, "Most used": common}
+    groups: dict[str, list[Option]] = {"Needed": needed, "Most used": common, "Options": []}
     for option in options:
         if option not in needed and option not in common:
             groups.setdefault(option.group, []).append(option)

@@ -9,6 +9,7 @@ import select
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from norton_deploy.option_help import first_sentence, help_text
 
 INTERRUPTED, READER_GONE = 130, 141
 """Exit statuses, as a shell gives them for SIGINT and SIGPIPE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is written."""
+
+    overwrite: bool = False
+    """Replace the files that are to be written if they are there already."""
+    json: Path | None = None
+    """Write the figures as JSON to a file, or to stdout with '-'."""
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.dataset_check import check_dataset
@@ -15,7 +15,7 @@ from norton_deploy.structures import Task
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Output):
     """Settings of tools/check_data.py."""
 
     data: Path
@@ -24,10 +24,6 @@ class Settings:
     """box, mask or keypoint."""
     sheet: Path | None = None
     """Draw some images of train with their annotations on a contact sheet (.jpg)."""
-    overwrite: bool = False
-    """Replace --sheet and --json if they are there already."""
-    json: Path | None = None
-    """Write the findings as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

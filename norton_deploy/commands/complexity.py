@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from norton_deploy.checkpoints.torchvision_weights import classifier_settings
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import Complexity, count_complexity
@@ -21,7 +21,7 @@ from norton_deploy.models.detectors import DetectorSettings, ModelSettings
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Output):
     """Settings of tools/complexity.py."""
 
     task: Literal["box", "mask", "keypoint", "cls"] = "box"
@@ -38,10 +38,6 @@ class Settings:
     """Proposals through the box head."""
     detections: int = 0
     """Detections through the mask or keypoint head."""
-    overwrite: bool = False
-    """Replace the --json file if they are there already."""
-    json: Path | None = None
-    """Write the figures and the list of layers as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from norton_deploy.checkpoints.checkpoint import save_checkpoint
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.commands import command_line, write_json
+from norton_deploy.commands import Output, command_line, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.image_folder import read_images
@@ -26,7 +26,7 @@ FIRST = ("model", "weights", "categories", "image-size", "refit", "refit-images"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Output):
     """Settings of tools/compress.py."""
 
     plan: Path
@@ -60,10 +60,6 @@ class Settings:
     """Folder of images with which the BatchNorm statistics are estimated anew; without it they stay."""
     reestimate_images: int = 256
     """How many of those images to use, at most."""
-    overwrite: bool = False
-    """Replace --out and --json if they are there already."""
-    json: Path | None = None
-    """Write the figures as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

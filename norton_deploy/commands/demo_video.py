@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import check_output_file, refuse_same_file
@@ -23,8 +23,8 @@ INTERRUPTED = 130
 FIRST = ("model", "source", "baseline", "show", "score-threshold", "device", "overwrite")
 
 
-@dataclass
-class Settings:
+@dataclass(frozen=True)
+class Settings(Output):
     """Settings of the demo."""
 
     out: Path
@@ -39,10 +39,6 @@ class Settings:
     """Second model, shown on the left for comparison."""
     show: bool = False
     """Also show the frames in a window; q closes it."""
-    overwrite: bool = False
-    """Replace --out and --json if they are there already."""
-    json: Path | None = None
-    """Write the measured figures as JSON here ("-": stdout)."""
     max_frames: int | None = None
     """Stop after this many frames (synthetic: 250 unless given)."""
     score_threshold: float = 0.5

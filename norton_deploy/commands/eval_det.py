@@ -11,7 +11,7 @@ from typing import Literal
 
 from accelerate import PartialState
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import metrics_table
@@ -24,7 +24,7 @@ FIRST = ("split", "limit", "batch-size", "device", "results", "overwrite", "json
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Output):
     """Settings of tools/eval_det.py."""
 
     task: Task
@@ -55,10 +55,6 @@ class Settings:
     """Show a progress bar."""
     resume: bool = False
     """Go on at the image where this very line was stopped; with --results, beside which the detections are kept."""
-    overwrite: bool = False
-    """Replace --results and --json if they are there already."""
-    json: Path | None = None
-    """Write the metrics as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

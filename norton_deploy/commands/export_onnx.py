@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import read_image
@@ -35,7 +35,7 @@ FIRST = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ExportOptions):
+class Settings(ExportOptions, Output):
     """Settings of export_onnx."""
 
     out: Path
@@ -58,12 +58,8 @@ class Settings(ExportOptions):
     """Also evaluate AP before and after on the val split of this folder in COCO-2017's layout."""
     eval_limit: int | None = None
     """Evaluate on the first so many images only."""
-    overwrite: bool = False
-    """Replace --out, --artefact and --json if they are there already."""
     artefact: Path | None = None
     """Also make this folder: the graph or engine with its labels, clients in Python and C++, a Triton repository."""
-    json: Path | None = None
-    """Write the report as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

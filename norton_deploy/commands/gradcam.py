@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
@@ -20,7 +20,7 @@ from norton_deploy.reporting.provenance import provenance
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Output):
     """Settings of tools/gradcam.py."""
 
     model: Path
@@ -39,10 +39,6 @@ class Settings:
     """Layers whose output is mapped; by default three levels, the last stages of the backbone."""
     box: Box | None = None
     """Detectors: the box to explain, xyxy in pixels, of one image; by default the best detection that all share."""
-    overwrite: bool = False
-    """Replace --out and --json if they are there already."""
-    json: Path | None = None
-    """Write the correlations as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.deployment.measurement import timed_images
 from norton_deploy.errors import UserError
@@ -16,7 +16,7 @@ from norton_deploy.reporting.provenance import provenance
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Output):
     """Settings of tools/latency.py."""
 
     models: tuple[Path, ...]
@@ -29,10 +29,6 @@ class Settings:
     """What runs .onnx files: onnxruntime (the default) or openvino."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default a GPU if there is one."""
-    overwrite: bool = False
-    """Replace --json if it is there already."""
-    json: Path | None = None
-    """Write the figures as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from norton_deploy.checkpoints.open_model import open_model
-from norton_deploy.commands import command_line, write_json
+from norton_deploy.commands import Output, command_line, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.layer_timing import TimedEngine
@@ -22,7 +22,7 @@ FIRST = ("image-size", "images", "fit-images", "engine", "forms", "multiple", "c
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(PlanRequest):
+class Settings(PlanRequest, Output):
     """Settings of tools/plan.py."""
 
     model: str
@@ -35,10 +35,6 @@ class Settings(PlanRequest):
     """Pareto picture (PNG); by default beside the plan."""
     report: Path | None = None
     """Report (Markdown); by default beside the plan."""
-    overwrite: bool = False
-    """Replace the files of an earlier run if they are there already."""
-    json: Path | None = None
-    """Write the figures as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.errors import UserError
@@ -20,8 +20,8 @@ from norton_deploy.inference.image_journal import SUFFIX, ImageJournal, joined_p
 from norton_deploy.inference.loading import load_predictor, model_files
 
 
-@dataclass
-class Settings:
+@dataclass(frozen=True)
+class Settings(Output):
     """Settings of predict."""
 
     model: Path
@@ -38,10 +38,6 @@ class Settings:
     """Detections below this score are not drawn."""
     resume: bool = False
     """Go on at the image where this very line was stopped."""
-    overwrite: bool = False
-    """Replace --out's detections.json and pictures, and --json, if they are there already."""
-    json: Path | None = None
-    """Also write counts and mean stage times as JSON here ("-": stdout)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.files import check_output_file
 from norton_deploy.inference.loading import load_predictor
@@ -17,7 +17,7 @@ from norton_deploy.parity.verification import ReferenceFile, reference_path, ver
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Output):
     """Settings of verify_engine."""
 
     model: Path
@@ -26,10 +26,6 @@ class Settings:
     """Its reference detections; by default NAME.reference.npz beside it."""
     device: str | None = None
     """cpu, cuda or cuda:N; by default a GPU if there is one."""
-    overwrite: bool = False
-    """Replace --json if it is there already."""
-    json: Path | None = None
-    """Write the comparison as JSON to a file, or to stdout with '-'."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
