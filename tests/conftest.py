@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from torch import nn
 from torchvision.models import resnet
@@ -78,6 +79,15 @@ def narrow_resnets(monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNets that are built here are narrow: closed-form fits of 512 channels by 9 positions take half a minute."""
     monkeypatch.setattr(resnet, "resnet18", partial(NarrowResNet, resnet.BasicBlock, [2, 2, 2, 2]))
     monkeypatch.setattr(resnet, "resnet50", partial(NarrowResNet, resnet.Bottleneck, [3, 4, 6, 3]))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in another order are other bits: all runs that are compared have one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

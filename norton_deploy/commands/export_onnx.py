@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -92,7 +92,7 @@ def run_export(settings: Settings, out: Path) -> Export:
         task,
         categories,
         out,
-        ExportOptions(**{field.name: getattr(settings, field.name) for field in fields(ExportOptions)}),
+        settings,
         [read_image(file) for file in files[: settings.parity_images]],
         scenes=settings.parity_images,
         dataset=dataset,

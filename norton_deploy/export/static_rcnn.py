@@ -29,30 +29,32 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 TENSORRT_LARGEST_TOPK = 3840
 
 
-@dataclass(frozen=True)
-class GraphSettings:
-    """What a static graph is built for.
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions:
+    """What the graph of a detector shall be."""
 
-    Attributes:
-        image_size: (height, width) in pixels of the image that the detector sees.
-        batch: images per run.
-        target: "onnxruntime" uses ONNX's NonMaxSuppression; "tensorrt" standard operators only.
-        max_detections: D, rows of every output; None: the model's own `detections_per_img`.
-        candidates: (proposal, class) pairs that are decoded per image, at most.
-        nms_iterations: unrolled NMS steps of the "tensorrt" target.
-        input_dtype: "uint8" for [B, H, W, 3] RGB 0..255, "float32" for [B, 3, H, W] RGB 0..1.
-        input_size: (height, width) of frames (uint8) that the graph letterboxes into `image_size` itself; None: the
-            input has `image_size`.
-    """
+    input_size: tuple[int, int] | None = None
+    """Height and width of the camera's frames: the graph letterboxes them into --image-size itself, takes no other
+    size, and gives boxes in their pixels."""
+    batch: int = 1
+    """Images per run."""
+    max_detections: int | None = None
+    """Detections per image; by default the model's own number."""
+    candidates: int = 1024
+    """(Proposal, class) pairs that are decoded per image; an output says when they were too few."""
+    nms_iterations: int = DEFAULT_ITERATIONS
+    """Unrolled NMS steps of the tensorrt target; an output says when they were too few."""
+    input_dtype: InputDtype = "uint8"
+    """uint8 [B, H, W, 3] RGB, or float32 [B, 3, H, W] RGB in 0..1."""
+    target: Target = "onnxruntime"
+    """onnxruntime: with ONNX's NonMaxSuppression; tensorrt: standard operators of fixed shape only."""
+
+
+@dataclass(frozen=True)
+class GraphSettings(GraphOptions):
+    """What a static graph is built for; `image_size` (height, width) is what the detector sees."""
 
     image_size: tuple[int, int]
-    batch: int = 1
-    target: Target = "onnxruntime"
-    max_detections: int | None = None
-    candidates: int = 1024
-    nms_iterations: int = DEFAULT_ITERATIONS
-    input_dtype: InputDtype = "uint8"
-    input_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

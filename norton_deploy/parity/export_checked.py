@@ -17,12 +17,11 @@ from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_detector
-from norton_deploy.export.contract import GraphContract, InputDtype, Precision, Target
+from norton_deploy.export.contract import GraphContract, Precision
 from norton_deploy.export.onnx_export import export_onnx
 from norton_deploy.export.precision import to_fp16
 from norton_deploy.export.quantise import Cpu
-from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS
-from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
+from norton_deploy.export.static_rcnn import GraphOptions, GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import fix_sampling, is_adaptive
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.inference.predictor import Image, Predictor
@@ -46,17 +45,12 @@ INT8_AP_LOSS = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What the graph of a detector shall be."""
+class ExportOptions(GraphOptions):
+    """How the graph is made."""
 
     image_size: tuple[int, int] | None = None
     """Height and width in pixels of the image that the detector sees, the graph's input without --input-size; by
     default a square of the model's own short side (800 without --model)."""
-    input_size: tuple[int, int] | None = None
-    """Height and width of the camera's frames: the graph letterboxes them into --image-size itself, takes no other
-    size, and gives boxes in their pixels."""
-    batch: int = 1
-    """Images per run."""
     precision: Precision = "fp32"
     """fp32; fp16 (see export/precision.py for what stays fp32); int8 (export/quantise.py), with --calibration; or, for
     engines, tf32: fp32 whose products the GPU may round to 10 bits of mantissa."""
@@ -70,20 +64,10 @@ class ExportOptions:
     """For int8: layers that stay in float."""
     head_error: float | None = None
     """For int8: leave the worst layers in float until the heads' outputs are this close to fp32's (relative error)."""
-    max_detections: int | None = None
-    """Detections per image; by default the model's own number."""
-    candidates: int = 1024
-    """(Proposal, class) pairs that are decoded per image; an output says when they were too few."""
-    nms_iterations: int = DEFAULT_ITERATIONS
-    """Unrolled NMS steps of the tensorrt target; an output says when they were too few."""
-    input_dtype: InputDtype = "uint8"
-    """uint8 [B, H, W, 3] RGB, or float32 [B, 3, H, W] RGB in 0..1."""
     letterbox: bool = True
     """Whether the predictor may letterbox images of another size, or refuses them (as always with --input-size)."""
     form: Form = "grouped"
     """How CPDBlocks leave: grouped, separable or dense."""
-    target: Target = "onnxruntime"
-    """onnxruntime: with ONNX's NonMaxSuppression; tensorrt: standard operators of fixed shape only."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +196,8 @@ def export_checked(
 
 def static_detector(model: GeneralizedRCNN, options: ExportOptions, image_size: tuple[int, int]) -> StaticRCNN:
     """The module that an export writes down; `model` is not changed."""
-    shared = {field.name: getattr(options, field.name) for field in fields(GraphSettings)}
-    graph = StaticRCNN(lower_model(model, options.form), GraphSettings(**shared | {"image_size": image_size}))
+    shared = {field.name: getattr(options, field.name) for field in fields(GraphOptions)}
+    graph = StaticRCNN(lower_model(model, options.form), GraphSettings(image_size, **shared))
     return to_fp16(graph) if options.precision == "fp16" else graph
 
 

@@ -80,7 +80,9 @@ def export_tuned(
     forms = {tuning.name: tuning.form for tuning in tune_blocks(workload.calls(model), table)}
     assert isinstance(model, GeneralizedRCNN)
     lowered = lower_model(fix_sampling(model), "grouped", forms)
-    export_onnx(StaticRCNN(lowered, GraphSettings(workload.image_size, workload.batch)), file, categories=categories)
+    export_onnx(
+        StaticRCNN(lowered, GraphSettings(workload.image_size, batch=workload.batch)), file, categories=categories
+    )
     return dict(forms)
 
 

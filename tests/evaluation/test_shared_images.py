@@ -38,14 +38,6 @@ def detector(tiny_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def arguments(data: Path, model: Path, out: Path) -> tuple[list[str], list[str]]:
     """Of eval_det and of predict."""
     evaluate = ["--task", "mask", "--data", str(data), "--model", str(model), "--workers", "0", "--device", "cpu",

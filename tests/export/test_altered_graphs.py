@@ -54,7 +54,7 @@ def silent(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[Tas
             model.roi_heads.box_predictor.cls_score.bias[0] += 1000
 
         def export(path: Path) -> None:
-            graph = StaticRCNN(lower_model(copy.deepcopy(model)), GraphSettings(IMAGE_SIZE, 2, "tensorrt"))
+            graph = StaticRCNN(lower_model(copy.deepcopy(model)), GraphSettings(IMAGE_SIZE, batch=2, target="tensorrt"))
             export_onnx(graph, path, categories=CATEGORIES, weights_sha256=tensors_digest(model.state_dict()))
 
         return model, once(f"silent_{task}.onnx", export)

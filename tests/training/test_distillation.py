@@ -20,6 +20,7 @@ from norton_deploy.training.batches import Batch
 from norton_deploy.training.distillation import DetectorImitation, correlation_loss, foreground_weights
 from norton_deploy.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = DetectorSettings(
     num_classes=3,
     backbone=BackboneSettings("resnet18", norm="group", trainable_layers=5, fpn_channels=16),
@@ -29,15 +30,6 @@ SETTINGS = DetectorSettings(
 )
 NARROW = CompressionPlan("rcnn", {}, {"backbone.fpn.layer_blocks": 6})
 SMALL = CompressionPlan("rcnn", {"backbone.body.layer4.1.conv2": 1}, {"backbone.fpn.layer_blocks": 6})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in another order are other bits: all runs that are compared have one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dense_detector() -> torch.nn.Module:

@@ -25,16 +25,8 @@ from norton_deploy.training.initial_weights import training_categories
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+pytestmark = pytest.mark.usefixtures("one_thread")
 PLAN = CompressionPlan("resnet18", {"layer1.0.conv1": 1}, {"layer1.0.conv1": 40})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in another order are other bits: all runs that are compared have one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
