@@ -39,6 +39,17 @@ def shown(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def require_least(least: float, **values: float | None) -> None:
+    """Options, by name, that must be so much or more where they are given.
+
+    Raises:
+        UserError: names the first that is less.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
 def one_line_errors(loader: Iterable[T]) -> Iterator[T]:
     """The loader's batches.
 

@@ -12,7 +12,7 @@ from norton_deploy.commands import Output, write_json
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.complexity import Complexity, count_complexity
-from norton_deploy.errors import UserError
+from norton_deploy.errors import require_least
 from norton_deploy.files import check_output_file
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import Architecture
@@ -43,14 +43,9 @@ class Settings(Output):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="complexity", description=__doc__ or "")
-    for name, value, least in (
-        ("--image-size", None if settings.image_size is None else min(settings.image_size), 1),
-        ("--num-classes", settings.num_classes, 1 if settings.task == "cls" else 2),
-        ("--proposals", settings.proposals, 0),
-        ("--detections", settings.detections, 0),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name}: expected at least {least}, got {value}")
+    require_least(1, image_size=None if settings.image_size is None else min(settings.image_size))
+    require_least(1 if settings.task == "cls" else 2, num_classes=settings.num_classes)
+    require_least(0, proposals=settings.proposals, detections=settings.detections)
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     plan = None if settings.plan is None else CompressionPlan.load(settings.plan)
     shape: ModelSettings

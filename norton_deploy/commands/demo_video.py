@@ -10,7 +10,7 @@ from pathlib import Path
 
 from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector
 from norton_deploy.video.pipeline import VideoPipeline
@@ -52,10 +52,8 @@ class Settings(Output):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 on success, 1 when a stream broke for good, 130 after Ctrl-C or SIGTERM (the video is whole)."""
     settings = parse_settings(Settings, argv, prog="demo_video", description=__doc__ or "")
-    if settings.max_frames is not None and settings.max_frames < 1:
-        raise UserError(f"--max-frames: expected at least 1, got {settings.max_frames}")
-    if min(settings.image_size) < SMALLEST_SIDE:
-        raise UserError(f"--image-size: expected at least {SMALLEST_SIDE} pixels a side, got {settings.image_size}")
+    require_least(1, max_frames=settings.max_frames)
+    require_least(SMALLEST_SIDE, image_size=min(settings.image_size))
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     refuse_same_file(settings.out, Path(settings.source), settings.model, settings.baseline)
     check_output_file(settings.out, "--out", overwrite=settings.overwrite)

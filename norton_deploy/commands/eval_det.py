@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.evaluation.coco_metrics import metrics_table
 from norton_deploy.evaluation.evaluate import evaluate_file, result_files, write_results
 from norton_deploy.files import check_output_file
@@ -60,13 +60,8 @@ class Settings(Output):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     settings = parse_settings(Settings, argv, prog="eval_det", description=__doc__ or "")
-    for name, value, least in (
-        ("--batch-size", settings.batch_size, 1),
-        ("--limit", settings.limit, 1),
-        ("--workers", settings.workers, 0),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name}: expected at least {least}, got {value}")
+    require_least(1, batch_size=settings.batch_size, limit=settings.limit)
+    require_least(0, workers=settings.workers)
     if settings.resume and settings.results is None:
         raise UserError("--resume: needs --results, beside which the detections of a stopped run are kept")
     if settings.results is not None:

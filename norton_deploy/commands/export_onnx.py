@@ -12,7 +12,7 @@ from norton_deploy.config import parse_settings
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images
-from norton_deploy.errors import UserError
+from norton_deploy.errors import require_least
 from norton_deploy.export.artefact import check_artefact_folder, write_artefact
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.parity.export_checked import SCENES, Export, ExportOptions, export_checked, open_detector
@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_export(settings: Settings, out: Path) -> Export:
     """Write the checked graph `out`; whatever is wrong with the settings is said before the work."""
-    if settings.parity_images < 1:
-        raise UserError("parity_images: every export is compared on at least 1 image")
+    require_least(1, parity_images=settings.parity_images)
     refuse_same_file(out, None if settings.model is None else Path(settings.model))
     check_output_file(out, "--out", ".onnx", overwrite=settings.overwrite)
     check_output_file(reference_path(out), "--out", overwrite=settings.overwrite)

@@ -12,7 +12,7 @@ from pathlib import Path
 from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.image_folder import find_images, read_images
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.files import check_output_file
 from norton_deploy.reporting.gradcam import Box, compare_gradcam, open_compared
 from norton_deploy.reporting.gradcam_picture import draw_gradcam
@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.out.suffix not in (".png", ".jpg"):
         raise UserError(f"--out {settings.out}: expected a .png or .jpg file")
     check_output_file(settings.out, "--out", overwrite=settings.overwrite)
-    if settings.count < 1 or settings.rows < 1:
-        raise UserError("--count, --rows: expected at least 1")
+    require_least(1, count=settings.count, rows=settings.rows)
     if not settings.compressed:
         raise UserError("--compressed: expected one or several models after it")
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)

@@ -21,7 +21,7 @@ from norton_deploy.deployment.measurement import (
     time_in_turn,
 )
 from norton_deploy.deployment.steps import Steps, to_stderr
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.files import sha256_of
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.predictor import Backend, Predictor
@@ -55,10 +55,7 @@ class CompareRequest:
     """What runs .onnx files: onnxruntime (the default) or openvino."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: expected at least 1, got {value}")
+        require_least(1, images=self.images, rounds=self.rounds)
 
 
 def compare(request: CompareRequest, *, command: str, report: Callable[[str], None] = to_stderr) -> Deployment:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.export.contract import Precision, Target
 from norton_deploy.export.tensorrt_build import Engine
 from norton_deploy.files import sha256_of
@@ -128,10 +128,8 @@ class DeployRequest:
             raise UserError("--weights: goes with Detectron2's configuration (.yaml) in --model, and is needed there")
         if self.speedup <= 1:
             raise UserError(f"--speedup: expected more than 1, got {self.speedup:g}")
-        for name, least in (("finetune_steps", 0), ("images", 1), ("batch_size", 1), ("refit_images", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+        require_least(1, images=self.images, batch_size=self.batch_size)
+        require_least(0, finetune_steps=self.finetune_steps, refit_images=self.refit_images, seed=self.seed)
 
     @property
     def effort(self) -> Effort:

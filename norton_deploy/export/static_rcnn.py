@@ -14,7 +14,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.export.contract import InputDtype, Target
 from norton_deploy.export.frame_resize import FrameResize
 from norton_deploy.export.static_boxes import DEFAULT_ITERATIONS, StaticNMS
@@ -59,10 +59,8 @@ class GraphSettings(GraphOptions):
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UserError(f"target: '{self.target}' is none of {', '.join(TARGETS)}")
-        if min(*self.image_size, self.batch, self.candidates, self.nms_iterations) < 1:
-            raise UserError("image_size, batch, candidates and nms_iterations must be at least 1")
-        if self.max_detections is not None and self.max_detections < 1:
-            raise UserError(f"max_detections: expected at least 1, got {self.max_detections}")
+        require_least(1, image_size=min(self.image_size), batch=self.batch, max_detections=self.max_detections)
+        require_least(1, candidates=self.candidates, nms_iterations=self.nms_iterations)
         if self.input_dtype not in ("uint8", "float32"):
             raise UserError(f"input_dtype: '{self.input_dtype}' is none of uint8, float32")
         if self.input_size is not None and self.input_dtype != "uint8":

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import draw_scene
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.equalise import equalised
 from norton_deploy.export.letterbox import letterboxed
@@ -46,8 +46,7 @@ def calibration_images(options: ExportOptions, image_size: tuple[int, int]) -> l
             "--precision int8: needs --calibration FOLDER, 200 to 500 images like those that will be seen "
             f"('{SYNTHETIC}' takes drawn scenes)"
         )
-    if options.calibration_images < 1:
-        raise UserError(f"--calibration-images: expected at least 1, got {options.calibration_images}")
+    require_least(1, calibration_images=options.calibration_images)
     if options.calibration == SYNTHETIC:
         size = options.input_size or image_size
         return [draw_scene(FIRST_SCENE + index, size).image for index in range(options.calibration_images)]

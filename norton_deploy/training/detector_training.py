@@ -12,7 +12,7 @@ from norton_deploy.checkpoints.checkpoint import CheckpointHeader, save_checkpoi
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.dataset_check import check_layout
 from norton_deploy.data.transforms import training_transform
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.evaluation.coco_metrics import table3_scores
 from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.files import sha256_of
@@ -79,8 +79,7 @@ class DetectorTrainingSettings(TrainingSettings):
                 raise UserError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.quantise and (self.cpu_forms or self.recompose_blocks):
             raise UserError("quantise: gives the layers forms of its own; leave cpu_forms and recompose_blocks out")
-        if self.evaluation_images is not None and self.evaluation_images < 1:
-            raise UserError(f"evaluation_images: expected at least 1, got {self.evaluation_images}")
+        require_least(1, evaluation_images=self.evaluation_images)
 
     def identity(self) -> dict[str, Any]:
         """As of every run; the teacher counts by its contents too, and what is not imitated has no weight."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from norton_deploy.compression.factored_conv import Decomposed
-from norton_deploy.errors import UserError
+from norton_deploy.errors import UserError, require_least
 from norton_deploy.training.run_log import Tracker, check_tracker
 
 MILESTONE_FACTOR = 0.1
@@ -112,13 +112,11 @@ class TrainingSettings:
                 f"epochs, steps: are {self.epochs} and {self.steps}, give one of the two; "
                 "--epochs None or --steps None takes back what a --config file sets"
             )
-        for name in ("epochs", "steps", "batch_size", "state_every", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}: expected at least 1, got {value}")
-        for name in ("workers", "warmup_steps", "evaluate_every", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for least, names in (
+            (1, ("epochs", "steps", "batch_size", "state_every", "log_every")),
+            (0, ("workers", "warmup_steps", "evaluate_every", "weight_decay", "seed")),
+        ):
+            require_least(least, **{name: getattr(self, name) for name in names})
         for name in ("lr", "lr_per_16_images", "clip_norm"):
             value = getattr(self, name)
             if value is not None and value <= 0:

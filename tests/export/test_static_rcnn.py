@@ -96,5 +96,5 @@ def test_mistakes_are_named() -> None:
         StaticRCNN(copy.deepcopy(reduced_detector("box")), replace(BASE, target="tensorrt", candidates=5000))
     with pytest.raises(UserError, match="target"):
         GraphSettings(IMAGE_SIZE, target="openvino")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="max_detections"):
+    with pytest.raises(UserError, match="--max-detections: expected at least 1"):
         GraphSettings(IMAGE_SIZE, max_detections=0)

@@ -155,7 +155,7 @@ def test_a_run_is_kept_when_the_one_to_replace_it_cannot_start(tiny_coco, tmp_pa
     ("changes", "message"),
     [
         (["--detector.image.min-size", "-5"], "min_size: expected 1 to 8192"),
-        (["--evaluation-images", "0"], "evaluation_images: expected at least 1"),
+        (["--evaluation-images", "0"], "--evaluation-images: expected at least 1"),
         (["--detector.backbone.norm", "frozen"], "goes with a pretrained backbone"),
         (["--detector.backbone.norm", "sync"], "sync needs GPUs"),
         (["--detector.num-classes", "5"], r"num_classes is 5, but the data has 7"),
