@@ -7,24 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional
 
 from benchmarks import cifar_gpu
 from benchmarks.lib.cifar_experiment import z_scores
+from tests.class_images import write_class_images
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Two classes of four 32 x 32 images in train/ and test/."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for index in range(4):
-                pixels = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-                pixels.save(tmp_path / "images" / split / name / f"{index}.png")
-    return tmp_path / "images"
+    return write_class_images(tmp_path / "images", {"train": 4, "test": 4}, {"cat": None, "dog": None})
 
 
 def test_a_cell_that_learnt_nothing_is_an_error_with_its_figures() -> None:

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +17,7 @@ from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training.trainer import Trainer
+from tests.class_images import BLUE_AND_RED, write_class_images
 
 ROOT = Path(__file__).parents[2]
 VGG = ClassifierSettings("vgg16_bn", 10, image_size=(32, 32))
@@ -28,13 +27,7 @@ VGG = ClassifierSettings("vgg16_bn", 10, image_size=(32, 32))
 def stand_in(tmp_path_factory) -> tuple[Path, Path]:
     """Checkpoint of a random dense VGG-16-BN of two classes, and a folder of 8 + 4 images."""
     root = tmp_path_factory.mktemp("stand_in")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 4), ("test", 2)):
-        for name, colour in (("blue", (40, 60, 210)), ("red", (220, 50, 40))):
-            (root / "data" / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.normal(colour, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / "data" / split / name / f"{index}.png")
+    write_class_images(root / "data", {"train": 4, "test": 2}, BLUE_AND_RED)
     torch.manual_seed(0)
     settings = ClassifierSettings("vgg16_bn", 2, image_size=(32, 32))
     header = CheckpointHeader("cls", settings, None, class_categories(("blue", "red")))

@@ -17,18 +17,9 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.coupled import decompose_coupled
 from norton_deploy.method.layer_factors import decompose_layer
 from norton_deploy.method.plan import CompressionPlan, Coupling
-from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import Categories
+from tests.compression.small_models import CLASSIFIER, DETECTOR
 
-CLASSIFIER = ClassifierSettings("resnet18", 7, image_size=(32, 32))
-DETECTOR = DetectorSettings(
-    num_classes=4,
-    backbone=BackboneSettings("resnet18", norm="batch", fpn_channels=16),
-    roi=RoiSettings(box_features=32, mask_channels=(16, 16)),
-    image=ImageSettings(64, 64),
-)
 PLAN = CompressionPlan(
     "resnet18",
     {"layer1.1.conv1": 1},

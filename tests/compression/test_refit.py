@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from norton_deploy.compression import refit as refit_module
 from norton_deploy.compression.calibration import make_probes, run_stages
@@ -12,24 +12,9 @@ from norton_deploy.compression.normal_equations import NormalEquations, fit_fact
 from norton_deploy.compression.refit import input_patches, refit
 from norton_deploy.method.cp import CPFactors
 from norton_deploy.method.plan import CompressionPlan
-from norton_deploy.models.classifiers import ClassifierSettings
-from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
-from norton_deploy.models.detectors import DetectorSettings
-
-CLASSIFIER = ClassifierSettings("resnet18", 7, image_size=(32, 32))
-DETECTOR = DetectorSettings(
-    num_classes=4,
-    backbone=BackboneSettings("resnet18", norm="batch", fpn_channels=16),
-    roi=RoiSettings(box_features=32, mask_channels=(16, 16)),
-    image=ImageSettings(64, 64),
-)
+from tests.compression.small_models import CLASSIFIER, DETECTOR, pictures
 
 pytestmark = pytest.mark.usefixtures("narrow_resnets")
-
-
-def pictures(count: int, side: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.rand(3, side, side, generator=generator) for _ in range(count)]
 
 
 def classifier() -> nn.Module:

@@ -10,6 +10,7 @@ from PIL import Image
 from norton_deploy.data import resident_images
 from norton_deploy.data.resident_images import Augmentation, ResidentImages, read_class_names, read_resident_images
 from norton_deploy.errors import UserError
+from tests.class_images import write_class_images
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 RECORD = 1 + 3 * 32 * 32
@@ -18,15 +19,9 @@ RECORD = 1 + 3 * 32 * 32
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of 12 x 10 JPEGs, three in train/, two in test/."""
+    classes = {"cat": None, "dog": None}
     root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 3), ("test", 2)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
-    return root
+    return write_class_images(root, {"train": 3, "test": 2}, classes, shape=(12, 10), suffix=".jpg")
 
 
 def in_memory(pixels: torch.Tensor, mean: tuple[float, ...] = MEAN) -> ResidentImages:

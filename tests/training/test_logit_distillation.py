@@ -3,10 +3,8 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -19,21 +17,12 @@ from norton_deploy.training.batches import Batch
 from norton_deploy.training.classifier_training import ClassifierTrainingSettings, train_classifier
 from norton_deploy.training.distillation import DistilledClassification, distillation_loss
 from norton_deploy.training.initial_weights import InitialModel
-
-CLASSES = {"blue": (40, 60, 210), "red": (220, 50, 40)}
+from tests.class_images import BLUE_AND_RED, write_class_images
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    root = tmp_path_factory.mktemp("colours")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for name, colour in CLASSES.items():
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.normal(colour, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
+    return write_class_images(tmp_path_factory.mktemp("colours"), {"train": 6, "val": 2}, BLUE_AND_RED)
 
 
 def arguments(data, out, *more):

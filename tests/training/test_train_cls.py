@@ -1,9 +1,7 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, load_checkpoint, save_checkpoint
@@ -14,22 +12,15 @@ from norton_deploy.evaluation.evaluate import evaluate_classifier
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training import classifier_training
 from norton_deploy.training.trainer import Trainer
+from tests.class_images import BLUE_AND_RED, write_class_images
 
-COLOURS = {"blue": (40, 60, 210), "green": (50, 200, 60), "red": (220, 50, 40)}
+COLOURS = {"blue": BLUE_AND_RED["blue"], "green": (50, 200, 60), "red": BLUE_AND_RED["red"]}
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     """Three classes of noisy one-coloured 32 px images, which a few steps can tell apart."""
-    root = tmp_path_factory.mktemp("colours")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for name, colour in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.normal(colour, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
+    return write_class_images(tmp_path_factory.mktemp("colours"), {"train": 8, "val": 3}, COLOURS)
 
 
 def arguments(data, out, *more):
