@@ -135,7 +135,7 @@ def test_export_trt_without_tensorrt_then_the_tool_command(
         (["--image-size", "96", "96"], "--task: needed"),
         (["--model", "absent.safetensors"], "no such file"),
         (["--model", "absent.safetensors", "--plan", "p.yaml"], "--plan: only without --model"),
-        (["--task", "box", "--parity-images", "0"], "at least 1 image"),
+        (["--task", "box", "--parity-images", "0"], "--parity-images: expected at least 1"),
     ],
 )
 def test_mistakes_exit_1_with_one_line(
