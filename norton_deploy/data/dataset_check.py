@@ -45,7 +45,10 @@ class Finding:
 
     def line(self) -> str:
         """For people."""
-        return f"{self.severity}: {self.count} {self.what}; the first: {self.first}"
+        return f"{self.severity}: {self}"
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.what}; the first: {self.first}"
 
 
 @dataclass
@@ -86,7 +89,7 @@ class DatasetCheck:
         """
         if self.errors:
             more = f", and {len(self.errors) - 1} more kinds of errors" if len(self.errors) > 1 else ""
-            raise UserError(f"{self.root}: {self.errors[0].line()}{more}")
+            raise UserError(f"{self.root}: {self.errors[0]}{more}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the folder."""

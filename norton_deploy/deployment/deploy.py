@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.compression.lowering import multiply_out
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.coco_index import annotation_file
@@ -33,6 +34,7 @@ from norton_deploy.export.artefact import write_artefact
 from norton_deploy.files import sha256_of
 from norton_deploy.folder_lock import held
 from norton_deploy.inference.loading import load_predictor
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.compared_images import compare_images
 from norton_deploy.reporting.deployment import Deployment
 from norton_deploy.reporting.deployment_report import misses, write_report
@@ -84,6 +86,8 @@ class _Run:
         self.compressed = opened.header.plan is not None
         if self.compressed and request.plan is not None:
             raise UserError(f"{self.file}: is compressed already; leave --plan out, or give its dense original")
+        if request.plan is not None:
+            fit_plan(opened.model, CompressionPlan.load(request.plan))
         identity = request.identity() | {"model_sha256": sha256_of(self.file)}
         if request.data is not None:
             identity["annotations"] = sha256_of(annotation_file(request.data, "val", self.task))

@@ -31,6 +31,7 @@ from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.deployment import Deployment
 
+PLANS = Path(__file__).parents[2] / "configs" / "plans"
 PLAN = "architecture: rcnn\nranks:\n  backbone.body.layer4.1.conv2: 1\nkeep:\n  backbone.body.layer4.0.conv1: 64\n"
 
 
@@ -136,15 +137,17 @@ def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_pa
         ("--model nothing.pth --data d", "--model nothing.pth: no such file"),
         ("--task mask --data d", "d/annotations/instances_train2017.json: not found; expected COCO's layout in d"),
         ("--task mask --images 0", "--images: expected at least 1, got 0"),
+        ("--model {own} --data {data} --plan {plan}", "{plan}: keep: unknown group 'backbone.body.layer1'"),
         ("--task keypoint --model {own} --data {data}", "{own}: a detector for task 'box', --task is 'keypoint'"),
     ],
 )
 def test_mistakes(
     arguments: str, message: str, own: Path, tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = arguments.format(own=own, data=tiny_coco).split()
+    known = {"own": own, "data": tiny_coco, "plan": PLANS / "balanced.yaml"}
+    words = arguments.format(**known).split()
     assert run("deploy", [*words, "--out", str(tmp_path / "run")]) == 1
-    assert f"error: {message.format(own=own)}" in capsys.readouterr().err
+    assert f"error: {message.format(**known)}" in capsys.readouterr().err
 
 
 def test_a_second_deployment_into_one_folder_is_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
