@@ -13,7 +13,7 @@ from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.compression.lowering import multiply_out
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.coco_index import annotation_file
-from norton_deploy.data.dataset_check import check_dataset, check_layout
+from norton_deploy.data.dataset_check import check_dataset
 from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.deployment import making, notes, source_model
 from norton_deploy.deployment.estimates import Estimates
@@ -79,8 +79,6 @@ class _Run:
         self.out, self.target, self.effort = request.out, EngineTarget.parse(request.target), request.effort
         self.notes: list[str] = []
         self.file = source_model.source_file(request)
-        if request.data is not None:
-            check_layout(request.data, request.task or "box")
         opened = source_model.open_source(request, self.file)
         self.task, self.categories = cast(Task, opened.header.task), opened.header.categories
         self.compressed = opened.header.plan is not None

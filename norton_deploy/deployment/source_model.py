@@ -7,6 +7,7 @@ from norton_deploy.checkpoints.checkpoint import Checkpoint, read_header
 from norton_deploy.checkpoints.open_model import names_no_categories, open_model, with_image_size
 from norton_deploy.data.category_list import categories_of_model
 from norton_deploy.data.coco_index import annotation_file
+from norton_deploy.data.dataset_check import check_layout
 from norton_deploy.deployment.making import tool
 from norton_deploy.deployment.request import DeployRequest
 from norton_deploy.detectron2.checkpoint import import_detectron2
@@ -55,7 +56,7 @@ def open_source(request: DeployRequest, file: Path) -> Checkpoint:
     """Open any kind of model for the images that were asked for.
 
     Raises:
-        UserError: it cannot be read, is no detector, or for another task or image size.
+        UserError: it cannot be read, is no detector, or for another task or image size; or the data are not there.
     """
     categories = request.categories
     if file.suffix in (".yaml", ".yml"):
@@ -68,7 +69,8 @@ def open_source(request: DeployRequest, file: Path) -> Checkpoint:
         raise UserError(f"{file}: a classifier; detectors are deployed")
     if request.task not in (None, task):
         raise UserError(f"{file}: a detector for task '{task}', --task is '{request.task}'")
-    if categories is None and names_no_categories(file) and (own := _datas_own(request, task)) is not None:
+    own = _datas_own(request, task)
+    if categories is None and names_no_categories(file) and own is not None:
         named = categories_of_model(own, opened.header.detector.num_classes, str(file))
         opened = replace(opened, header=replace(opened.header, categories=named))
     return opened if request.image_size is None else with_image_size(opened, request.image_size)
@@ -85,7 +87,15 @@ def import_command(request: DeployRequest, file: Path, annotations: Path, out: P
 
 
 def _datas_own(request: DeployRequest, task: Task) -> Path | None:
-    return None if request.data is None else annotation_file(request.data, "val", task)
+    """The annotations of val, None without data.
+
+    Raises:
+        UserError: the data are not in COCO's layout.
+    """
+    if request.data is None:
+        return None
+    check_layout(request.data, task)
+    return annotation_file(request.data, "val", task)
 
 
 def own_image_size(request: DeployRequest, file: Path) -> tuple[int, int]:

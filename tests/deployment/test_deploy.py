@@ -25,7 +25,7 @@ from norton_deploy.deployment import notes
 from norton_deploy.deployment.compare import CompareRequest, compare
 from norton_deploy.deployment.deploy import deploy
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
-from norton_deploy.deployment.source_model import import_command
+from norton_deploy.deployment.source_model import import_command, open_source
 from norton_deploy.errors import UserError
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -198,6 +198,18 @@ def test_the_printed_import_of_a_detectron2_model_names_the_categories_and_the_s
         "320",
         "480",
     ]
+
+
+def test_the_task_of_a_pth_says_which_annotations_are_its(tiny_coco: Path, tmp_path: Path) -> None:
+    settings = DetectorSettings(num_classes=2, backbone=BackboneSettings("resnet18", fpn_channels=16))
+    torch.save(settings.build("keypoint").state_dict(), tmp_path / "own.pth")
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    kept = [*tiny_coco.glob("*2017"), *tiny_coco.glob("annotations/person_keypoints_*")]
+    for path in kept:
+        (tmp_path / "data" / path.relative_to(tiny_coco)).symlink_to(path)
+    request = DeployRequest(model=tmp_path / "own.pth", data=tmp_path / "data", out=tmp_path / "run")
+    header = open_source(request, tmp_path / "own.pth").header
+    assert header.task == "keypoint" and header.categories.names == ("person",)
 
 
 def test_targets() -> None:
