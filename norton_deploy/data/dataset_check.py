@@ -88,7 +88,7 @@ class DatasetCheck:
             UserError: there are errors; the message has the first.
         """
         if self.errors:
-            more = f", and {len(self.errors) - 1} more kinds of errors" if len(self.errors) > 1 else ""
+            more = f"; {len(self.errors) - 1} more of other kinds" if len(self.errors) > 1 else ""
             raise UserError(f"{self.root}: {self.errors[0]}{more}")
 
     def to_dict(self) -> dict[str, Any]:
