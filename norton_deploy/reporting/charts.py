@@ -93,16 +93,17 @@ def draw_categories(path: Path, pairs: Sequence[tuple[CategoryScore, CategorySco
         legend_above(axes)
 
 
-def draw_precision_recall(path: Path, scores: Mapping[str, MeasureScore]) -> None:
-    """Precision over recall, the mean of the categories, at IoU 0.50 (full line) and 0.75 (dashed).
+def draw_precision_recall(path: Path, scores: Mapping[str, MeasureScore], overlap: str) -> None:
+    """Precision over recall, the mean of the categories, at an overlap of 0.50 (full line) and 0.75 (dashed).
 
     Args:
         scores: name -> score, the dense model first.
+        overlap: what 0.50 is of, IoU or OKS.
     """
     with chart(path, 3.6) as axes:
         for (name, score), colour in zip(scores.items(), (DENSE, SMALL), strict=True):
-            for (iou, curve), line in zip(score.precision.items(), ("-", "--"), strict=True):
-                axes.plot(np.linspace(0, 1, len(curve)), curve, line, color=colour, label=f"{name}, IoU {iou}")
+            for (least, curve), line in zip(score.precision.items(), ("-", "--"), strict=True):
+                axes.plot(np.linspace(0, 1, len(curve)), curve, line, color=colour, label=f"{name}, {overlap} {least}")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("Recall")

@@ -199,7 +199,8 @@ def _accuracy(deployment: Deployment, pictures: Path) -> list[Block]:
         charts.append(Picture(chart, f"{measure} of each category ({which}), largest loss first"))
     if all(score.precision.get("0.50") for score in (dense, small)):
         chart = pictures / "precision-recall.svg"
-        draw_precision_recall(chart, dict(zip(names, (dense, small), strict=True)))
+        overlap = "OKS" if deployment.task == "keypoint" else "IoU"
+        draw_precision_recall(chart, dict(zip(names, (dense, small), strict=True)), overlap)
         charts.append(Picture(chart, "Precision and recall, mean of the categories"))
     rows = [
         (pair[0].name, str(pair[0].objects), *(f"{category.ap:.3f}" for category in pair), _signed(_difference(pair)))
@@ -229,7 +230,7 @@ def _measures_table(deployment: Deployment) -> Table:
         (measure, *(_score(metrics.get(measure)) for pair in found for metrics in pair)) for measure in measures
     )
     header = ("Measure", *(f"{kind}: {model.name}" for kind in kinds for model in (dense, small)))
-    return Table(header, rows, f"COCO's measures (Table III's AP and AR are {primary_iou_type(deployment.task)}'s)")
+    return Table(header, rows, f"COCO's measures (Table III's AP and AR: {primary_iou_type(deployment.task)})")
 
 
 def _score(value: float | None) -> str:
