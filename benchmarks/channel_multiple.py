@@ -27,7 +27,6 @@ from norton_deploy.compression.channel_groups import channel_groups, output_widt
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.cost.complexity import layer_calls
-from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.cost.session import make_session
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.data.image_file import read_image
@@ -36,6 +35,7 @@ from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
+from norton_deploy.search.form_tuning import TimingTable, tune_blocks
 from norton_deploy.search.latency_budget import Workload, tuned_predictor
 from norton_deploy.structures import Categories
 
@@ -100,7 +100,7 @@ def measure(cell: str, models: Models, images: Sequence[Path], images_are: str, 
         if cell == "body":
             calls[name] = body_call(model, settings.workload, table)
         else:
-            predictor = tuned_predictor(model, settings.workload, models[1], table)
+            predictor = tuned_predictor(model, settings.workload, models[1], table, pixels)
             calls[name] = partial(call_detector, predictor, pixels)
         layers = [
             layer

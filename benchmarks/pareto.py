@@ -27,7 +27,6 @@ from benchmarks.lib.training_runs import LAST, read_recipe, train_once
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.compression.compress import compress
-from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images, read_images
@@ -40,6 +39,7 @@ from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.charts import DENSE, STAGE_COLOURS, chart, legend_above
 from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.reporting.report import Table
+from norton_deploy.search.form_tuning import TimingTable
 from norton_deploy.search.latency_budget import Workload, tuned_predictor
 from norton_deploy.search.plan_search import TIMING_IMAGES, PlanRequest, PlanSearch
 from norton_deploy.training.detector_training import DetectorTrainingSettings
@@ -154,7 +154,9 @@ def measure_uniform(settings: Settings, dense: Checkpoint, name: str) -> dict[st
     table = times_of_layers(settings)
     pictures = [read_image(path) for path in find_images(settings.data / "train2017")[:TIMING_IMAGES]]
     models = {"dense": model, name: compress(model, plan, seed=settings.seed, starts=1)}
-    predictors = {key: tuned_predictor(made, workload, dense.header.categories, table) for key, made in models.items()}
+    predictors = {
+        key: tuned_predictor(made, workload, dense.header.categories, table, pictures) for key, made in models.items()
+    }
     calls = {key: partial(call, predictor, pictures) for key, predictor in predictors.items()}
     turns = time_in_turns(calls, rounds=settings.rounds, warm_up=1)
     ratios = turns.of("dense") / turns.of(name)

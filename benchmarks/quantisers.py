@@ -33,7 +33,7 @@ from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.equalise import equalised
 from norton_deploy.export.graph_digest import signed
 from norton_deploy.export.letterbox import letterboxed
-from norton_deploy.export.onnx_export import metadata_of
+from norton_deploy.export.onnx_export import STAGE_PREFIX, metadata_of
 from norton_deploy.export.quantise import LAYERS, calibrate, quantisable_layers, quantised
 from norton_deploy.inference.loading import load_predictor, packaged_detector
 from norton_deploy.inference.predictor import Backend, Image
@@ -92,11 +92,13 @@ def measure(task: Task, library: Library, settings: Settings) -> Cell:
     out = settings.work / f"{task}_{library}.onnx"
     started = time.perf_counter()
     try:
-        graph = QUANTISERS[library](onnx.load(fp32), batches)
+        model_fp32 = onnx.load(fp32)
+        stages = [value for value in model_fp32.graph.value_info if value.name.startswith(STAGE_PREFIX)]
+        graph = QUANTISERS[library](model_fp32, batches)
     except Exception as error:  # whatever a library raises is a result
         return {"failure": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     seconds = time.perf_counter() - started
-    write(graph, contract, out)
+    write(graph, contract, stages, out)
     scenes = [draw_scene(GATE_SEED + index, size).image for index in range(settings.gate_images)]
     return {
         "version": importlib.metadata.version(DISTRIBUTIONS[library]),
@@ -143,8 +145,11 @@ def detector(task: Task) -> tuple[GeneralizedRCNN, Categories]:
     return model, checkpoint.header.categories
 
 
-def write(graph: Any, contract: GraphContract, out: Path) -> None:
-    """A graph with the package's metadata."""
+def write(graph: Any, contract: GraphContract, stages: Sequence[Any], out: Path) -> None:
+    """A graph with the package's metadata, and its stages in the order that the gate compares them in."""
+    others = [value for value in graph.graph.value_info if not value.name.startswith(STAGE_PREFIX)]
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend([*others, *stages])
     helper.set_model_props(graph, metadata_of(replace(contract, precision="int8", weight_bits=8)))
     out.write_bytes(signed(graph.SerializeToString()))
 

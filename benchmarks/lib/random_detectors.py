@@ -15,7 +15,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.compress import compress
 from norton_deploy.cost.complexity import Complexity, count_complexity
-from norton_deploy.cost.form_tuning import TimingTable
 from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images
@@ -24,6 +23,7 @@ from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.provenance import machine_values, provenance
+from norton_deploy.search.form_tuning import TimingTable
 from norton_deploy.search.latency_budget import Workload
 from norton_deploy.structures import Categories, Task
 

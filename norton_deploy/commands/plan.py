@@ -10,12 +10,12 @@ from tqdm import tqdm
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.commands import Output, command_line, write_json
 from norton_deploy.config import parse_settings
-from norton_deploy.cost.form_tuning import TimingTable
-from norton_deploy.cost.layer_timing import TimedEngine
 from norton_deploy.files import check_output_file
 from norton_deploy.progress import progress_bar
 from norton_deploy.reporting.plan_report import verdict, write_plan_report
 from norton_deploy.reporting.provenance import machine_values, provenance
+from norton_deploy.search.form_tuning import TimingTable
+from norton_deploy.search.layer_timing import TimedEngine
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 
 FIRST = ("image-size", "images", "fit-images", "engine", "forms", "multiple", "compare", "resume", "overwrite", "json")
@@ -30,7 +30,7 @@ class Settings(PlanRequest, Output):
     out: Path
     """Plan to write (YAML); the report, sensitivities and layer times are kept beside it."""
     engine: TimedEngine = "onnxruntime"
-    """What the latency is for: onnxruntime, openvino or openvino-bf16 on the CPU, onnxruntime-cuda."""
+    """What the latency is for: onnxruntime or openvino on the CPU, also with -int8, openvino-bf16, onnxruntime-cuda."""
     picture: Path | None = None
     """Pareto picture (PNG); by default beside the plan."""
     report: Path | None = None

@@ -34,6 +34,7 @@ class LayerShape:
         rank: R of a CPDBlock, 0 for a plain layer.
         input_size: (batch, height, width) of the input; (rows, 1, 1) for a linear layer.
         groups: of a plain convolution; the middle one of a `FactoredConv` may have several.
+        in_float: whether it stays in float where a graph has 8 bits.
     """
 
     kind: LayerKind
@@ -46,6 +47,7 @@ class LayerShape:
     rank: int
     input_size: tuple[int, int, int]
     groups: int = 1
+    in_float: bool = False
 
     @classmethod
     def of(cls, layer: nn.Module, input_shape: tuple[int, ...]) -> "LayerShape":

@@ -220,7 +220,7 @@ class _Run:
     ) -> tuple[Path, dict[str, Any]]:
         """A checkpoint's graph, beside it the artefact that is made of it, and its comparison with the model."""
         out, parity_images = self.out / f"{name}.onnx", self.effort.parity_images
-        options = making.export_options(self.request, self.image_size, multiplied_out=multiplied_out)
+        options = making.export_options(self.request, self.image_size, self.data, multiplied_out=multiplied_out)
 
         def export() -> dict[str, Any]:
             made = making.export_file(model, out, options, self.data, parity_images, self.report)
@@ -252,7 +252,7 @@ class _Run:
                 self.notes.append(notes.BY_MACS.format(target=self.target.name))
             elif search.budget.startswith("speedup") and self.target.name == "torch":
                 self.notes.append(notes.BY_ONNX_RUNTIME)
-            target_plan, engine = plan, making.timed_engine(self.target)
+            target_plan, engine = plan, making.timed_engine(self.target, request.precision)
             found = self.steps.run(
                 "plan", f"search a plan for {search.budget}", making.plan_command(dense, search, engine, plan),
                 lambda: making.search_plan(dense, search, engine, target_plan, self.report, self.progress),

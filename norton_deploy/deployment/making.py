@@ -10,15 +10,16 @@ import torch
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
-from norton_deploy.cost.form_tuning import TimingTable
-from norton_deploy.cost.layer_timing import TimedEngine
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
+from norton_deploy.export.contract import Precision
 from norton_deploy.export.tensorrt_build import build_or_explain
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import FORMS, CompressionPlan
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.reporting.provenance import machine_values, provenance
+from norton_deploy.search.form_tuning import TimingTable
+from norton_deploy.search.layer_timing import TimedEngine
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 from norton_deploy.structures import Task
 from norton_deploy.training.detector_training import DetectorTrainingSettings, train_detector
@@ -67,8 +68,10 @@ def plan_request(request: DeployRequest, data: Path, image_size: tuple[int, int]
     )
 
 
-def timed_engine(target: EngineTarget) -> TimedEngine:
-    """What a plan for this target is timed on."""
+def timed_engine(target: EngineTarget, precision: Precision) -> TimedEngine:
+    """What a plan for this target is timed on; in 8 bits where its graph has them."""
+    if precision == "int8" and target.graph == "onnxruntime":
+        return "openvino-int8" if target.backend == "openvino" else "onnxruntime-int8"
     return "openvino" if target.backend == "openvino" else "onnxruntime"
 
 
@@ -159,12 +162,15 @@ def finetune(settings: DetectorTrainingSettings, command: str, report: Report) -
     return {"steps": result.steps}
 
 
-def export_options(request: DeployRequest, image_size: tuple[int, int], *, multiplied_out: bool) -> ExportOptions:
-    """What both graphs are, the dense one and the small one."""
+def export_options(
+    request: DeployRequest, image_size: tuple[int, int], data: Path, *, multiplied_out: bool
+) -> ExportOptions:
+    """What both graphs are, the dense one and the small one; 8 bits are calibrated on the training images."""
     target = EngineTarget.parse(request.target)
     return ExportOptions(
         image_size=image_size,
         precision=request.precision,
+        calibration=str(data / "train2017") if request.precision == "int8" else None,
         form="dense" if multiplied_out else "grouped",
         target=target.graph or "onnxruntime",
     )
@@ -195,8 +201,8 @@ def export_command(
     """`norton export_onnx` for `export_file`."""
     return tool(
         "export_onnx", model=model, out=out, image_size=options.image_size, precision=options.precision,
-        form=options.form, target=options.target, images=data / "val2017", parity_images=parity_images,
-        artefact=artefact,
+        calibration=options.calibration, form=options.form, target=options.target, images=data / "val2017",
+        parity_images=parity_images, artefact=artefact,
     )  # fmt: skip
 
 

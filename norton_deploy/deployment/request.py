@@ -110,7 +110,7 @@ class DeployRequest:
     images: int | None = None
     """Measure AP on the first so many images of val; by default all (with --quick 16)."""
     precision: Precision = "fp32"
-    """Of the exported graphs, dense and small: fp32 or fp16."""
+    """Of the exported graphs, dense and small: fp32, fp16, or int8, calibrated on the training images."""
     batch_size: int = 4
     """Images per step of the fine-tuning."""
     refit_images: int = 32

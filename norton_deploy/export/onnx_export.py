@@ -105,6 +105,8 @@ def export_onnx(
     describe(model, contract)
     try:
         proto = onnx_ir.to_proto(model)
+        for node in proto.graph.node:
+            del node.metadata_props[:]  # where in torch's program it was: half a megabyte that nothing reads
         proto.graph.value_info.extend(proto.graph.output[len(outputs) :])
         del proto.graph.output[len(outputs) :]
         content = proto.SerializeToString()

@@ -148,10 +148,6 @@ def quantised(
     Raises:
         UserError: a layer that is not there.
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
     layers = quantisable_layers(model)
     unknown = sorted(set(float_layers) - set(layers))
     if unknown:
@@ -160,11 +156,31 @@ def quantised(
     rounded = _rounded_nodes(model, chosen)
     if symmetric:
         rounded = [node for node in rounded if node.op_type in LAYERS]
+    result = with_rounding(model, ranges, rounded, cpu=cpu, symmetric=symmetric)
+    known = {value.name for value in result.graph.value_info}
+    stages = [v for v in model.graph.value_info if v.name.startswith(STAGE_PREFIX) and v.name not in known]
+    result.graph.value_info.extend(stages)
+    return result
+
+
+def with_rounding(model: Any, ranges: Ranges, nodes: Sequence[Any], *, cpu: Cpu, symmetric: bool) -> Any:
+    """A graph with Q/DQ around the nodes that are given.
+
+    Args:
+        model: an onnx.ModelProto with its shapes inferred; not changed.
+        ranges: of the tensors that these nodes read and write.
+        nodes: layers and joints of it.
+        cpu, symmetric: see `quantised`.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
     changed = copy.deepcopy(model)
-    if not rounded:  # to the quantizer no nodes mean all nodes
+    if not nodes:  # to the quantizer no nodes mean all nodes
         return changed
     if not symmetric:
-        _own_biases(changed, {node.name for node in rounded})
+        _own_biases(changed, {node.name for node in nodes if node.op_type in LAYERS})
     found = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     quantizer = QDQQuantizer(
         changed,
@@ -173,7 +189,7 @@ def quantised(
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, found),
-        nodes_to_quantize=[node.name for node in rounded],
+        nodes_to_quantize=[node.name for node in nodes],
         nodes_to_exclude=[],
         op_types_to_quantize=[*LAYERS, *JOINTS],
         extra_options={
@@ -183,11 +199,7 @@ def quantised(
         },
     )
     quantizer.quantize_model()
-    result = quantizer.model.model
-    known = {value.name for value in result.graph.value_info}
-    stages = [v for v in model.graph.value_info if v.name.startswith(STAGE_PREFIX) and v.name not in known]
-    result.graph.value_info.extend(stages)
-    return result
+    return quantizer.model.model
 
 
 def write_quantised(
@@ -250,15 +262,19 @@ def _tensors(node: Any) -> list[str]:
 
 
 def _own_biases(model: Any, nodes: Collection[str]) -> None:
-    """Give every node that shares its bias with another one of its own: a bias is rounded to its input's scale."""
-    from onnx import TensorProto
+    """Give every node that shares its bias with another one of its own, since a bias is rounded to its input's scale;
+    a bias of zeros goes."""
+    from onnx import TensorProto, numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     taken: set[str] = set()
     for node in model.graph.node:
-        if node.name not in nodes or node.op_type not in LAYERS or len(node.input) < 3:
+        if node.name not in nodes or len(node.input) < 3:
             continue
         bias = node.input[2]
+        if not numpy_helper.to_array(tensors[bias]).any():
+            del node.input[2]
+            continue
         if bias in taken:
             own = TensorProto()
             own.CopyFrom(tensors[bias])

@@ -60,10 +60,36 @@ class StaticRPN(nn.Module):
         anchors = rpn.anchor_generator(image, maps)[0]
         counts = [count * h * w for count, (h, w) in zip(per_location, feature_sizes, strict=True)]
         for level, part in enumerate(anchors.split(counts)):
-            self.register_buffer(f"anchors_{level}", part.clone(), persistent=False)
+            # The first cell's and the stride: all of them would be a fifth of a small detector's file.
+            height, width = feature_sizes[level]
+            grid = part.reshape(height, width, -1, 4)
+            stride = [grid[0, -1, 0, 0] - grid[0, 0, 0, 0], grid[-1, 0, 0, 1] - grid[0, 0, 0, 1]]
+            cells = torch.tensor([max(width - 1, 1), max(height - 1, 1)])
+            self.register_buffer(f"cell_anchors_{level}", grid[0, 0].clone(), persistent=False)
+            self.register_buffer(f"stride_{level}", (torch.stack(stride) / cells).round(), persistent=False)
+            assert torch.equal(self.anchors(level, torch.arange(len(part))[None], width)[0], part)
         self.kept_per_level = [min(int(rpn._pre_nms_top_n["testing"]), count) for count in counts]
         self.rows = max(self.kept_per_level)
         self.proposals = min(int(rpn._post_nms_top_n["testing"]), self.rows * len(counts))
+
+    def anchors(self, level: int, index: Tensor, width: int) -> Tensor:
+        """Some anchors of a level.
+
+        Args:
+            level: the level.
+            index: int64 [B, K], in the order of cells by row, all anchors of a cell in a row.
+            width: cells of a row.
+
+        Returns:
+            float32 [B, K, 4] xyxy.
+        """
+        of_cell: Tensor = getattr(self, f"cell_anchors_{level}")
+        place = index.to(torch.float32)  # exact below 2**24, and so are the floors
+        cell = (place / len(of_cell)).floor()
+        row = (cell / width).floor()
+        corner = torch.stack([cell - row * width, row], dim=-1) * getattr(self, f"stride_{level}")
+        chosen = of_cell.index_select(0, (place - cell * len(of_cell)).to(torch.int64).reshape(-1))
+        return chosen.reshape(*index.shape, 4) + torch.cat([corner, corner], dim=-1)
 
     def select(self, logits: list[Tensor], deltas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -110,10 +136,9 @@ class StaticRPN(nn.Module):
             padding = self.rows - count
             level_best, index = by_anchor.topk(count, dim=1)
             level_chosen = gather_rows(table.reshape(batch, -1, 4), index).to(torch.float32)
-            level_anchors = getattr(self, f"anchors_{level}").index_select(0, index.reshape(-1))
             best.append(F.pad(level_best, (0, padding), value=PADDED_LOGIT))
             chosen.append(F.pad(level_chosen, (0, 0, 0, padding)))
-            anchors.append(F.pad(level_anchors.reshape(batch, count, 4), (0, 0, 0, padding)))
+            anchors.append(F.pad(self.anchors(level, index, width), (0, 0, 0, padding)))
         decoded = decode_boxes(torch.stack(chosen, 1), torch.stack(anchors, 1), self.delta_weights, self.largest_log)
         boxes = clip_boxes(decoded, self.limits)
         scores = torch.sigmoid(torch.stack(best, dim=1))

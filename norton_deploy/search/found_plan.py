@@ -9,9 +9,9 @@ from torch import nn
 
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import Complexity
-from norton_deploy.cost.form_tuning import BlockTuning
 from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 from norton_deploy.search.decisions import STEMS, Choice, Decision, forms_and_keep
+from norton_deploy.search.form_tuning import BlockTuning
 from norton_deploy.search.joint_cost import UNITS, Budget, JointCost
 from norton_deploy.search.latency_budget import LatencyResult, Workload
 from norton_deploy.search.planner import Harm, Point

@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from norton_deploy.compression.channel_groups import is_detector
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.cost.complexity import Complexity, LayerCall, count_complexity, layer_calls
-from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.cost.turns import Turns, time_in_turns
-from norton_deploy.export.onnx_export import export_onnx
+from norton_deploy.export.onnx_export import export_onnx, read_contract
 from norton_deploy.export.static_rcnn import GraphSettings, StaticRCNN
 from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
@@ -26,10 +25,14 @@ from norton_deploy.inference.openvino_backend import OpenVinoPredictor
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.inference.static_graph import StaticGraphPredictor
 from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.parity.checked_quantisation import Quantisation
+from norton_deploy.parity.export_checked import ExportOptions
 from norton_deploy.search.decisions import Decision, Option, to_plan
+from norton_deploy.search.form_tuning import TimingTable, tune_blocks
 from norton_deploy.search.joint_cost import Budget, JointCost, calibrate, joint_cost
 from norton_deploy.search.planner import Harm, Planner, Point
 from norton_deploy.structures import Categories
+from norton_deploy.training.rounding import FLOAT_LAYERS
 
 TOLERANCE = 0.05
 """Relative difference between prediction and measurement above which the plan is made once more."""
@@ -54,7 +57,8 @@ class Workload:
 
     def calls(self, model: nn.Module) -> list[LayerCall]:
         """Every call of a layer of the model for one image."""
-        return layer_calls(model, self.image_size, proposals=self.proposals, detections=self.detections)
+        calls = layer_calls(model, self.image_size, proposals=self.proposals, detections=self.detections)
+        return [replace(call, shape=replace(call.shape, in_float=call.name.startswith(FLOAT_LAYERS))) for call in calls]
 
     def complexity(self, model: nn.Module) -> Complexity:
         """MACs of the model for one image, and its parameters."""
@@ -62,15 +66,19 @@ class Workload:
 
 
 def tuned_predictor(
-    model: nn.Module, workload: Workload, categories: Categories, table: TimingTable
+    model: nn.Module, workload: Workload, categories: Categories, table: TimingTable, images: Sequence[Image]
 ) -> StaticGraphPredictor:
-    """A detector in evaluation mode, exported with every CPDBlock in its fastest form and opened."""
+    """A detector in evaluation mode, exported with every CPDBlock in its fastest form and opened; 8 bits have the
+    ranges of these few images, which is enough for a time."""
+    engine, _, precision = table.engine.partition("-")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         export_tuned(model, workload, categories, table, file)
-        if table.engine in ("onnxruntime", "onnxruntime-cuda"):
-            return OnnxRuntimePredictor(file, device="cuda" if table.engine == "onnxruntime-cuda" else "cpu")
-        return OpenVinoPredictor(file, float_type="bf16" if table.engine == "openvino-bf16" else "fp32")
+        if precision == "int8":
+            Quantisation.of(file, read_contract(file), images, ExportOptions(), lambda _: None).write(file)
+        if engine == "openvino":
+            return OpenVinoPredictor(file, float_type="bf16" if precision == "bf16" else "fp32")
+        return OnnxRuntimePredictor(file, device="cuda" if precision == "cuda" else "cpu")
 
 
 def export_tuned(
@@ -159,7 +167,7 @@ class LatencySearch:
             dense, workload.calls(dense), "latency_ms", lambda shape: table.fastest(shape)[1]
         )
         self.dense_ms = 0.0
-        self._dense_predictor = tuned_predictor(dense, workload, categories, table)
+        self._dense_predictor = tuned_predictor(dense, workload, categories, table, images)
         self._measured: list[tuple[CompressionPlan, float]] = []
 
     def start(self) -> None:
@@ -200,7 +208,7 @@ class LatencySearch:
         predictors = {"dense": self._dense_predictor}
         for name, plan in plans.items():
             small = compress(self.dense, plan, seed=self.seed, starts=1)
-            predictors[name] = tuned_predictor(small, self.workload, self.categories, self.table)
+            predictors[name] = tuned_predictor(small, self.workload, self.categories, self.table, self.images)
 
         def call_of(predictor: Predictor) -> Callable[[int], object]:
             return lambda step: predictor([self.images[step % len(self.images)]])

@@ -14,13 +14,13 @@ from torch import nn
 from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
 from norton_deploy.compression.calibration import PROBE_BATCH, Probe, make_probes
 from norton_deploy.compression.fit_plan import fit_plan
-from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import FORMS, CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.search.decisions import RANKS, list_decisions, to_plan, untouched
+from norton_deploy.search.form_tuning import TimingTable, tune_blocks
 from norton_deploy.search.found_plan import FoundPlan, layer_choices
 from norton_deploy.search.joint_cost import UNITS, Budget, joint_cost
 from norton_deploy.search.latency_budget import LatencyResult, LatencySearch, Workload

@@ -12,11 +12,11 @@ from norton_deploy.compression.compress import apply_structure, compress, compre
 from norton_deploy.compression.factored_conv import ChainShape, FactoredConv
 from norton_deploy.compression.lowering import lower_model
 from norton_deploy.cost.complexity import count_complexity, layer_calls
-from norton_deploy.cost.layer_timing import layer_graph
 from norton_deploy.errors import UserError
 from norton_deploy.method.coupled import decompose_coupled
 from norton_deploy.method.layer_factors import decompose_layer
 from norton_deploy.method.plan import CompressionPlan, Coupling
+from norton_deploy.search.layer_timing import layer_graph
 from norton_deploy.structures import Categories
 from tests.compression.small_models import CLASSIFIER, DETECTOR
 

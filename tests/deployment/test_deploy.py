@@ -21,7 +21,7 @@ from norton_deploy.commands import import_detectron2, run
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.turns import Speedup
 from norton_deploy.data.synthetic import CATEGORIES
-from norton_deploy.deployment import notes
+from norton_deploy.deployment import making, notes
 from norton_deploy.deployment.compare import CompareRequest, compare
 from norton_deploy.deployment.deploy import deploy
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
@@ -177,6 +177,22 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr("norton_deploy.commands.deploy.deploy", mock.Mock(side_effect=KeyboardInterrupt))
     assert run("deploy", ["--task", "mask", "--out", str(tmp_path)]) == 130
     assert f"{tmp_path}: stopped; the same line goes on where it was\ninterrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "engine"),
+    [
+        ("openvino", "int8", "openvino-int8"), ("onnxruntime", "int8", "onnxruntime-int8"),
+        ("openvino", "fp32", "openvino"), ("tensorrt-rtx:86", "int8", "onnxruntime"), ("torch", "int8", "onnxruntime"),
+    ],
+)  # fmt: skip
+def test_8_bits_are_planned_for_and_calibrated_on_training_images(target: str, precision: Any, engine: str) -> None:
+    request = DeployRequest(task="mask", out=Path("o"), target=target, precision=precision)
+    assert making.timed_engine(EngineTarget.parse(target), precision) == engine
+    options = making.export_options(request, (96, 96), Path("d"), multiplied_out=False)
+    command = making.export_command(Path("m.safetensors"), Path("m.onnx"), options, Path("d"), 2, None)
+    assert ("--calibration d/train2017" in command) == (precision == "int8")
+    assert (options.precision, options.calibration is None) == (precision, precision != "int8")
 
 
 def test_the_printed_import_of_a_detectron2_model_names_the_categories_and_the_size() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from reduced_detectors import blobs
+from reduced_detectors import IMAGE_SIZE, blobs
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import read_contract
@@ -23,8 +24,11 @@ from norton_deploy.export.quantise import (
     write_quantised,
 )
 from norton_deploy.export.quantise_sensitivity import HeadErrors
+from norton_deploy.export.tensorrt_build import build_engine
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.parity.gate import check_parity
+from norton_deploy.search.latency_budget import Workload
+from norton_deploy.structures import Task
 
 Calibrated = tuple[Any, Path, Any, Ranges]
 
@@ -86,8 +90,16 @@ def test_all_layers_but_stem_and_last_ones_have_8_bits(target: str, calibrated: 
         assert {str(tensors[node.input[0]].dtype) for node in stored} == {"int8"}  # a bias of 32 bits TensorRT refuses
     else:
         assert {dtype for dtype, _ in points} == {"uint8"} and len(points) > 1
-        shared = [node for node in graph.graph.node if node.op_type == "Conv" and "rpn" in node.input[2]]
+        shared = [node for node in graph.graph.node if node.op_type == "Conv" and "rpn" in "".join(node.input[2:])]
         assert len({node.input[2] for node in shared}) >= 5  # five levels, each with a bias of its own scale
+
+
+@pytest.mark.parametrize("task", ["mask", "keypoint"])
+def test_the_planner_times_those_layers_in_float_that_a_graph_has_in_float(task: Task, exported: Callable) -> None:
+    detector, path = exported(task, "onnxruntime")
+    calls = Workload.of(detector, IMAGE_SIZE).calls(detector)
+    rounded = {call.name for call in calls if not call.shape.in_float}
+    assert 30 < len(rounded) == len(quantisable_layers(onnx.load(path)))
 
 
 def test_ranges_are_those_of_the_least_squared_error() -> None:
@@ -142,6 +154,25 @@ def test_graph_in_8_bits_detects_nearly_what_the_model_does(calibrated: Callable
         final = {stage.measure: stage for stage in report.stages if stage.name == "final"}
         assert final["share of unmatched detections"].passed and final["box distance, px"].passed
         assert final["score difference"].passed and report.detections > 30
+
+
+@pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize("capability", ["86", "89"])
+def test_an_int8_graph_becomes_an_rtx_engine(capability: str, calibrated: Callable, tmp_path: Path) -> None:
+    _, path, model, ranges = calibrated("tensorrt")
+    graph, engine = tmp_path / "int8.onnx", tmp_path / "int8.engine"
+    write_quantised(model, read_contract(path), graph, ranges)
+    manifest = build_engine(graph, engine, engine="tensorrt-rtx", compute_capability=capability)
+    assert (manifest.compute_capability, manifest.contract.precision) == (capability, "int8")
+
+
+def test_files_hold_nothing_that_can_be_computed(calibrated: Callable) -> None:
+    _, _, model, ranges = calibrated("onnxruntime")
+    graph = quantised(model, ranges).graph
+    biases = [tensor for tensor in graph.initializer if tensor.name.endswith(".bias_quantized")]
+    assert biases and all(numpy_helper.to_array(bias).any() for bias in biases)
+    assert sum(tensor.ByteSize() for tensor in graph.initializer if "anchors" in tensor.name) < 2000
+    assert not any(node.metadata_props for node in graph.node)
 
 
 def test_the_worst_layer_is_found_and_left_out(calibrated: Callable) -> None:

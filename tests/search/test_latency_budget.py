@@ -1,6 +1,8 @@
 """The search for a latency, with invented times: calibration, correction, spread, and what the report says of it."""
 
 import copy
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,18 +16,18 @@ from torch import nn
 from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.lowering import Form
-from norton_deploy.cost import form_tuning as tuning
 from norton_deploy.cost.complexity import LayerShape, count_complexity
-from norton_deploy.cost.form_tuning import TimingTable
-from norton_deploy.cost.layer_timing import TimedEngine
 from norton_deploy.cost.turns import Turns
 from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.reporting.plan_report import plan_report
+from norton_deploy.search import form_tuning as tuning
 from norton_deploy.search import latency_budget
 from norton_deploy.search.decisions import Decision, list_decisions
+from norton_deploy.search.form_tuning import TimingTable
 from norton_deploy.search.found_plan import FoundPlan
+from norton_deploy.search.layer_timing import TimedEngine
 from norton_deploy.search.plan_search import PlanRequest, PlanSearch
 from norton_deploy.search.sensitivity import Sensitivity
 
@@ -171,13 +173,24 @@ def test_of_plans_whose_times_never_agree_the_nearest_is_taken(monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "device"), [("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")])
+@pytest.mark.parametrize(
+    ("engine", "device", "precision"),
+    [
+        ("onnxruntime", "ONNX Runtime", "fp32"),
+        ("onnxruntime-int8", "ONNX Runtime", "int8"),
+        ("openvino", "OpenVINO", "fp32"),
+        ("openvino-int8", "OpenVINO", "int8"),
+    ],
+)
 def test_a_plan_is_timed_on_the_engine_that_it_is_for(
-    engine: TimedEngine, device: str, monkeypatch: pytest.MonkeyPatch
+    engine: TimedEngine, device: str, precision: str, monkeypatch: pytest.MonkeyPatch, once: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(tuning, "time_forms", invented_times)
-    detector = SETTINGS.build("box").eval()
+    detector, categories = SETTINGS.build("box").eval(), class_categories(["a", "b"])
     workload, table = latency_budget.Workload.of(detector, (64, 64)), TimingTable(None, {}, engine)
-    predictor = latency_budget.tuned_predictor(detector, workload, class_categories(["a", "b"]), table)
-    assert predictor.device.startswith(device)
-    assert len(predictor([np.zeros((64, 64, 3), np.uint8)])) == 1
+    monkeypatch.setattr(tuning, "time_forms", invented_times)
+    graph = once("timed.onnx", partial(latency_budget.export_tuned, detector, workload, categories, table))
+    monkeypatch.setattr(latency_budget, "export_tuned", lambda *arguments: shutil.copy(graph, arguments[-1]))
+    image = np.zeros((64, 64, 3), np.uint8)
+    predictor = latency_budget.tuned_predictor(detector, workload, categories, table, [image])
+    assert predictor.device.startswith(device) and predictor.contract.precision == precision
+    assert len(predictor([image])) == 1

@@ -1,21 +1,22 @@
 """The tuner's graphs, costs and choices; no assertion on time itself."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from norton_deploy.compression.compress import apply_structure
-from norton_deploy.cost import form_tuning as tuning
-from norton_deploy.cost import layer_timing
 from norton_deploy.cost.complexity import LayerCall, LayerShape, count_complexity, layer_calls
-from norton_deploy.cost.form_tuning import TimingTable, tune_blocks
-from norton_deploy.cost.layer_timing import bound_call, layer_graph, time_forms
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
+from norton_deploy.search import form_tuning as tuning
+from norton_deploy.search import layer_timing
+from norton_deploy.search.form_tuning import TimingTable, tune_blocks
+from norton_deploy.search.layer_timing import bound_call, layer_graph, time_forms
 
 ONE, NONE = (1, 1), (0, 0)
 BLOCK = LayerShape("conv", 6, 8, (3, 3), (2, 1), (1, 2), (1, 2), 2, (2, 9, 10))
@@ -59,11 +60,38 @@ def test_macs_and_parameters_are_those_of_the_complexity_counter() -> None:
     assert [call.name for call in calls].count("rpn.head.conv.0.0") == 5
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"])
 def test_measured_times_are_positive_and_one_per_form(engine: layer_timing.TimedEngine) -> None:
     times = time_forms(BLOCK, layer_timing.FORMS, engine)
     assert len(times) == 3
     assert min(times) > 0
+
+
+@pytest.mark.parametrize("shape", [BLOCK, *SHAPES[1::2]], ids=lambda shape: shape.kind + str(shape.rank))
+def test_a_layer_in_8_bits_has_them_in_every_convolution(shape: LayerShape) -> None:
+    import onnx
+    import onnxruntime
+
+    content, example = layer_graph(shape, "separable" if shape.rank else "dense")
+    rounded = layer_timing.in_8_bits(content)
+    nodes = onnx.load_from_string(rounded).graph.node
+    weights = [node.input[0] for node in nodes if node.op_type == "DequantizeLinear" and "weight" in node.input[0]]
+    assert len(weights) == (3 if shape.rank else 1)
+    [exact], [found] = (
+        onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(None, {"input": example})
+        for graph in (content, rounded)
+    )
+    assert 0 < np.abs(found - exact).mean() < 0.05 * np.abs(exact).mean() + 8 / 255
+
+
+def test_what_stays_in_float_is_timed_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded: list[bytes] = []
+    monkeypatch.setattr(layer_timing, "in_8_bits", lambda content: rounded.append(content) or content)
+    table, last = TimingTable(None, {}, "openvino-int8"), replace(SHAPES[3], in_float=True)
+    table.fastest(last)
+    assert not rounded
+    table.fastest(SHAPES[3])
+    assert len(rounded) == 1 and {key.endswith("in float") for key in table.times_ms} == {True, False}
 
 
 def test_the_table_is_kept_and_belongs_to_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,16 @@ import numpy.typing as npt
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import LayerShape
 from norton_deploy.cost.turns import time_in_turns
+from norton_deploy.export.quantise import cpu_of_this_machine, with_rounding
 
 FORMS: tuple[Form, ...] = ("grouped", "separable", "dense")
-TimedEngine = Literal["onnxruntime", "onnxruntime-cuda", "openvino", "openvino-bf16"]
-"""ONNX Runtime or OpenVINO on the CPU, in fp32 or in bf16; ONNX Runtime on a GPU."""
+TimedEngine = Literal[
+    "onnxruntime", "onnxruntime-int8", "onnxruntime-cuda", "openvino", "openvino-bf16", "openvino-int8"
+]
+"""ONNX Runtime or OpenVINO on the CPU, in fp32, bf16 or 8 bits; ONNX Runtime on a GPU."""
+INT8 = "-int8"
+STAND_IN = (-4.0, 4.0)
+"""Range of every tensor between layers in 8 bits: nearly all of a normal distribution."""
 OPSET, IR_VERSION = 20, 10
 FEWEST_REPEATS, MOST_REPEATS = 3, 40
 ENOUGH_MS = 14.0
@@ -28,8 +34,8 @@ CUDA_RUNS = 10
 """Runs of a layer between two events on a GPU: one small layer is done before the next can be launched."""
 HOPELESS = 2.0
 """A form whose first measured run takes this many times the fastest form's is not run again."""
-NOT_THE_LAYER = ("Input", "Output", "Reorder", "Convert")
-"""Kinds of nodes that OpenVINO puts around a graph of one layer."""
+NOT_THE_LAYER = ("Input", "Output", "Reorder", "Convert", "Subgraph", "Transpose", "Quantize", "Dequantize")
+"""What kinds of nodes begin with that an engine puts around a graph of one layer."""
 
 
 def forms_of(shape: LayerShape) -> tuple[Form, ...]:
@@ -45,7 +51,7 @@ def time_forms(shape: LayerShape, forms: Iterable[Form], engine: TimedEngine) ->
     On the CPU the times are those of the layer's own nodes by the engine's profiler: a graph of one layer also
     pays for converting its input and output to the engine's memory layout, which a whole graph does not. On a GPU
     it is the synchronised time of the whole run. Long layers are run three times, short ones more often;
-    a form that is out of the question after one measured run keeps that one.
+    a form that is out of the question after one measured run keeps that one. 8 bits are those of `export/quantise.py`.
 
     Raises:
         UserError: the engine is not installed or did not start.
@@ -53,7 +59,9 @@ def time_forms(shape: LayerShape, forms: Iterable[Form], engine: TimedEngine) ->
     graphs = [layer_graph(shape, form) for form in forms]
     if engine == "onnxruntime-cuda":
         return _on_cuda(graphs)
-    return _in_onnxruntime(graphs) if engine == "onnxruntime" else _in_openvino(graphs, engine)
+    if engine.endswith(INT8) and not shape.in_float:
+        graphs = [(in_8_bits(content), example) for content, example in graphs]
+    return _in_openvino(graphs, engine) if engine.startswith("openvino") else _in_onnxruntime(graphs)
 
 
 Graphs = list[tuple[bytes, npt.NDArray[np.float32]]]
@@ -120,7 +128,9 @@ def _profiled_call(request: Any, example: npt.NDArray[np.float32], times_ms: lis
 
     def call(_step: int) -> None:
         request.infer([example], share_inputs=True)
-        spent = (node.real_time for node in request.get_profiling_info() if node.node_type not in NOT_THE_LAYER)
+        spent = (
+            node.real_time for node in request.get_profiling_info() if not node.node_type.startswith(NOT_THE_LAYER)
+        )
         times_ms.append(sum(time.total_seconds() for time in spent) * 1e3)
 
     return call
@@ -166,7 +176,7 @@ def _node_time_ms(profile: Path, runs: int) -> float:
         for event in events
         if event.get("cat") == "Node"
         and event["name"].endswith("_kernel_time")
-        and not event["args"]["op_name"].startswith("Reorder")
+        and not event["args"]["op_name"].startswith(NOT_THE_LAYER)
     ]
     by_run = np.asarray(durations).reshape(runs, -1).sum(axis=1)
     return float(by_run[1:].min())
@@ -192,7 +202,11 @@ def layer_graph(shape: LayerShape, form: Form) -> tuple[bytes, npt.NDArray[np.fl
         source = f"value_{index}" if index else "input"
         nodes.append(
             helper.make_node(
-                operator, [source, f"weight_{index}", f"bias_{index}"], [f"value_{index + 1}"], **attributes
+                operator,
+                [source, f"weight_{index}", f"bias_{index}"],
+                [f"value_{index + 1}"],
+                f"layer_{index}",
+                **attributes,
             )
         )
 
@@ -230,3 +244,15 @@ def layer_graph(shape: LayerShape, form: Form) -> tuple[bytes, npt.NDArray[np.fl
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     return model.SerializeToString(), generator.standard_normal(input_shape, np.float32)
+
+
+def in_8_bits(content: bytes) -> bytes:
+    """A graph of one layer with 8 bits, as a calibrated graph has them on this machine."""
+    from onnx import load_model_from_string, shape_inference
+
+    model = shape_inference.infer_shapes(load_model_from_string(content))
+    nodes = list(model.graph.node)
+    ranges = {name: STAND_IN for node in nodes for name in (node.input[0], node.output[0])}
+    rounded = with_rounding(model, ranges, nodes, cpu=cpu_of_this_machine(), symmetric=False)
+    result: bytes = rounded.SerializeToString()
+    return result

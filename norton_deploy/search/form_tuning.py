@@ -9,8 +9,8 @@ from typing import Any
 
 from norton_deploy.compression.lowering import Form
 from norton_deploy.cost.complexity import LayerCall, LayerShape
-from norton_deploy.cost.layer_timing import FORMS, TimedEngine, forms_of, time_forms
 from norton_deploy.result_file import ResultFile
+from norton_deploy.search.layer_timing import FORMS, INT8, TimedEngine, forms_of, time_forms
 
 SAVE_EVERY_S = 20.0
 
@@ -41,22 +41,25 @@ class TimingTable:
 
     def time_ms(self, shape: LayerShape, form: Form) -> float:
         """Time of a shape in a form; a plain layer (rank 0) has the form "dense" only."""
-        key = shape.key(form)
+        key = self._key(shape, form)
         if key not in self.times_ms:
             self.measure(shape)
         return self.times_ms[key]
 
     def measure(self, shape: LayerShape) -> None:
         """Time all forms of a shape in turn; the file is written now and then."""
-        missing = [form for form in forms_of(shape) if shape.key(form) not in self.times_ms]
+        missing = [form for form in forms_of(shape) if self._key(shape, form) not in self.times_ms]
         times_ms = time_forms(shape, missing, self.engine)
-        self._file.add({shape.key(form): time_ms for form, time_ms in zip(missing, times_ms, strict=True)})
+        self._file.add({self._key(shape, form): time_ms for form, time_ms in zip(missing, times_ms, strict=True)})
 
     def fastest(self, shape: LayerShape) -> tuple[Form, float]:
         """The fastest form of a shape and its time in ms."""
         times = {form: self.time_ms(shape, form) for form in forms_of(shape)}
         best = min(times, key=times.__getitem__)
         return best, times[best]
+
+    def _key(self, shape: LayerShape, form: Form) -> str:
+        return shape.key(form) + (" in float" if shape.in_float and self.engine.endswith(INT8) else "")
 
     def save(self) -> None:
         """Write the table, whole or not at all."""
