@@ -38,6 +38,7 @@ SECTIONS = {
     "pareto": "What speed costs: plans by form",
     "make_plans": "Plans that mix forms, for torchvision's widths",
     "int8": "8 bits, bf16 and a second CPU engine",
+    "quantisers": "Libraries that quantise",
     "channel_multiple": "Channels in multiples",
     "recovery": "Quick recovery without labels",
     "recovery_shared": "Shared factors without labels",

@@ -24,6 +24,7 @@ import onnx
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, interval, page, run, settings_of, tabulate
+from benchmarks.lib.openvino_nodes import costliest_nodes, nodes_tables
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, timing_table
 from benchmarks.lib.stages import split_stages
 from norton_deploy.checkpoints.open_model import open_model
@@ -102,6 +103,7 @@ def main(settings: Settings) -> int:
     for task in settings.tasks:
         cells[f"time {task}"] = partial(measure_times, task, settings, models)
         cells[f"stages {task}"] = partial(measure_stages, task, settings, models)
+        cells[f"nodes {task}"] = partial(measure_nodes, task, settings, models)
     for packaged in settings.packaged:
         cells[f"AP packaged {packaged}"] = partial(measure_ap, packaged_detector(packaged), settings)
     for checkpoint in settings.checkpoints:
@@ -148,6 +150,13 @@ def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> di
         "times_ms": ledger.to_dict(),
         "speedup": {name: ledger.speedup(BASELINE, name).to_dict() for name in predictors if name != BASELINE},
     }
+
+
+def measure_nodes(task: Task, settings: Settings, models: RandomDetectors) -> dict[str, Any]:
+    """Where OpenVINO's time of the compressed detector goes in 8 bits."""
+    images, _ = settings.prepare_images(settings.work)
+    file = prepare(task, PLANS[-1], settings, models)["int8"]
+    return costliest_nodes(file, [read_image(path) for path in images], settings.rounds)
 
 
 def measure_stages(task: Task, settings: Settings, models: RandomDetectors) -> dict[str, Any]:
@@ -217,6 +226,8 @@ def report(results: ResultCells) -> str:
             parts.append(times_table(name, cell))
         elif name.startswith("stages "):
             parts.append(stages_table(name, cell))
+        elif name.startswith("nodes "):
+            parts += nodes_tables(name, cell)
         else:
             parts += [ap_table(name, cell), gate_table(name, cell), layers_table(name, cell)]
     return page(*parts)
