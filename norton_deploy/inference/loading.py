@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,7 @@ def load_predictor(
     threads: int | None = None,
     float_type: FloatType | None = None,
     cache: Path | None = None,
+    check: Callable[[Predictor], None] | None = None,
 ) -> Predictor:
     """Load a model file: a checkpoint (`.safetensors`), torchvision's weights (`.pth`), a graph (`.onnx`, OpenVINO's
     `.xml`), a TensorRT engine (`.engine`) or a package that torch compiled (`.pt2`).
@@ -55,6 +56,8 @@ def load_predictor(
         threads: of a graph on the CPU; by default OMP_NUM_THREADS, or all cores where that is not set.
         float_type: fp32 (the default); in OpenVINO also bf16, in torch on a GPU fp16.
         cache: OpenVINO's, see `OpenVinoPredictor`; by default none.
+        check: is called with each file's predictor before it is handed over, and raises if it shall not be;
+            `norton_deploy.parity.verification.verify_once` compares an engine or graph with its reference detections.
 
     Raises:
         UserError: a missing or foreign file, a package, device or provider that is not there, an option of another
@@ -67,6 +70,9 @@ def load_predictor(
     predictors = [
         _load_one(file, backend, score_threshold, device, providers, categories, threads, chosen) for file in files
     ]
+    if check is not None:
+        for predictor in predictors:
+            check(predictor)
     if len(predictors) == 1:
         return predictors[0]
     return SizeBucketPredictor(predictors)

@@ -20,7 +20,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from norton_deploy.errors import UserError, shown
 from norton_deploy.export.contract import TASK_OUTPUT, GraphContract, Precision
 from norton_deploy.export.letterbox import Letterbox
-from norton_deploy.files import atomic_write
+from norton_deploy.files import atomic_write, sha256_of
 from norton_deploy.inference.predictor import Predictor
 from norton_deploy.inference.static_graph import StaticGraphPredictor, to_graph_input
 from norton_deploy.parity.eager_stages import EagerStages
@@ -163,3 +163,27 @@ def verify(predictor: Predictor, references: ReferenceFile) -> ParityReport:
         report.detections += sum(map(len, found))
     report.require_enough("boxes", *TASK_OUTPUT[contract.task])
     return report
+
+
+def verify_once(predictor: Predictor) -> None:
+    """Compare a model file with the references beside it at its first load on a device; for `load_predictor`'s `check`.
+
+    That it passed is noted in `NAME.verified.json`, with the file's SHA-256; where that cannot be written it is
+    compared again next time.
+
+    Raises:
+        UserError: it differs, or there are no references.
+    """
+    note = Path(f"{predictor.name}.verified.json")
+    passed = {"sha256": sha256_of(predictor.name), "device": predictor.device}
+    try:
+        if json.loads(note.read_text()) == passed:
+            return
+    except (OSError, ValueError):
+        pass
+    verify(predictor, ReferenceFile.load(reference_path(predictor.name))).require()
+    try:
+        with atomic_write(note, "w") as stream:
+            stream.write(json.dumps(passed) + "\n")
+    except UserError:  # a read-only folder
+        return

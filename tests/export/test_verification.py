@@ -14,13 +14,14 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.tensorrt_build import NOT_RUN, EngineBuild, EngineManifest, manifest_path
 from norton_deploy.files import sha256_of
+from norton_deploy.inference.loading import load_predictor
 from norton_deploy.inference.onnxruntime_backend import OnnxRuntimePredictor
 from norton_deploy.parity import engine_check
 from norton_deploy.parity.eager_stages import EagerStages
 from norton_deploy.parity.engine_check import check_engine
 from norton_deploy.parity.references import Example
 from norton_deploy.parity.report import TOLERANCES
-from norton_deploy.parity.verification import ReferenceFile, reference_path, verify
+from norton_deploy.parity.verification import ReferenceFile, reference_path, verify, verify_once
 
 
 @pytest.fixture
@@ -61,13 +62,16 @@ def test_a_graph_is_verified_where_it_runs(shipped: Path, tmp_path: Path, capsys
         verify(shifted(shipped, 0.0), other)
 
 
-def test_references_that_are_missing_or_broken(shipped: Path) -> None:
+def test_only_at_the_first_load(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_predictor(shipped, device="cpu", check=verify_once)
+    reference_path(shipped).unlink()
+    load_predictor(shipped, device="cpu", check=verify_once)
+    shipped.with_name("model.onnx.verified.json").unlink()
+    with pytest.raises(UserError, match="no reference detections"):
+        load_predictor(shipped, device="cpu", check=verify_once)
     reference_path(shipped).write_bytes(b"PK")
     with pytest.raises(UserError, match="not a file of reference detections"):
-        ReferenceFile.load(reference_path(shipped))
-    reference_path(shipped).unlink()
-    with pytest.raises(UserError, match="no reference detections"):
-        ReferenceFile.load(reference_path(shipped))
+        load_predictor(shipped, device="cpu", check=verify_once)
 
 
 def test_an_engine_is_run_where_it_was_built_if_it_can(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
