@@ -100,12 +100,12 @@ def test_weight_average_follows_its_rising_decay():
     [
         ({"epochs": None}, "epochs, steps"),
         ({"steps": 5}, "epochs, steps"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 0}, "--batch-size"),
         ({"lr": -0.1}, "lr"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"momentum": -1.0}, "momentum"),
         ({"warmup_factor": -2.0}, "warmup_factor"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -1}, "--seed"),
         ({"resume": True, "overwrite": True}, "resume, overwrite"),
     ],
 )
