@@ -42,6 +42,8 @@ SECTIONS = {
     "channel_multiple": "Channels in multiples",
     "recovery": "Quick recovery without labels",
     "recovery_shared": "Shared factors without labels",
+    "shared_factors": "The family of factors on one classifier",
+    "refit_size": "Smaller images in the refit",
     "operator_profile": "Where a compressed detector's time goes",
     "operator_forms": "RoIAlign, TopK and suppression in other forms",
     "table4_rank": "Table IV: rank",
