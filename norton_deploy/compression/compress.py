@@ -114,7 +114,8 @@ def compress_with_kept(
     known = chosen or {}
     rest = {name: count for name, count in plan.keep.items() if name not in known}
     prunes_first = plan.first == "prune"
-    steps = len(plan.decomposed) * (1 + prunes_first) + len(rest)
+    judges = not prunes_first or bool(rest)  # else all that survives is known before anything is decomposed
+    steps = len(plan.decomposed) * (judges + prunes_first) + len(rest)
     report = progress or (lambda name, steps: None)
     kept = _cluster_orders(model, groups, plan)
     _cut_groups(small, groups, kept)
@@ -128,7 +129,7 @@ def compress_with_kept(
             report(name, steps)
         return model
 
-    judged = decompose(copy.deepcopy(small) if prunes_first else small)
+    judged = decompose(copy.deepcopy(small) if prunes_first else small) if judges else small
     survivors = {**known, **_chosen_filters(judged, groups, rest, choose, lambda name: report(name, steps))}
     _cut_groups(small, groups, survivors)
     if prunes_first:

@@ -136,6 +136,16 @@ def test_what_pruning_leaves_is_decomposed_where_the_plan_says_prune_first() -> 
     assert errors[1] < errors[0]
     expected = decompose_filters(wanted, 2, starts=1).reconstruct()
     torch.testing.assert_close(block.dense_weight(), expected)
+    told: list[tuple[str, int]] = []
+    known = compress_with_kept(
+        model,
+        replace(plan, first="prune"),
+        starts=1,
+        chosen={layer: kept},
+        progress=lambda name, all: told.append((name, all)),
+    )
+    assert told == [(layer, 2), (reader, 2)]  # each once
+    torch.testing.assert_close(known.model.state_dict(), first.model.state_dict())
     with pytest.raises(UserError, match=f"layer '{reader}'.*ranks"):
         compress(model, CompressionPlan("resnet18", {}, {layer: 24}, tucker={reader: (32, 32)}, first="prune"))
 
