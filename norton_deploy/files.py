@@ -30,10 +30,10 @@ PARTIAL = ".partial"
 
 
 def give_usual_rights(path: str | Path) -> None:
-    """Those of a new file by the process's umask; a temporary file is its owner's alone."""
+    """Those of a new file or folder by the process's umask; a temporary one is its owner's alone."""
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~umask)
 
 
 @contextmanager
@@ -160,6 +160,7 @@ def new_folder(path: str | Path, *, replaces: str | None = None) -> Iterator[Pat
         raise UserError(f"{target}: cannot write here ({error.strerror}); choose another place") from error
     try:
         yield neighbour
+        give_usual_rights(neighbour)
         if target.exists():
             shutil.rmtree(target)
         neighbour.rename(target)

@@ -27,6 +27,8 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
         assert not target.exists()
     assert (target / "a").read_text() == "1"
     assert list(target.parent.iterdir()) == [target]
+    (tmp_path / "ordinary").mkdir()
+    assert target.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
     with pytest.raises(UserError, match="holds something already"), new_folder(target):
         pass
 

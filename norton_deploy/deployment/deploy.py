@@ -30,14 +30,16 @@ from norton_deploy.deployment.measurement import (
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
 from norton_deploy.deployment.steps import LOCK, ProgressLines, Steps, check_run_folder, to_stderr
 from norton_deploy.errors import UserError
+from norton_deploy.evaluation.coco_metrics import primary_iou_type
 from norton_deploy.export.artefact import write_artefact
+from norton_deploy.export.tensorrt_build import target_commands
 from norton_deploy.files import sha256_of
 from norton_deploy.folder_lock import held
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.compared_images import compare_images
 from norton_deploy.reporting.deployment import Deployment
-from norton_deploy.reporting.deployment_report import misses, write_report
+from norton_deploy.reporting.deployment_report import NEXT_TO_NOTHING, misses, write_report
 from norton_deploy.reporting.detector_table import MODEL_NAMES
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.search.latency_budget import Workload
@@ -112,6 +114,9 @@ class _Run:
         """Every step after the first ones, and the report."""
         dense = self._dense()
         dense_score = self._score("dense", dense, "AP of the dense model", 1.0)
+        if 0 <= dense_score["scores"][primary_iou_type(self.task)]["metrics"]["AP"] < NEXT_TO_NOTHING:
+            self.notes.append(notes.BLIND.format(names=", ".join(self.categories.names)))
+            self.report(f"    {self.notes[-1]}")
         self._time("time-dense", "latency of the dense model on the target engine", {DENSE: dense}, 1.0)
         found, small = (None, self.model) if self.compressed else self._compressed(self.model)
         speedup = 1.0 if self.compressed else self.request.speedup
@@ -131,7 +136,7 @@ class _Run:
             asked=None if self.compressed or self.request.plan is not None else self.request.speedup,
             task=self.task,
             dense=self._record("dense", dense, dense_score, timing, DENSE, self.dense_model),
-            small=self._record("NORTON", artefact, small_score, timing, SMALL, load_checkpoint(small).model),
+            small=self._record("NORTON", run, small_score, timing, SMALL, load_checkpoint(small).model),
             provenance=provenance() | {"command": self.command},
             others=tuple(others),
             data=self.data.resolve().name,
@@ -156,7 +161,8 @@ class _Run:
         drawn, imported = self.request.data is None, not self._used_as_it_is()
         compressing = 0 if self.compressed else 1 + (self.request.plan is None) + (self.target.graph is not None)
         graphs = 0 if self.target.graph is None else 2
-        return 5 + drawn + imported + compressing + finetuned + graphs + (self.target.engine is not None)
+        engines = (self.target.engine is not None) + self.target.runs_here
+        return 5 + drawn + imported + compressing + finetuned + graphs + engines
 
     def _used_as_it_is(self) -> bool:
         return source_model.is_checkpoint(self.file) and self.request.image_size is None
@@ -213,7 +219,8 @@ class _Run:
             self.notes.append(notes.QUICK.format(images=self.images))
         if self.target.graph is None:
             return checkpoint
-        return self._graph("dense", checkpoint, 1.0, multiplied_out=multiplied_out)[0]
+        graph = self._graph("dense", checkpoint, 1.0, multiplied_out=multiplied_out)[0]
+        return self._engine("dense", graph)[1] if self.target.runs_here else graph
 
     def _graph(
         self, name: str, model: Path, share: float, *, multiplied_out: bool = False, artefact: Path | None = None
@@ -242,7 +249,7 @@ class _Run:
         """Plan, compress, fine-tune: what is known about the plan, and the small checkpoint."""
         request, estimates, found = self.request, self.estimates, None
         if request.quick:
-            self.notes.append(notes.quick_plan(self.effort))
+            self.notes.append(notes.quick_plan(request))
         plan = request.plan
         if plan is None:
             plan = self.out / "plan.yaml"
@@ -290,30 +297,33 @@ class _Run:
             _, parity = self._graph("small", small, share, artefact=folder)
             return parity, folder / "model.onnx", folder / "model.onnx"
         graph, parity = self._graph("small", small, share)
-        engine = self.out / "small.engine"
+        built, _ = self._engine("small", graph, folder)
+        artefact = folder / ("model.engine" if built["built"] else "model.onnx")
+        if not built["built"]:
+            own = target_commands(artefact.name, "model.engine", self.target.engine)[0]
+            self.notes.append(notes.NOT_BUILT.format(reason=built["reason"], command=own))
+        elif not built["ran"]:
+            self.notes.append(notes.NOT_RUN)
+            return parity, artefact, graph
+        return parity, artefact, artefact
+
+    def _engine(self, name: str, graph: Path, artefact: Path | None = None) -> tuple[dict[str, Any], Path]:
+        """What came of a graph's engine (`build_engine_of`), and which of both is measured here."""
+        target, engine = self.target, graph.with_suffix(".engine")
 
         def build() -> dict[str, Any]:
-            built = making.build_engine_of(graph, engine, self.target, self.report)
-            write_artefact(folder, graph if built["engine"] is None else engine, overwrite=True)
-            return {"reason": built.get("reason", "")}
+            built = making.build_engine_of(graph, engine, target, self.report)
+            if artefact is not None:
+                write_artefact(artefact, engine if built["built"] else graph, overwrite=True)
+            return built
 
         built = self.steps.run(
-            "engine",
-            f"build the engine for {self.target.name}",
-            tool(
-                "export_trt",
-                onnx=graph,
-                engine=self.target.engine,
-                out=engine,
-                compute_capability=self.target.compute_capability,
-                artefact=folder,
-            ),
-            build,
-            seconds=60,
-            products=[folder],
-        )
-        self.notes.append(f"{built['reason']}; the artefact is the graph." if built["reason"] else notes.NOT_RUN)
-        return parity, folder / ("model.onnx" if built["reason"] else "model.engine"), graph
+            f"engine-{name}", f"build the {name} model's engine for {target.name}",
+            tool("export_trt", onnx=graph, engine=target.engine, out=engine,
+                 compute_capability=target.compute_capability, artefact=artefact),
+            build, seconds=60, products=[] if artefact is None else [artefact],
+        )  # fmt: skip
+        return built, engine if built["ran"] else graph
 
     def _results(self, name: str) -> Path:
         return self.out / "results" / f"{name}.json"

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,9 +13,10 @@ from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
 from norton_deploy.export.contract import Precision
-from norton_deploy.export.tensorrt_build import build_or_explain
+from norton_deploy.export.tensorrt_build import EngineManifest, build_or_explain
 from norton_deploy.inference.predictor import read_image
 from norton_deploy.method.plan import FORMS, CompressionPlan
+from norton_deploy.parity.engine_check import check_engine
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
 from norton_deploy.reporting.provenance import machine_values, provenance
 from norton_deploy.search.form_tuning import TimingTable
@@ -188,11 +189,19 @@ def export_file(
 
 
 def build_engine_of(graph: Path, out: Path, target: EngineTarget, report: Report) -> dict[str, Any]:
-    """Build the engine from the graph where this machine can; returns `EngineBuild.to_dict`."""
+    """Build the engine from the graph where this machine can, and compare it with the model where it can run here.
+
+    Returns:
+        JSON values: "built", "ran", and the "reason" why it was not built.
+    """
     assert target.engine is not None
-    build = build_or_explain(graph, out, engine=target.engine, compute_capability=target.compute_capability)
+    build = check_engine(
+        build_or_explain(graph, out, engine=target.engine, compute_capability=target.compute_capability),
+        report=lambda text: report(_indented(text)),
+    )
     report(_indented(build.text()))
-    return build.to_dict()
+    built = build.manifest is not None
+    return {"built": built, "ran": built and cast(EngineManifest, build.manifest).ran, "reason": build.reason}
 
 
 def export_command(

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from norton_deploy.errors import UserError, require_least
 from norton_deploy.export.contract import Precision, Target
-from norton_deploy.export.tensorrt_build import Engine
+from norton_deploy.export.tensorrt_build import Engine, local_capability
 from norton_deploy.files import sha256_of
 from norton_deploy.inference.predictor import Backend
 from norton_deploy.search.decisions import RANKS
@@ -22,7 +22,7 @@ class EngineTarget:
 
     Attributes:
         name: as the user wrote it.
-        backend: what measures speed and AP on this machine; for TensorRT without a GPU ONNX Runtime, with the graph.
+        backend: what measures speed and AP of graphs on this machine.
         graph: which graph is exported; None for torch.
         engine: what is built from the graph; None where the graph itself is run.
         compute_capability: of the GPU, for an engine.
@@ -33,6 +33,12 @@ class EngineTarget:
     graph: Target | None = "onnxruntime"
     engine: Engine | None = None
     compute_capability: str | None = None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the engine can run on this machine's GPU."""
+        here = local_capability()
+        return self.engine is not None and here is not None and self.compute_capability in (None, here)
 
     @classmethod
     def parse(cls, text: str) -> "EngineTarget":

@@ -190,6 +190,14 @@ PYTHON_USAGE = """## Python
     python python/detect.py PICTURE.jpg
 
 """
+TENSORRT_USAGE = """## TensorRT
+
+    pip install norton-deploy tensorrt        # or tensorrt_rtx, and --engine tensorrt-rtx
+    norton export_trt --onnx model.onnx --engine tensorrt --out model.engine
+
+On the target this builds the engine and compares what it finds with `model.reference.npz`.
+
+"""
 CPP_USAGE = """## C++
 
     cmake -S cpp -B cpp/build{option}
@@ -211,6 +219,7 @@ TRITON_USAGE = """## Triton
 def _readme_values(source: Source, name: str, entries: list[str]) -> dict[str, object]:
     contract = source.contract
     usage = "" if source.engine else PYTHON_USAGE
+    usage += TENSORRT_USAGE if contract.target == "tensorrt" and not source.engine else ""
     usage += CPP_USAGE.format(option=" -DENGINE=tensorrt" if source.engine else "", name=name)
     usage += "" if source.engine == "tensorrt-rtx" else TRITON_USAGE
     return {

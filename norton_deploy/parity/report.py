@@ -157,8 +157,9 @@ class ParityReport:
         lines = [f"{'stage':<18}{'measure':<34}{'worst':>10}   {'limit':>8}"]
         for stage in self.stages:
             sign, verdict = (">=" if stage.is_lower_bound else "<="), ("" if stage.passed else "  OFF")
+            digits = 9 if stage.name == "compared" else 3
             limit = "" if stage.limit is None else f" {sign}{stage.limit:>8g}"
-            lines.append(f"{stage.name:<18}{stage.measure:<34}{stage.worst:>10.3g}{limit}{verdict}")
+            lines.append(f"{stage.name:<18}{stage.measure:<34}{stage.worst:>10.{digits}g}{limit}{verdict}")
         for flag, count in self.inexact.items():
             if count:
                 lines.append(f"warning: {flag} was false in {count} batches; the graph's shortcut was not exact there")

@@ -84,8 +84,9 @@ def draw_categories(path: Path, pairs: Sequence[tuple[CategoryScore, CategorySco
         before, after = (np.array([pair[side].ap for pair in pairs], float) for side in (0, 1))
         colours = [LOST if small < dense else GAINED for dense, small in zip(before, after, strict=True)]
         axes.hlines(rows, before, after, color=colours, linewidth=2.5, alpha=0.6)
-        axes.plot(before, rows, "o", color=DENSE, markersize=7, label=names[0])
-        axes.plot(after, rows, "o", color=SMALL, markersize=7, label=names[1])
+        # the larger dots are seen where both are alike
+        axes.plot(before, rows, "o", color=DENSE, markersize=10, label=names[0], clip_on=False)
+        axes.plot(after, rows, "o", color=SMALL, markersize=6, label=names[1], clip_on=False)
         axes.set_yticks(rows, [_shortened(pair[0].name) for pair in pairs])
         axes.set_ylim(len(pairs) - 0.4, -0.6)
         axes.set_xlim(0, min(1.0, 1.08 * max(before.max(), after.max(), 0.1)))

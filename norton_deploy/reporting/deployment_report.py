@@ -33,6 +33,8 @@ from norton_deploy.structures import Task
 
 MEASURES: dict[Task, str] = {"box": "box AP", "mask": "mask AP", "keypoint": "keypoint AP"}
 MOST_CATEGORIES = 20
+NEXT_TO_NOTHING = 0.005
+"""A model with less AP finds next to nothing: shares of that are chance."""
 PAPER = """\
 The last two rows are the paper's own (Pham, Zniyed, Nguyen: Table III, COCO-2017, images of 800 pixels, an RTX 3060) \
 as they are printed there. They are another model, other data and another machine, and were not measured here."""
@@ -133,8 +135,8 @@ def _accuracy_verdict(deployment: Deployment) -> str:
     if before is None or after is None:
         return f"has an unknown {measure} (not measured)"
     images = f"{deployment.images} images"
-    if before == 0:
-        known = f"has a {measure} of {after:.3f} where {deployment.dense.name} has 0"
+    if before < NEXT_TO_NOTHING:
+        known = f"has a {measure} of {after:.3f} where {deployment.dense.name} has {before:.3f}"
         return f"{known}, which says nothing about losses ({images})"
     if round(before, 3) == round(after, 3):
         return f"keeps the {measure} of {before:.3f} unchanged ({images})"
@@ -336,7 +338,7 @@ def _verdict(stage: dict[str, Any]) -> tuple[str, str]:
     """What is allowed of a stage, and whether it keeps to it."""
     if stage["limit"] is None:
         return "reported, not judged", "-"
-    return f"{'≥' if stage['is_lower_bound'] else '≤'} {stage['limit']:g}", "yes" if stage["passed"] else "NO"
+    return f"{'≥' if stage['is_lower_bound'] else '≤'}\u00a0{stage['limit']:g}", "yes" if stage["passed"] else "NO"
 
 
 def _training(deployment: Deployment, pictures: Path) -> list[Block]:

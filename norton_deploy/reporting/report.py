@@ -15,6 +15,7 @@ from norton_deploy.errors import UserError
 
 PICTURE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 STYLE = Path(__file__).with_name("report.css")
+OPTION = re.compile(r"(?<!\S)--[\w-]+")
 NUMBER = re.compile(r"[-+−±]?[\d.,]+\b.{0,16}|[-–]?")
 SECTIONS_OF_A_LONG_PAGE = 4
 
@@ -49,7 +50,8 @@ class Paragraph:
     def to_html(self) -> str:
         """One <p>."""
         kind = "" if self.kind == "plain" else f' class="{self.kind}"'
-        return f"<p{kind}>{html.escape(self.text)}</p>"
+        text = OPTION.sub(r"<span>\g<0></span>", html.escape(self.text))
+        return f"<p{kind}>{text}</p>"
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,13 @@ from norton_deploy.commands import import_detectron2, run
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.turns import Speedup
 from norton_deploy.data.synthetic import CATEGORIES
+from norton_deploy.deployment import deploy as deploy_module
 from norton_deploy.deployment import making, notes
 from norton_deploy.deployment.compare import CompareRequest, compare
 from norton_deploy.deployment.deploy import deploy
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
 from norton_deploy.deployment.source_model import import_command, open_source
+from norton_deploy.deployment.steps import Steps
 from norton_deploy.errors import UserError
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -86,6 +88,7 @@ def test_all_steps_and_what_an_interruption_leaves(own: Path, tiny_coco: Path, t
     assert (out / "report.html").is_file() and (out / "report.md").is_file()
     assert str(tmp_path) not in report["dense"]["file"] and len(made.training) > 0
     assert made.small.macs is not None and made.dense.macs is not None and made.small.macs < made.dense.macs
+    assert any("dense model finds next to nothing" in note for note in report["notes"])
     check_commands(made)
     with pytest.raises(UserError, match=r"speedup = 4\.0, now it is 3"):
         deploy(replace(request, speedup=3), command="", report=said.append)
@@ -253,9 +256,51 @@ def test_a_missed_speedup_says_why_and_what_to_do() -> None:
     asked = DeployRequest(task="mask", out=Path("o"), speedup=3, quick=True)
     reached = Speedup(1.93, 1.88, 1.95, 12)
     counted = notes.why_missed(asked, {"macs": 1}, reached)
-    assert "the plan has 33% of the MACs" in counted and "leave --quick out" in counted and "--speedup 5" in counted
+    assert "made for 33 % of the MACs" in counted and "leave --quick out" in counted and "--speedup 4.7." in counted
+    assert "--speedup 13.3." in notes.why_missed(replace(asked, speedup=4), {"macs": 1}, Speedup(1.2, 1.1, 1.3, 12))
     assert "--quick" not in notes.why_missed(replace(asked, target="tensorrt-rtx:86"), {}, reached)
     timed = notes.why_missed(replace(asked, quick=False), {"measured_speedup": 2.9}, reached)
     assert "2.90 times then, 1.93 now" in timed
-    assert "not fine-tuned" in notes.quick_plan(asked.effort)
-    assert "fine-tuned for 20 steps only" in notes.quick_plan(replace(asked, finetune_steps=20).effort)
+    assert "not fine-tuned" in notes.quick_plan(asked) and "1 image;" in notes.quick_plan(asked)
+    assert "fine-tuned for 20 steps only" in notes.quick_plan(replace(asked, finetune_steps=20))
+    assert notes.quick_plan(replace(asked, plan=Path("p.yaml"))) == "The small model was not fine-tuned."
+
+
+@pytest.mark.parametrize(
+    ("built", "measured", "ships", "note"),
+    [
+        ({"built": True, "ran": True, "reason": ""}, "artefact/model.engine", "artefact/model.engine", ""),
+        ({"built": True, "ran": False, "reason": ""}, "small.onnx", "artefact/model.engine", notes.NOT_RUN),
+        ({"built": False, "ran": False, "reason": "no GPU here"}, "artefact/model.onnx", "artefact/model.onnx",
+         "The engine was not built here (no GPU here): the artefact is its graph"),
+    ],
+)  # fmt: skip
+def test_what_is_measured_of_an_engine(
+    built: dict[str, Any], measured: str, ships: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = deploy_module._Run.__new__(deploy_module._Run)
+    made.out, made.target, made.notes, made.report = tmp_path, EngineTarget.parse("tensorrt"), [], print
+    made.request = DeployRequest(task="mask", out=tmp_path)
+    made.steps = Steps(tmp_path, {}, count=1, report=print)
+    written = mock.Mock()
+    monkeypatch.setattr(deploy_module, "write_artefact", written)
+    monkeypatch.setattr(making, "build_engine_of", lambda *_: built)
+    monkeypatch.setattr(made, "_graph", lambda *_, **__: (tmp_path / "small.onnx", {"passed": True}))
+    _, artefact, run = made._export(tmp_path / "small.safetensors")
+    assert (run, artefact) == (tmp_path / measured, tmp_path / ships)
+    assert written.call_args.args[1].name == ("small.engine" if built["built"] else "small.onnx")
+    assert made.notes[0].startswith(note) if note else not made.notes
+
+
+@pytest.mark.parametrize(
+    ("target", "here", "runs"),
+    [
+        ("tensorrt", "90", True), ("tensorrt", None, False), ("tensorrt-rtx:86", "90", False),
+        ("tensorrt-rtx:86", "86", True), ("onnxruntime", "90", False),
+    ],
+)  # fmt: skip
+def test_the_dense_model_becomes_an_engine_where_engines_run(
+    target: str, here: str | None, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("norton_deploy.deployment.request.local_capability", lambda: here)
+    assert EngineTarget.parse(target).runs_here == runs

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from reduced_detectors import IMAGE_SIZE
 
 from norton_deploy.data.synthetic import draw_scene
 from norton_deploy.errors import UserError
-from norton_deploy.export.artefact import write_artefact
+from norton_deploy.export.artefact import Source, _readme_values, write_artefact
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.tensorrt_build import EngineManifest, manifest_path
 from norton_deploy.files import sha256_of
@@ -181,6 +182,13 @@ def test_an_engines_artefact(artefact: Path, tmp_path: Path, engine: Any) -> Non
         plan = tmp_path / "out" / "triton" / "detector" / "1" / "model.plan"
         assert plan.read_bytes() == b"an engine"
         assert 'platform: "tensorrt_plan"' in (plan.parents[1] / "config.pbtxt").read_text()
+
+
+def test_a_graph_for_tensorrt_says_how_its_engine_is_built(artefact: Path) -> None:
+    contract = read_contract(artefact / "model.onnx")
+    for target, said in (("tensorrt", True), ("onnxruntime", False)):
+        values = _readme_values(Source(Path("m.onnx"), replace(contract, target=target), ""), "model.onnx", [])
+        assert ("norton export_trt --onnx model.onnx" in str(values["usage"])) == said
 
 
 def test_only_an_artefact_is_replaced(artefact: Path, tmp_path: Path) -> None:

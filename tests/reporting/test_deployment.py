@@ -1,6 +1,7 @@
 """What a deployment's report holds, and the page that shows it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from PIL import Image
 from norton_deploy.cost.turns import Speedup
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import OVERLAP_METRICS, CategoryScore, MeasureScore
+from norton_deploy.reporting.charts import draw_categories
 from norton_deploy.reporting.deployment import ComparedImage, Deployment, ModelRecord, StepRecord
 from norton_deploy.reporting.deployment_report import first_figures, verdict, write_report
 from norton_deploy.reporting.latency import LatencySummary
+from norton_deploy.reporting.report import Paragraph
 
 HOSTILE = "<script>alert('a|b')</script> $x_"
 
@@ -66,6 +69,20 @@ def test_equal_models_show_no_losses(tmp_path: Path) -> None:
         assert ("largest losses" in page, "both models find equally many" in page) == (differ, not differ)
 
 
+def test_dots_at_the_ends_of_the_scale_are_whole(tmp_path: Path) -> None:
+    ends = [
+        (CategoryScore(number, "cup", 3, ap), CategoryScore(number, "cup", 3, ap))
+        for number, ap in ((1, 0.0), (2, 1.0))
+    ]
+    draw_categories(tmp_path / "c.svg", ends, ("dense", "small"))
+    assert re.search(r"<use ", drawn := (tmp_path / "c.svg").read_text())
+    assert not re.search(r"clip-path[^>]*>\s*<use ", drawn)
+
+
+def test_an_option_in_a_note_stays_in_its_line() -> None:
+    assert Paragraph("leave --quick out").to_html() == "<p>leave <span>--quick</span> out</p>"
+
+
 def test_what_was_not_measured_is_left_out_and_says_so(tmp_path: Path) -> None:
     bare = ModelRecord(name="a", file="a.onnx", runs_on="here")
     page = write_report(tmp_path, deployment(dense=bare, small=bare, speedup=None, steps=(), notes=())).read_text()
@@ -79,7 +96,8 @@ def test_what_was_not_measured_is_left_out_and_says_so(tmp_path: Path) -> None:
         (0.5, 0.45, "loses 0.050 of 0.500 box AP (90.0 % kept, 20 images)"),
         (0.5, 0.5001, "keeps the box AP of 0.500 unchanged (20 images)"),
         (0.5, 0.52, "gains 0.020 box AP over 0.500 (20 images)"),
-        (0.0, 0.0, "has a box AP of 0.000 where dense has 0, which says nothing about losses (20 images)"),
+        (0.0, 0.0, "has a box AP of 0.000 where dense has 0.000, which says nothing about losses (20 images)"),
+        (0.004, 0.001, "has a box AP of 0.001 where dense has 0.004, which says nothing about losses (20 images)"),
     ],
 )
 def test_the_verdict_on_accuracy(before: float, after: float, words: str) -> None:
