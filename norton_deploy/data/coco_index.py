@@ -211,7 +211,8 @@ def read_annotations(
             complaints.areas.append(entry["id"])
         entry.setdefault("iscrowd", 0)
         of_image[entry["image_id"]].append(entry)
-    complaints.warn()
     if not ordered:
-        raise UserError(f"{source}: no usable image; expected the files of 'images' in {image_folder(root, split)}")
+        first = f"the first was {complaints.first}" if complaints.first else "the list 'images' is empty"
+        raise UserError(f"{source}: no usable image; {first}")
+    complaints.warn()
     return ordered, [of_image[entry["id"]] for entry in ordered], categories

@@ -28,8 +28,8 @@ EXIF_POLICY = "they are turned upright in training as in inference, and annotati
 SPLITS: tuple[Split, ...] = get_args(Split)
 Severity = Literal["error", "warning"]
 TOLD: tuple[tuple[type[Warning], Severity, str], ...] = (
-    (UserWarning, "error", "sets of bad entries"),
-    (MissingAreaWarning, "warning", "sets of annotations without an area"),
+    (UserWarning, "error", "bad entries"),
+    (MissingAreaWarning, "warning", "annotations without an area"),
 )
 """Kinds of warnings of `read_annotations`."""
 
@@ -48,7 +48,7 @@ class Finding:
         return f"{self.severity}: {self}"
 
     def __str__(self) -> str:
-        return f"{self.count} {self.what}; the first: {self.first}"
+        return f"{self.what}: {self.first}" if self.count == 1 else f"{self.count} {self.what}; the first: {self.first}"
 
 
 @dataclass
@@ -150,7 +150,7 @@ def _check_entries(
     """What the annotation file alone tells."""
     used = Counter(entry["category_id"] for entries in annotations for entry in entries if not entry.get("iscrowd"))
     if not used:
-        found.add("error", "split without an object", [split])
+        found.add("error", "no object in a split", [split])
     unused = (entry["name"] for entry in categories if not used[entry["id"]])
     found.add("warning", f"categories without objects in {split}", unused)
     for what, names in (

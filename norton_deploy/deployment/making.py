@@ -139,7 +139,7 @@ def finetune_settings(
         evaluate_every=0,
         evaluation_images=8,
         state_every=50,
-        log_every=10,
+        log_every=max(1, min(10, steps // 30)),
         resume=folder.state.is_file(),
         overwrite=folder.settings.is_file() and not folder.state.is_file(),
     )

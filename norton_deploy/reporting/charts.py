@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from norton_deploy.evaluation.coco_metrics import CategoryScore, MeasureScore
 from norton_deploy.files import atomic_write
@@ -85,7 +86,7 @@ def draw_categories(path: Path, pairs: Sequence[tuple[CategoryScore, CategorySco
         colours = [LOST if small < dense else GAINED for dense, small in zip(before, after, strict=True)]
         axes.hlines(rows, before, after, color=colours, linewidth=2.5, alpha=0.6)
         # the larger dots are seen where both are alike
-        axes.plot(before, rows, "o", color=DENSE, markersize=10, label=names[0], clip_on=False)
+        axes.plot(before, rows, "o", color=DENSE, markersize=9, label=names[0], clip_on=False)
         axes.plot(after, rows, "o", color=SMALL, markersize=6, label=names[1], clip_on=False)
         axes.set_yticks(rows, [_shortened(pair[0].name) for pair in pairs])
         axes.set_ylim(len(pairs) - 0.4, -0.6)
@@ -145,12 +146,13 @@ def draw_training(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     records = records[:: 1 + len(records) // MOST_POINTS]
     steps = np.array([record["step"] for record in records])
     losses = np.array([record["losses"]["total"] for record in records], float)
-    window = min(SMOOTHED, len(losses))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     with chart(path, 2.8) as axes:
         axes.plot(steps, losses, color=DENSE, linewidth=0.8, alpha=0.6, label="as logged")
-        axes.plot(steps[window - 1 :], smooth, color=SMALL, label=f"mean of {window} entries")
+        if len(losses) > SMOOTHED:
+            smooth = np.convolve(losses, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
+            axes.plot(steps[SMOOTHED - 1 :], smooth, color=SMALL, label=f"mean of {SMOOTHED} entries")
         axes.set_ylim(0, 1.05 * np.nanquantile(losses, 0.98) if len(losses) > SMOOTHED else None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("Step")
         axes.set_ylabel("Loss")
         legend_above(axes)

@@ -15,7 +15,7 @@ from norton_deploy.errors import UserError
 
 PICTURE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 STYLE = Path(__file__).with_name("report.css")
-OPTION = re.compile(r"(?<!\S)--[\w-]+")
+OPTION = re.compile(r"(?<![\w-])--[\w-]+")
 NUMBER = re.compile(r"[-+−±]?[\d.,]+\b.{0,16}|[-–]?")
 SECTIONS_OF_A_LONG_PAGE = 4
 

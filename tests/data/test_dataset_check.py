@@ -57,13 +57,23 @@ def test_errors_and_the_exit_status(data: Path, capsys: pytest.CaptureFixture[st
     change(data, "val", resize)
     found = whats(data)
     assert {what for what, severity in found.items() if severity == "error"} >= {
-        "sets of bad entries in val",
+        "bad entries in val",
         "pictures of val are in train too",
         "categories share a name",
         "categories are not alike in train and val",
     }
     assert run("check_data", ["--data", str(data), "--task", "mask"]) == 1
-    assert "error: 1 pictures of val are in train too; the first: " in capsys.readouterr().err
+    assert "error: pictures of val are in train too: " in capsys.readouterr().err
+
+
+def test_a_split_without_a_usable_image_says_why(data: Path) -> None:
+    for path in (data / "val2017").iterdir():
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6
+            image.save(path, exif=exif)
+    with pytest.raises(UserError, match=r"no usable image; the first was image id .* before its EXIF orientation"):
+        check_dataset(data, "mask")
 
 
 def test_warnings(data: Path) -> None:
@@ -76,7 +86,7 @@ def test_warnings(data: Path) -> None:
     found = whats(data)
     assert set(found.values()) == {"warning"}
     kinds = " | ".join(found)
-    assert "sets of annotations without an area in train" in found
+    assert "annotations without an area in train" in found
     for part in ("boxes of train reach outside", "masks of train reach outside", "less than 1 px", "annotated twice"):
         assert part in kinds
     assert "have an EXIF orientation: they are turned upright in training as in inference" in kinds

@@ -236,6 +236,13 @@ def test_the_task_of_a_pth_says_which_annotations_are_its(tiny_coco: Path, tmp_p
     assert header.task == "keypoint" and header.categories.names == ("person",)
 
 
+def test_a_short_fine_tuning_is_logged_often_enough_for_its_curve() -> None:
+    for steps, every in ((2, 1), (90, 3), (2000, 10)):
+        request = DeployRequest(task="mask", out=Path("o"), finetune_steps=steps)
+        settings = making.finetune_settings(request, "mask", *(Path(name) for name in ("d", "s", "t", "o")))
+        assert settings.log_every == every
+
+
 def test_targets() -> None:
     rtx = EngineTarget.parse("tensorrt-rtx:86")
     assert (rtx.backend, rtx.graph, rtx.engine, rtx.compute_capability) == (

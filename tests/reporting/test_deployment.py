@@ -10,7 +10,7 @@ from PIL import Image
 from norton_deploy.cost.turns import Speedup
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import OVERLAP_METRICS, CategoryScore, MeasureScore
-from norton_deploy.reporting.charts import draw_categories
+from norton_deploy.reporting.charts import draw_categories, draw_training
 from norton_deploy.reporting.deployment import ComparedImage, Deployment, ModelRecord, StepRecord
 from norton_deploy.reporting.deployment_report import first_figures, verdict, write_report
 from norton_deploy.reporting.latency import LatencySummary
@@ -79,8 +79,17 @@ def test_dots_at_the_ends_of_the_scale_are_whole(tmp_path: Path) -> None:
     assert not re.search(r"clip-path[^>]*>\s*<use ", drawn)
 
 
+def test_a_short_training_has_whole_steps_and_no_mean_of_one_entry(tmp_path: Path) -> None:
+    for count in (3, 30):
+        draw_training(
+            tmp_path / "l.svg", [{"step": step, "losses": {"total": 1.0}} for step in range(10, 10 * count + 1, 10)]
+        )
+        drawn = (tmp_path / "l.svg").read_text()
+        assert ("mean of" in drawn) == (count == 30) and ">12.5<" not in drawn
+
+
 def test_an_option_in_a_note_stays_in_its_line() -> None:
-    assert Paragraph("leave --quick out").to_html() == "<p>leave <span>--quick</span> out</p>"
+    assert Paragraph("(--quick) a-b -- c").to_html() == "<p>(<span>--quick</span>) a-b -- c</p>"
 
 
 def test_what_was_not_measured_is_left_out_and_says_so(tmp_path: Path) -> None:
