@@ -22,7 +22,7 @@ from norton_deploy.structures import Categories, Detections
 COCO_KEYPOINTS = 17
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 BAR_HEIGHT = 24
-BAR_COLOUR = (30, 30, 30)
+BAR_LEVEL = 30
 TEXT_COLOUR = (255, 255, 255)
 TEXT_SIZE_PX = 13
 MASK_OPACITY = 0.45
@@ -41,22 +41,28 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
         uint8 RGB [H, W, 3]. Keypoints whose score is not positive are left out (torchvision's scores are
         logits); the skeleton's edges are COCO's and drawn for 17 keypoints only.
     """
-    scene: Any = np.array(image)
+    scene = np.array(image)
+    _draw(scene, detections, categories, scores=scores)
+    return scene
+
+
+def _draw(scene: Any, detections: Detections, categories: Categories, *, scores: bool = True) -> None:
+    """`draw_detections` in place; the scene may be a part of a larger picture."""
     if len(detections) == 0:
-        return np.asarray(scene, np.uint8)
+        return
     objects = replace(detections, masks=None).to_supervision(categories)
     order = {label: index for index, label in enumerate(categories.labels)}
     colours = np.array([order[int(label)] for label in detections.labels])  # COCO's ids are sparse: two might share one
-    scale = max(0.4, min(image.shape[:2]) / 1000)
+    scale = max(0.4, min(scene.shape[:2]) / 1000)
     thickness = max(1, round(2 * scale))
     if detections.has_masks:
         paint_masks(scene, detections, [PALETTE.by_idx(int(colour)).as_bgr() for colour in colours])
-    scene = sv.BoxAnnotator(PALETTE, thickness=thickness).annotate(scene, objects, colours)
+    sv.BoxAnnotator(PALETTE, thickness=thickness).annotate(scene, objects, colours)
     if detections.keypoints is not None:
         skeletons = _key_points(detections.keypoints, objects.class_id)
         if detections.keypoints.shape[1] == COCO_KEYPOINTS:
-            scene = sv.EdgeAnnotator(sv.Color.GREEN, thickness).annotate(scene, skeletons)
-        scene = sv.VertexAnnotator(sv.Color.BLUE, thickness + 1).annotate(scene, skeletons)
+            sv.EdgeAnnotator(sv.Color.GREEN, thickness).annotate(scene, skeletons)
+        sv.VertexAnnotator(sv.Color.BLUE, thickness + 1).annotate(scene, skeletons)
     names = objects.data["class_name"]
     labels = [f"{name} {score:.2f}" if scores else name for name, score in zip(names, detections.scores, strict=True)]
     labeller = sv.LabelAnnotator(
@@ -66,7 +72,7 @@ def draw_detections(image: Image, detections: Detections, categories: Categories
         text_padding=max(2, round(5 * scale)),
         smart_position=True,  # labels at the image's edge are moved inside
     )
-    return np.asarray(labeller.annotate(scene, objects, labels, colours), np.uint8)
+    labeller.annotate(scene, objects, labels, colours)
 
 
 def paint_masks(scene: Image, detections: Detections, colours: Sequence[tuple[int, int, int]]) -> None:
@@ -119,24 +125,25 @@ def compose_panels(
     canvas = np.zeros((rows + BAR_HEIGHT + height % 2, width * count + width * count % 2, 3), np.uint8)
     for panel, (found, names, heading) in enumerate(zip(detections, categories, headings, strict=True)):
         columns = slice(panel * width, (panel + 1) * width)
-        canvas[:BAR_HEIGHT, columns] = _bar(width, heading)
-        canvas[BAR_HEIGHT:rows, columns] = draw_detections(image, found, names)
+        _write_bar(canvas[:BAR_HEIGHT, columns], heading)
+        scene = canvas[BAR_HEIGHT:rows, columns]
+        scene[...] = image
+        _draw(scene, found, names)
     footer = "pipeline: measuring"
     if fps is not None and latency_ms:
         p50, p95 = np.percentile(latency_ms, [50, 95])
         footer = f"pipeline: {fps:.1f} FPS, capture to display p50 {p50:.0f} ms, p95 {p95:.0f} ms"
-    canvas[rows : rows + BAR_HEIGHT, : width * count] = _bar(width * count, footer)
+    _write_bar(canvas[rows : rows + BAR_HEIGHT, : width * count], footer)
     return canvas
 
 
-def _bar(width: int, text: str) -> Image:
-    """A dark bar uint8 RGB [24, width, 3] with one line of text, made smaller where it would not fit."""
-    bar = np.full((BAR_HEIGHT, width, 3), BAR_COLOUR, np.uint8)
+def _write_bar(bar: Image, text: str) -> None:
+    """Make uint8 RGB [24, W, 3] dark, with one line of text, smaller where it would not fit."""
+    bar[...] = BAR_LEVEL
     scale = cv2.getFontScaleFromHeight(FONT, TEXT_SIZE_PX, 1)
     text_width = cv2.getTextSize(text, FONT, scale, 1)[0][0]
-    scale *= min(1.0, (width - 12) / text_width)
+    scale *= min(1.0, (bar.shape[1] - 12) / text_width)
     cv2.putText(bar, text, (6, 17), FONT, scale, TEXT_COLOUR, 1, cv2.LINE_AA)
-    return bar
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ class VideoFile:
             video.width, video.height = self._frame_size = frame_size
             video.pix_fmt, video.gop_size = "yuv420p", max(1, round(KEYFRAME_S * self._fps))
             video.options = dict(CODECS[codec])
+            # H.264: a frame is encoded while its successor is drawn
+            video.codec_context.thread_type, video.codec_context.thread_count = "FRAME", 2
             video.codec_context.open()
         except OSError as error:
             size = "x".join(map(str, frame_size))
@@ -95,7 +97,7 @@ class VideoFile:
 
     def _append(self, frame: npt.NDArray[Any]) -> None:
         """Write a frame of the video's size in planes of Y, U and V."""
-        picture = av.VideoFrame.from_ndarray(frame, format="yuv420p")
+        picture = av.VideoFrame.from_numpy_buffer(frame, format="yuv420p")
         picture.pts = self.frames
         try:
             self._container.mux(self._video.encode(picture))

@@ -7,7 +7,7 @@ import pytest
 import supervision as sv
 
 from benchmarks import drawing
-from norton_deploy.inference.drawing import draw_detections, paint_masks
+from norton_deploy.inference.drawing import compose_panels, draw_detections, paint_masks
 from norton_deploy.masks import MasksInBoxes
 from norton_deploy.structures import Categories, Detections
 
@@ -67,7 +67,18 @@ def test_the_image_itself_stays_as_it_was():
     assert (image == 7).all() and (drawn != 7).any()
 
 
+def test_panels_hold_what_is_drawn_alone():
+    found = drawing.draw_objects((300, 401), 3)
+    image = np.random.default_rng(3).integers(0, 256, (300, 401, 3)).astype(np.uint8)
+    names = drawing.CATEGORIES
+    canvas = compose_panels(image, [found, found[:1]], [names, names], ["one", "two"], None, [])
+    assert canvas.shape == (348, 802, 3)
+    np.testing.assert_array_equal(canvas[24:324, :401], draw_detections(image, found, names))
+    np.testing.assert_array_equal(canvas[24:324, 401:], draw_detections(image, found[:1], names))
+    assert (canvas[:24] > 200).any() and (canvas[324:] > 200).any()  # their texts
+
+
 def test_the_benchmark_runs(tmp_path: Path):
-    settings = drawing.Settings(tmp_path / "drawing.json", (300, 400), objects=3, rounds=3)
+    settings = drawing.Settings(tmp_path / "drawing.json", (300, 400), objects=3, frames=2, rounds=3)
     assert drawing.main(settings) == 0
     assert "| processor |" in (tmp_path / "drawing.md").read_text()
