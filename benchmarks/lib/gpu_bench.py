@@ -51,7 +51,6 @@ class Variant:
         form: of the plan's CPDBlocks.
         layout: of feature maps and kernels.
         batch: frames per call.
-        slot: distinguishes copies of one variant that run side by side.
     """
 
     task: Task
@@ -60,7 +59,6 @@ class Variant:
     form: Form = "grouped"
     layout: Layout = "NHWC"
     batch: int = 1
-    slot: int = 0
 
     def __str__(self) -> str:
         form = "" if self.plan == "dense" else f" {self.form}"

@@ -76,6 +76,10 @@ def others(found: dict[str, Found]) -> Iterator[Table]:
         "both equal to the bit": lambda entry: "yes" if entry[1]["both_in_flight_agree"] else "no",
     }
     ends = list(entries(found.get("end to end", {}), "latency_to_outputs"))
+    if all("frames_per_s_copy_stream" in end for _, end in ends):
+        flying["two at a time, one graph and a stream for copies"] = lambda entry: (
+            f"{entry[1]['frames_per_s_copy_stream']:.0f}"
+        )
     if all("latency_to_detections" in end for _, end in ends):
         flying["ms to detections, masks in boxes"] = lambda entry: (
             f"{entry[1]['latency_to_detections']['median_ms']:.2f}"
@@ -85,6 +89,7 @@ def others(found: dict[str, Found]) -> Iterator[Table]:
         "Predictor": lambda entry: entry[0],
         "ms": milliseconds,
         "Ratio to eager": lambda entry: interval(entry[1]["speedup over eager"]),
+        "frames/s streamed": lambda entry: f"{entry[1]['frames_per_s_streamed']:.0f}",
     }
     yield tabulate("`load_predictor` of a checkpoint", list(entries(found.get("engine", {}), "median_ms")), engines)
     packages = list(entries(found.get("package", {}).get("times", {}), "median_ms"))

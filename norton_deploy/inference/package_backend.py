@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from norton_deploy.errors import UserError
 from norton_deploy.export.tensorrt_build import CPU_ENGINE, EngineManifest
 from norton_deploy.inference.cuda_graph import FixedCall
-from norton_deploy.inference.static_graph import Outputs, StaticGraphPredictor
+from norton_deploy.inference.static_graph import Outputs, Start, StaticGraphPredictor
 from norton_deploy.inference.torch_backend import choose_device, device_name, full_precision
 
 
@@ -61,7 +63,16 @@ class PackagePredictor(StaticGraphPredictor):
     def run(self, batch: npt.NDArray[np.generic]) -> Outputs:
         started = time.perf_counter()
         with torch.no_grad(), self._exact():
-            self._call.submit(batch)
-            outputs = self._call.wait()
+            outputs = self._call(batch)
         self.timing.add("infer_ms", started)
         return outputs
+
+    @contextmanager
+    def _starting(self) -> Iterator[Start]:
+        with self._call.in_flight() as flight:
+
+            def start(batch: npt.NDArray[np.generic]) -> Callable[[], Outputs]:
+                with self._turn, torch.no_grad(), self._exact():
+                    return partial(self._timed, flight.submit(batch))
+
+            yield start

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import cycle, islice
 
 import numpy as np
@@ -21,6 +22,8 @@ from norton_deploy.structures import Detections
 
 logger = logging.getLogger(__name__)
 Outputs = dict[str, npt.NDArray[np.generic]]
+Start = Callable[[npt.NDArray[np.generic]], Callable[[], Outputs]]
+"""Starts a batch and returns what waits for its outputs."""
 CHECKED = {"boxes", "scores", "keypoints"}
 """Outputs that must be finite; masks have a hundred times as many numbers and follow from the same features."""
 
@@ -72,20 +75,32 @@ class StaticGraphPredictor(Predictor):
     def stream(self, images: Iterable[Image]) -> Iterator[Detections]:
         self.timing = StageTiming()
         canvases = [np.empty_like(self._canvas) for _ in range(2)]
-        frames, running = iter(images), list[tuple[Future[Outputs], list[Letterbox]]]()
-        with ThreadPoolExecutor(1) as engine:
+        frames, running = iter(images), list[tuple[Callable[[], Outputs], list[Letterbox]]]()
+        with self._starting() as start:
             for canvas in cycle(canvases):
                 chunk = list(islice(frames, self.contract.batch))
                 for position, image in enumerate(chunk):
                     check_image(image, f"image {position + 1} of {len(chunk)}")
                 if chunk:
                     letterboxes, batch = self._prepare(chunk, canvas)
-                    running.append((engine.submit(self._run_in_turn, batch), letterboxes))
+                    running.append((start(batch), letterboxes))
                 if len(running) > 1 or (running and not chunk):
                     outputs, letterboxes = running.pop(0)
-                    yield from self._finish(outputs.result(), letterboxes)
+                    yield from self._finish(outputs(), letterboxes)
                 elif not chunk:
                     return
+
+    @contextmanager
+    def _starting(self) -> Iterator[Start]:
+        """How `stream` has a batch computed: here by a thread of its own."""
+        with ThreadPoolExecutor(1) as engine:
+            yield lambda batch: engine.submit(self._run_in_turn, batch).result
+
+    def _timed(self, outputs: Callable[[], Outputs]) -> Outputs:
+        started = time.perf_counter()
+        found = outputs()
+        self.timing.add("infer_ms", started)
+        return found
 
     def _run_in_turn(self, batch: npt.NDArray[np.generic]) -> Outputs:
         with self._turn:

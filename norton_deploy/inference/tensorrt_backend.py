@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -21,7 +24,8 @@ from norton_deploy.errors import UserError
 from norton_deploy.export.contract import GraphContract
 from norton_deploy.export.tensorrt_build import PORTABLE, Engine, EngineManifest, EngineUnavailableError, engine_package
 from norton_deploy.files import atomic_write
-from norton_deploy.inference.static_graph import Outputs, StaticGraphPredictor
+from norton_deploy.inference.cuda_graph import InFlight
+from norton_deploy.inference.static_graph import Outputs, Start, StaticGraphPredictor
 from norton_deploy.inference.torch_backend import choose_device
 
 logger = logging.getLogger(__name__)
@@ -271,6 +275,22 @@ class TensorRTPredictor(StaticGraphPredictor):
         outputs: Outputs = {name: self._pinned[name].numpy().copy() for name in names}
         self.timing.add("copy_ms", started)
         return outputs
+
+    @contextmanager
+    def _starting(self) -> Iterator[Start]:
+        outputs = {name: self._on_device[name] for name in self.contract.output_names}
+
+        def launch() -> dict[str, torch.Tensor]:
+            self._execute()
+            return outputs
+
+        with InFlight(self._on_device[self.contract.input_name], outputs, launch, self._stream) as flight:
+
+            def start(batch: npt.NDArray[np.generic]) -> Callable[[], Outputs]:
+                with self._turn:
+                    return partial(self._timed, flight.submit(batch))
+
+            yield start
 
     def layer_times_ms(self, batch: npt.NDArray[np.generic]) -> dict[str, float]:
         """Milliseconds of each of the engine's layers in an ordinary run on one batch, by TensorRT's profiler."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from norton_deploy.data.transforms import to_unit_range
 from norton_deploy.errors import UserError
 from norton_deploy.export.letterbox import Letterbox
 from norton_deploy.export.static_rcnn import mask_paste_of
-from norton_deploy.inference.cuda_graph import FixedCall
-from norton_deploy.inference.predictor import FloatType, Image, Predictor, not_finite
+from norton_deploy.inference.cuda_graph import FRAMES_IN_FLIGHT, Arrays, FixedCall, InFlight
+from norton_deploy.inference.predictor import FloatType, Image, Predictor, StageTiming, check_image, not_finite
 from norton_deploy.inference.static_graph import decode_outputs
 from norton_deploy.inference.torch_graph import FINITE, FrameDetector, can_be_static
 from norton_deploy.structures import TASKS, Categories, Detections, Task
@@ -128,24 +128,62 @@ class TorchPredictor(Predictor):
         detections: list[Detections] = []
         for batch in _batches(images):
             graph = self._graph((len(batch), *batch[0].shape)) if self.records else None
-            found = None if graph is None else self._replay(graph, batch)
-            if found is not None:
-                detections += found
+            if graph is None:
+                detections += self._eager(batch)
                 continue
             started = time.perf_counter()
-            inputs = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in batch]
-            started = self.timing.add("preprocess_ms", started)
-            # Bytes cross to the device, four times fewer than floats; the division happens there.
-            inputs = [to_unit_range(image.to(self.torch_device)) for image in inputs]
-            self._synchronise()
-            started = self.timing.add("copy_ms", started)
-            with torch.inference_mode(), full_precision(), self._finite_scores():
-                outputs = self.model(inputs)
-            self._synchronise()
-            started = self.timing.add("infer_ms", started)
-            for output, image in zip(outputs, batch, strict=True):
-                detections.append(self._to_detections(output, (image.shape[0], image.shape[1])))
-            self.timing.add("postprocess_ms", started)
+            with torch.no_grad(), full_precision(search=True):
+                outputs = graph(np.stack(batch))
+            self.timing.add("infer_ms", started)
+            detections += self._finish(outputs, batch)
+        return detections
+
+    def stream(self, images: Iterable[Image]) -> Iterator[Detections]:
+        if not self.records:
+            yield from super().stream(images)
+            return
+        self.timing = StageTiming()
+        running: deque[tuple[Callable[[], Arrays] | None, Image]] = deque()
+        with ExitStack() as stack:
+            flights: dict[FixedCall, InFlight] = {}
+            for position, image in enumerate(images):
+                check_image(image, f"image {position + 1}")
+                with self._turn, torch.no_grad(), full_precision(search=True):
+                    graph = self._graph((1, *image.shape))
+                    if graph is not None and graph not in flights:
+                        flights[graph] = stack.enter_context(graph.in_flight())
+                    running.append((None if graph is None else flights[graph].submit(image[None]), image))
+                if len(running) == FRAMES_IN_FLIGHT:
+                    yield self._finish_one(*running.popleft())
+            while running:
+                yield self._finish_one(*running.popleft())
+
+    def _finish_one(self, wait: Callable[[], Arrays] | None, image: Image) -> Detections:
+        with self._turn:
+            if wait is None:
+                return self._eager([image])[0]
+            started = time.perf_counter()
+            outputs = wait()
+            self.timing.add("infer_ms", started)
+            return self._finish(outputs, [image])[0]
+
+    def _eager(self, batch: list[Image]) -> list[Detections]:
+        started = time.perf_counter()
+        inputs = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in batch]
+        started = self.timing.add("preprocess_ms", started)
+        # Bytes cross to the device, four times fewer than floats; the division happens there.
+        inputs = [to_unit_range(image.to(self.torch_device)) for image in inputs]
+        self._synchronise()
+        started = self.timing.add("copy_ms", started)
+        with torch.inference_mode(), full_precision(), self._finite_scores():
+            outputs = self.model(inputs)
+        self._synchronise()
+        started = self.timing.add("infer_ms", started)
+        detections = [
+            self._to_detections(output, (image.shape[0], image.shape[1]))
+            for output, image in zip(outputs, batch, strict=True)
+        ]
+        self.timing.add("postprocess_ms", started)
         return detections
 
     def _graph(self, shape: tuple[int, ...]) -> FixedCall | None:
@@ -169,17 +207,13 @@ class TorchPredictor(Predictor):
                     self._graphs[shape] = None
         return self._graphs.get(shape)
 
-    def _replay(self, graph: FixedCall, batch: list[Image]) -> list[Detections] | None:
-        """What a graph finds, or None where one of its shortcuts was not exact."""
+    def _finish(self, outputs: Arrays, batch: list[Image]) -> list[Detections]:
+        """What a graph found, or eager mode where one of its shortcuts was not exact."""
         started = time.perf_counter()
-        with torch.no_grad(), full_precision(search=True):
-            graph.submit(np.stack(batch))
-            outputs = graph.wait()
-        started = self.timing.add("infer_ms", started)
         if not outputs[FINITE].all():
             raise not_finite(self.name, "the scores that it computed")
         if not (outputs["nms_converged"].all() and outputs["candidates_complete"].all()):
-            return None
+            return self._eager(batch)
         image_size = (batch[0].shape[0], batch[0].shape[1])
         as_it_is, paste = Letterbox.fit(image_size, image_size), mask_paste_of(self.model)
         found = [decode_outputs(outputs, index, as_it_is, self.categories.labels, paste) for index in range(len(batch))]

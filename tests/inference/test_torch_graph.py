@@ -14,7 +14,7 @@ from reduced_detectors import blobs, reduced_detector
 
 from norton_deploy.errors import UserError
 from norton_deploy.inference import torch_backend
-from norton_deploy.inference.cuda_graph import FixedCall, capture
+from norton_deploy.inference.cuda_graph import capture
 from norton_deploy.inference.loading import load_predictor, packaged_detector
 from norton_deploy.inference.torch_backend import TorchPredictor
 from norton_deploy.structures import TASKS, Categories, Detections, Task
@@ -72,13 +72,13 @@ def test_what_cannot_be_recorded_or_was_not_exact_is_left_to_eager_mode(
     expected = predictor("box", graphs=False)([frame])[0]
     fixed = predictor("box", graphs=True)
     fixed([frame]), fixed([frame])
-    [graph] = fixed._graphs.values()
-    outputs = graph.wait()
+    [(shape, graph)] = fixed._graphs.items()
+    outputs = graph(frame[None])
     for flag in ("nms_converged", "candidates_complete"):
         changed = outputs | {flag: np.array([False]), "boxes": outputs["boxes"] + 50}
-        monkeypatch.setattr(graph, "wait", lambda changed=changed: changed)
+        fixed._graphs[shape] = lambda _frames, changed=changed: changed
         same(fixed([frame])[0], expected)
-    monkeypatch.setattr(graph, "wait", lambda: outputs | {"finite": np.array([False])})
+    fixed._graphs[shape] = lambda _frames: outputs | {"finite": np.array([False])}
     with pytest.raises(UserError, match="are not finite"):
         fixed([frame])
 
@@ -94,13 +94,23 @@ def test_what_cannot_be_recorded_or_was_not_exact_is_left_to_eager_mode(
     ]
 
 
-def test_two_frames_in_flight_do_not_mix() -> None:
-    device = torch.device("cpu")
-    calls = [FixedCall(lambda frames: {"sum": frames.float().sum((1, 2, 3))}, (1, 4, 5, 3), device) for _ in range(2)]
-    for value, call in enumerate(calls, start=1):
-        call.submit(np.full((1, 4, 5, 3), value, np.uint8))
-    assert [call.wait()["sum"].tolist() for call in calls] == [[60.0], [120.0]]
-    assert capture(lambda: 3, device) == (None, 3)
+def test_a_stream_finds_what_calls_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = list(blobs(2, (90, 130)).numpy()), list(blobs(1, (64, 70)).numpy())
+    frames = [large[0], large[1], small[0], large[0]]
+    expected = predictor("box", graphs=False)(frames[:3])
+    fixed = predictor("box", graphs=True)
+    for index, found in enumerate(fixed.stream(iter(frames))):
+        same(found, expected[index % 3])
+        if index == 1:
+            same(fixed([large[0]])[0], expected[0])  # a call in between disturbs nothing
+    assert index == 3 and set(fixed._graphs) == {(1, 90, 130, 3)} and list(fixed.stream([])) == []
+    [graph] = fixed._graphs.values()
+    inexact = graph._launch() | {"nms_converged": torch.tensor([False])}
+    monkeypatch.setattr(graph, "_launch", lambda: inexact)
+    same(next(fixed.stream(large[1:])), expected[1])
+    with pytest.raises(UserError, match="image 1: expected a uint8"):
+        list(fixed.stream([large[1].astype(float)]))  # type: ignore[list-item]
+    assert capture(lambda: 3, torch.device("cpu")) == (None, 3)
 
 
 def test_fp16_is_a_gpus(tmp_path: Path) -> None:
