@@ -6,6 +6,7 @@ mode found. Compiling takes minutes and needs a C++ compiler. `load_predictor("m
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from norton_deploy.export.static_roi_align import fix_sampling
 from norton_deploy.export.tensorrt_build import manifest_path
 from norton_deploy.export.torch_package import build_package
 from norton_deploy.files import check_output_file
-from norton_deploy.inference.torch_backend import choose_device
+from norton_deploy.inference.torch_backend import choose_device, full_precision
 from norton_deploy.parity.engine_check import check_engine
 from norton_deploy.parity.export_checked import static_detector
 
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     graph = settings.out.with_suffix(".onnx")
     export = export_onnx.run_export(settings, graph)
     model = fix_sampling(export_onnx.open_model_of(settings)[0])
-    built = build_package(static_detector(model, settings, export.contract.image_size), graph, settings.out, device)
+    static = static_detector(model, settings, export.contract.image_size)
+    with nullcontext() if settings.precision == "tf32" else full_precision():  # kernels are compiled for one of the two
+        built = build_package(static, graph, settings.out, device)
     build = check_engine(built, report=lambda message: print(message, file=sys.stderr))
     print(build.text(), file=sys.stderr)
     write_json(export.to_dict() | build.to_dict(), settings.json)

@@ -71,6 +71,7 @@ class Predictor(ABC):
         categories: its labels, COCO ids and names.
         input_size: (height, width) of the graph's input, or None when the model takes any size.
         device: what it runs on, in words.
+        overlaps: whether `stream` has several images under way.
         timing: stages of the last call, whichever thread made it.
     """
 
@@ -80,6 +81,7 @@ class Predictor(ABC):
     categories: Categories
     input_size: tuple[int, int] | None
     device: str
+    overlaps: bool = False
     timing = StageTiming()
     _turn: threading.RLock
 

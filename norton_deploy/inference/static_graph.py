@@ -38,6 +38,7 @@ class StaticGraphPredictor(Predictor):
         inexact_batches: batches for which the graph flagged that one of its shortcuts was not exact.
     """
 
+    overlaps = True
     contract: GraphContract
     inexact_batches: int = 0
 

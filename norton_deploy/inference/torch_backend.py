@@ -79,7 +79,7 @@ class TorchPredictor(Predictor):
         """
         self.torch_device = choose_device(device)
         on_gpu = self.torch_device.type == "cuda"
-        self.records = (on_gpu if graphs is None else graphs) and can_be_static(model)
+        self.records = self.overlaps = (on_gpu if graphs is None else graphs) and can_be_static(model)
         if float_type not in ("fp32", "fp16") or (float_type == "fp16" and not self.records):
             raise UserError(f"{name}: float_type {float_type}: torch computes in fp32, on a GPU also in fp16; use fp32")
         self.float_type = float_type

@@ -105,9 +105,7 @@ def measure_alternating(
     counts = np.array(list(detections.values())).T
     frames = list(islice(cycle(images), STREAM_FRAMES))
     streamed = {
-        name: partial(_stream, predictor, frames)
-        for name, predictor in predictors.items()
-        if type(predictor).stream is not Predictor.stream
+        name: partial(_stream, predictor, frames) for name, predictor in predictors.items() if predictor.overlaps
     }
     streams = time_in_turns(streamed, rounds=STREAM_ROUNDS, warm_up=0, clock=clock) if streamed else None
     return LatencyRun(turns.names, turns.times_ms, tuple(map(tuple, stages.values())), counts, streams)

@@ -72,9 +72,9 @@ def test_nothing_crosses_where_the_graph_resizes_frames() -> None:
     assert traffic(static, torch.Size((1, 90, 160, 3)))[0] == []
 
 
-@pytest.mark.parametrize("float_type", ["fp32", "fp16"])
-def test_nothing_crosses_where_the_models_own_resizing_is_inside(float_type: str) -> None:
-    frames = FrameDetector(lower_model(reduced_detector("mask")), (90, 160), 2, float_type)
+@pytest.mark.parametrize(("task", "float_type"), [("box", "fp16"), ("mask", "fp32"), ("keypoint", "fp16")])
+def test_nothing_crosses_where_the_models_own_resizing_is_inside(task: Task, float_type: str) -> None:
+    frames = FrameDetector(lower_model(reduced_detector(task)), (90, 160), 2, float_type)
     found, outputs = traffic(frames, torch.Size((2, 90, 160, 3)))
     assert found == [] and {tensor.device.type for tensor in outputs.values()} == {"cuda"}
 

@@ -1,10 +1,12 @@
 """AOTInductor packages: what is checked before one is loaded, and what is said when torch cannot make one."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from norton_deploy.commands import export_torch
 from norton_deploy.errors import UserError
 from norton_deploy.export.tensorrt_build import EngineManifest, manifest_path
 from norton_deploy.export.torch_package import build_package
@@ -24,6 +26,28 @@ def test_a_compiler_that_fails_is_one_line(graph, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"m\.pt2: torch .* cannot compile it for cpu: C\+\+ compile error$"):
         build_package(torch.nn.Identity(), graph(target="tensorrt"), tmp_path / "m.pt2", CPU)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_only_tf32_is_compiled_with_tf32(precision, tmp_path, monkeypatch):
+    export = SimpleNamespace(contract=SimpleNamespace(image_size=(32, 48)))
+    monkeypatch.setattr(export_torch.export_onnx, "run_export", lambda *_: export)
+    monkeypatch.setattr(export_torch.export_onnx, "open_model_of", lambda _: [None])
+    for name in ("fix_sampling", "static_detector"):
+        monkeypatch.setattr(export_torch, name, lambda *_: None)
+    found = []
+
+    def compile_it(*_):
+        found.append(torch.backends.cudnn.allow_tf32)
+        raise UserError("enough")
+
+    monkeypatch.setattr(export_torch, "build_package", compile_it)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with pytest.raises(UserError, match="enough"):
+        export_torch.main(
+            ["--task", "box", "--precision", precision, "--device", "cpu", "--out", str(tmp_path / "m.pt2")]
+        )
+    assert found == [precision == "tf32"]
 
 
 def test_a_package_is_checked_against_its_manifest(graph, tmp_path, monkeypatch):

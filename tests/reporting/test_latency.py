@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
-from norton_deploy.inference.predictor import Predictor, StageTiming
+from norton_deploy.inference.predictor import StageTiming
 from norton_deploy.reporting import latency
 from norton_deploy.reporting.latency import measure_alternating
 
 
 class ScriptedPredictor:
     """Pretends that call k takes `times_ms[k]`, and writes down when it was called and with what."""
+
+    overlaps = True
 
     def __init__(self, name, times_ms, log, now_s):
         self.name, self.times_ms, self.log, self.now_s = name, iter(times_ms), log, now_s
@@ -30,9 +32,7 @@ class ScriptedPredictor:
 
 
 class PlainPredictor(ScriptedPredictor):
-    """Overlaps nothing."""
-
-    stream = Predictor.stream
+    overlaps = False
 
 
 def test_detectors_take_turns_on_the_same_image(monkeypatch):
