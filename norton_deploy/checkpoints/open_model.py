@@ -93,7 +93,10 @@ def with_image_size(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Chec
         UserError: a size below 1, or a classifier.
     """
     header, (short, long) = checkpoint.header, sorted(image_size)
-    image = replace(header.detector.image, min_size=short, max_size=long, train_short_sides=())
+    try:
+        image = replace(header.detector.image, min_size=short, max_size=long, train_short_sides=())
+    except UserError as error:
+        raise UserError(f"--image-size {' '.join(map(str, image_size))}: {error}") from error
     changed = replace(header, settings=replace(header.detector, image=image))
     model = build_structure(changed)
     load_weights(model, checkpoint.model.state_dict(), "the model")

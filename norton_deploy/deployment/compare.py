@@ -112,7 +112,7 @@ def compare(request: CompareRequest, *, command: str, report: Callable[[str], No
         request.out, dataset, read_results(results[DENSE]), read_results(results[SMALL]), limit=request.images
     )
     made = Deployment(
-        title=f"{MODEL_NAMES[task]}: {request.model.name} against {request.baseline.name}",
+        title=f"{MODEL_NAMES[task]}: {' against '.join(names_of(request.model, request.baseline))}",
         task=task,
         dense=_record(DENSE, request, scores, timing),
         small=_record(SMALL, request, scores, timing),
@@ -125,6 +125,16 @@ def compare(request: CompareRequest, *, command: str, report: Callable[[str], No
     )
     write_report(request.out, made)
     return made
+
+
+def names_of(model: Path, baseline: Path) -> tuple[str, str]:
+    """What the report calls the two files: their names, with as many folders before them as make a difference."""
+    paths = [path.resolve().parts for path in (model, baseline)]
+    for parts in range(1, max(map(len, paths)) + 1):
+        first, second = ("/".join(path[-parts:]) for path in paths)
+        if first != second:
+            return first, second
+    return model.name, f"{model.name} (itself)"
 
 
 def _load(file: Path, request: CompareRequest) -> Predictor:
@@ -146,8 +156,10 @@ def _record(
     name: str, request: CompareRequest, scores: dict[str, dict[str, Any]], timing: dict[str, Any]
 ) -> ModelRecord:
     file, macs, params = request.baseline if name == DENSE else request.model, None, None
+    model, baseline = names_of(request.model, request.baseline)
     if file.suffix == ".safetensors" or names_no_categories(file):
         opened = open_model(str(file))
         counted = complexity_of(opened.model, opened.header.settings)
         macs, params = counted.macs, counted.params
-    return model_record(file.name, file, request.out, scores[name], timing, name, macs=macs, params=params)
+    called = baseline if name == DENSE else model
+    return model_record(called, file, request.out, scores[name], timing, name, macs=macs, params=params)

@@ -6,7 +6,10 @@ from norton_deploy.cost.turns import Speedup
 from norton_deploy.deployment.request import DeployRequest, EngineTarget
 
 QUICK = "Quick run: AP was measured on {images} images, so that differences of some points are chance."
-NOT_RUN = "The engine was built, but not run on this machine: speed and AP are those of its graph in ONNX Runtime."
+NOT_RUN = (
+    "The engine was built, but not run on this machine: speed and AP are those of its graph in ONNX Runtime. On the "
+    "target, in the artefact's folder, norton verify_engine --model model.engine compares it."
+)
 BLIND = (
     "The dense model finds next to nothing in these images. Was it trained on such data, and are its categories these, "
     "in this order ({names})? Otherwise give its own (--categories)."

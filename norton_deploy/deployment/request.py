@@ -13,6 +13,8 @@ from norton_deploy.search.decisions import RANKS
 from norton_deploy.structures import Task
 
 FINETUNE_STEPS = 2000
+CONFIGURATIONS = (".yaml", ".yml")
+"""Of Detectron2."""
 TARGETS = "onnxruntime, openvino, tensorrt, tensorrt-rtx, tensorrt-rtx:86 (compute capability), torch"
 
 
@@ -130,7 +132,7 @@ class DeployRequest:
             raise UserError("--model or --task: give a detector, or the task of the packaged one")
         if self.model is not None and self.data is None:
             raise UserError("--data: needed with --model, a folder in COCO-2017's layout")
-        if (self.weights is not None) != (self.model is not None and self.model.suffix in (".yaml", ".yml")):
+        if (self.weights is not None) != (self.model is not None and self.model.suffix in CONFIGURATIONS):
             raise UserError("--weights: goes with Detectron2's configuration (.yaml) in --model, and is needed there")
         if self.speedup <= 1:
             raise UserError(f"--speedup: expected more than 1, got {self.speedup:g}")

@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from norton_deploy.checkpoints.checkpoint import Checkpoint, read_header
-from norton_deploy.checkpoints.open_model import names_no_categories, open_model, with_image_size
+from norton_deploy.checkpoints.open_model import MODEL_SUFFIXES, names_no_categories, open_model, with_image_size
 from norton_deploy.data.category_list import categories_of_model
 from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.data.dataset_check import check_layout
 from norton_deploy.deployment.making import tool
-from norton_deploy.deployment.request import DeployRequest
+from norton_deploy.deployment.request import CONFIGURATIONS, DeployRequest
 from norton_deploy.detectron2.checkpoint import import_detectron2
 from norton_deploy.detectron2.config import read_config
 from norton_deploy.errors import UserError
@@ -35,11 +35,16 @@ def source_file(request: DeployRequest) -> Path:
     """The model file that was asked for, the packaged one without --model.
 
     Raises:
-        UserError: the file is missing, or this task has no packaged detector.
+        UserError: the file is missing or no model to deploy, or this task has no packaged detector.
     """
     if request.model is not None:
         if not request.model.is_file():
             raise UserError(f"--model {request.model}: no such file")
+        if request.model.suffix not in (*MODEL_SUFFIXES, *CONFIGURATIONS):
+            raise UserError(
+                f"--model {request.model}: expected a checkpoint (.safetensors), torchvision's .pth, or Detectron2's "
+                "configuration (.yaml) with its weights in --weights"
+            )
         return request.model
     if request.task not in PACKAGED_TASKS:
         raise UserError(f"--task {request.task}: no packaged detector; give --model, or --task {PACKAGED_TASKS[0]}")
@@ -59,7 +64,7 @@ def open_source(request: DeployRequest, file: Path) -> Checkpoint:
         UserError: it cannot be read, is no detector, or for another task or image size; or the data are not there.
     """
     categories = request.categories
-    if file.suffix in (".yaml", ".yml"):
+    if file.suffix in CONFIGURATIONS:
         assert request.weights is not None  # the request was checked
         opened = import_detectron2(file, request.weights, categories or _datas_own(request, read_config(file).task))
     else:

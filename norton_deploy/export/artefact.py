@@ -204,9 +204,18 @@ CPP_USAGE = """## C++
     cmake --build cpp/build
     cpp/build/detect {name} PICTURE.ppm
 
-`cpp/CMakeLists.txt` says where ONNX Runtime or TensorRT is looked for. ImageMagick's `convert` makes a PPM.
+DIR is an unpacked release of {package}; leave that option out where it is installed. ImageMagick's `convert` makes a
+PPM.
 
 """
+CPP_BUILD = {
+    "": {"option": " -DONNXRUNTIME_ROOT=DIR", "package": "ONNX Runtime"},
+    "tensorrt": {"option": " -DENGINE=tensorrt -DTENSORRT_ROOT=DIR", "package": "TensorRT"},
+    "tensorrt-rtx": {
+        "option": " -DENGINE=tensorrt -DTENSORRT_NAME=tensorrt_rtx -DTENSORRT_ROOT=DIR",
+        "package": "TensorRT-RTX",
+    },
+}
 TRITON_USAGE = """## Triton
 
     tritonserver --model-repository=$PWD/triton
@@ -220,7 +229,7 @@ def _readme_values(source: Source, name: str, entries: list[str]) -> dict[str, o
     contract = source.contract
     usage = "" if source.engine else PYTHON_USAGE
     usage += TENSORRT_USAGE if contract.target == "tensorrt" and not source.engine else ""
-    usage += CPP_USAGE.format(option=" -DENGINE=tensorrt" if source.engine else "", name=name)
+    usage += CPP_USAGE.format(name=name, **CPP_BUILD[source.engine])
     usage += "" if source.engine == "tensorrt-rtx" else TRITON_USAGE
     return {
         "title": f"Detector: {contract.task}",

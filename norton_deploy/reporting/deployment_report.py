@@ -114,7 +114,8 @@ def _speed_verdict(deployment: Deployment, dense: ModelRecord, small: ModelRecor
     if speedup is None:
         return "was not timed"
     where = small.runs_on if small.runs_on == dense.runs_on else f"{small.runs_on}; {dense.name}: {dense.runs_on}"
-    basis = f"95 % interval {speedup.low:.2f} to {speedup.high:.2f}, {speedup.pairs} paired calls, {where}"
+    few = ", too few to tell" if speedup.pairs < FEWEST_PAIRS else ""
+    basis = f"95 % interval {speedup.low:.2f} to {speedup.high:.2f}, {speedup.pairs} paired calls{few}, {where}"
     if speedup.pairs >= FEWEST_PAIRS and speedup.low > 1:
         missed = f", not the {deployment.asked:g} times asked for" if misses(deployment) else ""
         return f"is {speedup.ratio:.2f} times as fast as {dense.name}{missed} ({basis})"
@@ -141,8 +142,9 @@ def _accuracy_verdict(deployment: Deployment) -> str:
     if round(before, 3) == round(after, 3):
         return f"keeps the {measure} of {before:.3f} unchanged ({images})"
     if after > before:
-        return f"gains {after - before:.3f} {measure} over {before:.3f} ({images})"
-    return f"loses {before - after:.3f} of {before:.3f} {measure} ({100 * after / before:.1f} % kept, {images})"
+        return f"gains {_change(before, after):.3f} {measure} over {before:.3f} ({images})"
+    lost = -_change(before, after)
+    return f"loses {lost:.3f} of {before:.3f} {measure} ({100 * after / before:.1f} % kept, {images})"
 
 
 def first_figures(deployment: Deployment) -> tuple[tuple[str, str, str], ...]:
@@ -153,7 +155,7 @@ def first_figures(deployment: Deployment) -> tuple[tuple[str, str, str], ...]:
         tiles.append((f"{speedup.ratio:.2f}×", "Speed-up", f"95 % interval {speedup.low:.2f} to {speedup.high:.2f}"))
     before, after = (model.table3(deployment.task)[0] for model in (dense, small))
     if before is not None and after is not None:
-        note = f"{dense.name} {before:.3f}: {_signed(after - before)}"
+        note = f"{dense.name} {before:.3f}: {_signed(_change(before, after))}"
         tiles.append((f"{after:.3f}", _capital(MEASURES[deployment.task]), note))
     if dense.file_bytes and small.file_bytes:
         change = f"{100 * (small.file_bytes / dense.file_bytes - 1):+.0f} %".replace("-", "−").replace("−0 %", "+0 %")
@@ -219,7 +221,7 @@ def _accuracy(deployment: Deployment, pictures: Path) -> list[Block]:
 
 
 def _difference(pair: tuple[CategoryScore, CategoryScore]) -> float:
-    return (pair[1].ap or 0.0) - (pair[0].ap or 0.0)
+    return _change(pair[0].ap or 0.0, pair[1].ap or 0.0)
 
 
 def _measures_table(deployment: Deployment) -> Table:
@@ -358,8 +360,13 @@ def _training(deployment: Deployment, pictures: Path) -> list[Block]:
     return [Heading("Fine-tuning"), Gallery(tuple(charts))] if charts else []
 
 
+def _change(before: float, after: float) -> float:
+    """The difference of two figures as they are shown, with three decimals."""
+    return round(round(after, 3) - round(before, 3), 3)
+
+
 def _signed(difference: float) -> str:
-    return f"{difference:+.3f}".replace("-", "−") if round(difference, 3) else "±0.000"
+    return f"{difference:+.3f}".replace("-", "−") if difference else "±0.000"
 
 
 def _megabytes(size: int) -> str:

@@ -51,6 +51,8 @@ def test_categories_image_size_and_prefixes(own: Path) -> None:
     body = opened.model.get_submodule("backbone.body.layer4.2.conv3")
     assert torch.equal(body.weight, weights["module.backbone.body.layer4.2.conv3.weight"].float())
     assert open_model(str(own)).header.categories.names == ("class 1", "class 2", "class 3")
+    with pytest.raises(UserError, match=r"--image-size 0 128: image\.min_size: expected 1 to 8192, got 0"):
+        open_model(str(own), image_size=(0, 128))
 
 
 def test_import_model_writes_what_was_opened(own: Path, tmp_path: Path) -> None:

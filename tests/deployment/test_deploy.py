@@ -21,6 +21,7 @@ from norton_deploy.commands import import_detectron2, run
 from norton_deploy.config import parse_settings
 from norton_deploy.cost.turns import Speedup
 from norton_deploy.data.synthetic import CATEGORIES
+from norton_deploy.deployment import compare as compare_module
 from norton_deploy.deployment import deploy as deploy_module
 from norton_deploy.deployment import making, notes
 from norton_deploy.deployment.compare import CompareRequest, compare
@@ -139,6 +140,10 @@ def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_pa
         ("--task box", "--task box: no packaged detector"),
         ("--model nothing.pth --data d", "--model nothing.pth: no such file"),
         ("--task mask --data d", "d/annotations/instances_train2017.json: not found; expected COCO's layout in d"),
+        (
+            f"--model {__file__} --data d",
+            f"--model {__file__}: expected a checkpoint (.safetensors), torchvision's",
+        ),
         ("--task mask --images 0", "--images: expected at least 1, got 0"),
     ],
 )
@@ -241,6 +246,13 @@ def test_a_short_fine_tuning_is_logged_often_enough_for_its_curve() -> None:
         request = DeployRequest(task="mask", out=Path("o"), finetune_steps=steps)
         settings = making.finetune_settings(request, "mask", *(Path(name) for name in ("d", "s", "t", "o")))
         assert settings.log_every == every
+
+
+def test_two_files_of_one_name_have_their_folders_in_the_report() -> None:
+    named = compare_module.names_of
+    assert named(Path("a/m.onnx"), Path("b/n.onnx")) == ("m.onnx", "n.onnx")
+    assert named(Path("a/x/m.onnx"), Path("b/x/m.onnx")) == ("a/x/m.onnx", "b/x/m.onnx")
+    assert named(Path("m.onnx"), Path("m.onnx")) == ("m.onnx", "m.onnx (itself)")
 
 
 def test_targets() -> None:

@@ -177,6 +177,8 @@ def test_an_engines_artefact(artefact: Path, tmp_path: Path, engine: Any) -> Non
     assert EngineManifest.load(model) == manifest
     entries = {path.name for path in (tmp_path / "out").iterdir()}
     common = {"model.engine", "model.engine.json", "contract.json", "labels.txt", "README.md", "cpp"}
+    option = {"tensorrt": "tensorrt -DTENSORRT_ROOT", "tensorrt-rtx": "tensorrt -DTENSORRT_NAME=tensorrt_rtx -DTENS"}
+    assert f"-B cpp/build -DENGINE={option[engine]}" in (tmp_path / "out" / "README.md").read_text()
     assert entries == (common | {"triton"} if engine == "tensorrt" else common)
     if engine == "tensorrt":
         plan = tmp_path / "out" / "triton" / "detector" / "1" / "model.plan"
