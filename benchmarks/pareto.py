@@ -2,18 +2,20 @@
 
 A trained dense detector is planned for several speed-ups of ONNX Runtime on this machine: by pruning alone, with the
 filters' own CPD (the paper's form), coupled filters, Tucker-2, or whatever is best for each layer. Every plan prunes as
-well, by harm. It is compressed, refitted on unlabelled images and evaluated; with --finetune-steps it is then trained
-with the dense detector as teacher. The uniform plans of configs/plans, whose filters are chosen by angles as in the
-paper, are made, refitted and timed beside them. Times are those of the search, the plan and the dense detector in turn.
-How well the planner's harm orders the plans by AP is stated as a rank correlation. A finished plan is not made again.
+well, by harm. It is compressed, refitted on unlabelled images and evaluated. The uniform plans of configs/plans, whose
+filters are chosen by angles as in the paper, are made, refitted and timed beside them. Times are those of the search,
+the plan and the dense detector in turn. With --finetune-steps all of them, and the dense detector too, are then trained
+for so many steps with the dense detector as teacher. How well the planner's harm orders the plans by AP is stated as a
+rank correlation. A finished plan is not made again.
 
     python benchmarks/pareto.py --model runs/mask/last.safetensors --data runs/data
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.detector_tuning import Precision, average_precision, finetuned, task_of
 from benchmarks.lib.narrow_plan import narrow_plan
 from benchmarks.lib.random_detectors import PLANS
-from benchmarks.lib.training_runs import LAST, read_recipe, train_once
+from benchmarks.lib.training_runs import LAST
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint
 from norton_deploy.compression.compress import compress
@@ -31,7 +34,6 @@ from norton_deploy.cost.turns import time_in_turns
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images, read_images
 from norton_deploy.errors import UserError
-from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.files import sha256_of
 from norton_deploy.inference.predictor import Image, Predictor
 from norton_deploy.method.plan import FORMS, CompressionPlan
@@ -42,7 +44,7 @@ from norton_deploy.reporting.report import Table
 from norton_deploy.search.form_tuning import TimingTable
 from norton_deploy.search.latency_budget import Workload, tuned_predictor
 from norton_deploy.search.plan_search import TIMING_IMAGES, PlanRequest, PlanSearch
-from norton_deploy.training.detector_training import DetectorTrainingSettings
+from norton_deploy.training.detector_training import Distill
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "pruning alone": (),
@@ -51,6 +53,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Tucker-2": ("tucker",),
     "mixed": FORMS,
 }
+DENSE_CELL = "dense"
+TUNED = ", fine-tuned"
+"""How the names of cells about fine-tuned detectors end."""
 UNIFORM = "uniform "
 """How the names of cells about plans of configs/plans begin."""
 COLOURS = (*STAGE_COLOURS, "#555555")
@@ -84,6 +89,10 @@ class Settings:
     """Steps of fine-tuning with the dense detector as teacher; 0 leaves it out."""
     finetune_lr: float = 0.0015
     """Peak learning rate of these steps."""
+    distill: Distill = "pyramid"
+    """What is imitated in these steps."""
+    precision: Precision = "no"
+    """Precision of these steps; evaluation is in float32."""
     rounds: int = 20
     """Measured calls of each plan."""
     seed: int = 0
@@ -100,17 +109,42 @@ def main(settings: Settings) -> int:
         if family not in FAMILIES:
             raise UserError(f"--families: {family} is none of {', '.join(FAMILIES)}")
     dense = load_checkpoint(settings.model)
+    task = task_of(dense, settings.model)
     settings.work.mkdir(parents=True, exist_ok=True)
-    kept_out = ("families", "speedups", "uniform", "model", "data")
-    key = {**settings_of(settings, *kept_out), "model_sha256": sha256_of(settings.model), "task": dense.header.task}
+    tuning = ("finetune_steps", "finetune_lr", "distill", "precision")
+    kept_out = ("families", "speedups", "uniform", "model", "data", *tuning)
+    key = {**settings_of(settings, *kept_out), "model_sha256": sha256_of(settings.model), "task": task}
     results = ResultCells(settings.out, key, report)
-    cells: dict[str, Callable[[], dict[str, Any]]] = {"dense": partial(evaluate, settings, settings.model, dense)}
+    cells: dict[str, Callable[[], dict[str, Any]]] = {
+        DENSE_CELL: partial(average_precision, settings.model, task, settings.data, settings.val_images)
+    }
     for speedup in settings.speedups:
         for family in settings.families:
             cells[f"{family} at {speedup:g}"] = partial(measure, settings, dense, family, speedup)
     for name in settings.uniform:
         cells[f"{UNIFORM}{name}"] = partial(measure_uniform, settings, dense, name)
-    return results.measure_all(cells)
+    results.measure_all(cells)
+    if not settings.finetune_steps:
+        return 0
+    made = [name for name in cells if "impossible" not in results.cells[name]]
+    return results.measure_all({f"{name}{TUNED}": partial(tune, settings, dense, name, results) for name in made})
+
+
+def tune(settings: Settings, dense: Checkpoint, name: str, results: ResultCells) -> Cell:
+    """Train a plan's detector, or the dense one, further."""
+    start = settings.model if name == DENSE_CELL else folder_of(settings, name) / LAST
+    if not start.is_file():
+        save_small(settings, dense, CompressionPlan.from_dict(results.cells[name]["plan"]), name)
+    task, recipe = (
+        task_of(dense, settings.model),
+        {key: getattr(settings, key) for key in ("precision", "distill", "seed")},
+    )
+    trained = finetuned(
+        start, task, settings.data, settings.work / f"{folder_of(settings, name).name}-trained",
+        teacher=settings.model, steps=settings.finetune_steps, lr=settings.finetune_lr, **recipe,
+    )  # fmt: skip
+    steps = {"steps": settings.finetune_steps, "lr": settings.finetune_lr, **recipe}
+    return {"tuning": steps, **average_precision(trained, task, settings.data, settings.val_images)}
 
 
 def measure(settings: Settings, dense: Checkpoint, family: str, speedup: float) -> dict[str, Any]:
@@ -142,7 +176,7 @@ def measure(settings: Settings, dense: Checkpoint, family: str, speedup: float) 
         "macs",
     )
     figures = {name: record[name] for name in names} | {"seconds_of_search": record["seconds"]}
-    return figures | finish(settings, dense, found.plan, f"{family} {speedup:g}".replace(" ", "-"))
+    return figures | finish(settings, dense, found.plan, f"{family} at {speedup:g}")
 
 
 def measure_uniform(settings: Settings, dense: Checkpoint, name: str) -> dict[str, Any]:
@@ -164,7 +198,7 @@ def measure_uniform(settings: Settings, dense: Checkpoint, name: str) -> dict[st
     counted = workload.complexity(models[name]).macs
     return {
         "measured_speedup": middle, "measured_speedup_p10_p90": [low, high], "macs": counted,
-        **finish(settings, dense, plan, name),
+        **finish(settings, dense, plan, f"{UNIFORM}{name}"),
     }  # fmt: skip
 
 
@@ -179,48 +213,44 @@ def times_of_layers(settings: Settings) -> TimingTable:
 
 
 def finish(settings: Settings, dense: Checkpoint, plan: CompressionPlan, name: str) -> dict[str, Any]:
-    """Compress by a plan, refit, evaluate and perhaps fine-tune."""
-    work = settings.work
+    """Compress by a plan, refit and evaluate."""
+    start = save_small(settings, dense, plan, name)
+    figures = average_precision(start, task_of(dense, settings.model), settings.data, settings.val_images)
+    return {"plan": plan.to_dict(), **figures}
+
+
+def save_small(settings: Settings, dense: Checkpoint, plan: CompressionPlan, name: str) -> Path:
+    """Compress by a plan and refit; returns the checkpoint's file."""
     small = compress_checkpoint(
         dense, plan, command=provenance()["command"], source=settings.model, seed=settings.seed,
         refit_images=read_images(settings.data / "train2017", settings.refit_images),
     )  # fmt: skip
-    start = work / name / LAST
+    start = folder_of(settings, name) / LAST
     start.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(start, small.model, small.header)
-    figures = {"plan": plan.to_dict(), **evaluate(settings, start, dense)}
-    if settings.finetune_steps:
-        recipe = read_recipe(
-            DetectorTrainingSettings, f"demo_{dense.header.task}", out=work / f"{name}-trained", data=settings.data,
-            init=start, teacher=settings.model, steps=settings.finetune_steps, lr=settings.finetune_lr,
-            seed=settings.seed,
-        )  # fmt: skip
-        train_once(replace(recipe, evaluate_every=0))
-        figures["finetuned"] = evaluate(settings, recipe.out / LAST, dense)["metrics"]
-    return figures
+    return start
 
 
-def evaluate(settings: Settings, model: Path, dense: Checkpoint) -> dict[str, Any]:
-    """AP on the val split."""
-    task: Any = dense.header.task
-    found = evaluate_file(model, settings.data, task, limit=settings.val_images, progress=False).to_dict()
-    return {"images": found["images"], "metrics": found["metrics"]}
+def folder_of(settings: Settings, name: str) -> Path:
+    """Of a cell."""
+    return settings.work / name.removeprefix(UNIFORM).replace(" at ", "-").replace(" ", "-")
 
 
 def report(results: ResultCells) -> str:
     """A row per plan, how well harm orders them, and the picture."""
-    cells = {name: cell for name, cell in results.cells.items() if "impossible" not in cell}
-    dense = cells["dense"]
-    plans = {name: cell for name, cell in cells.items() if name != "dense"}
-    steps = results.settings["finetune_steps"]
+    cells = {name: cell for name, cell in results.cells.items() if "impossible" not in cell and "tuning" not in cell}
+    tuned = {name: results.cells[f"{name}{TUNED}"] for name in cells if f"{name}{TUNED}" in results.cells}
+    dense = cells[DENSE_CELL]
+    plans = {name: cell for name, cell in cells.items() if name != DENSE_CELL}
+    stages = {"refitted": cells} | ({f"after {steps_of(tuned)} steps": tuned} if tuned else {})
     if plans:
-        draw(results.path.with_suffix(".png"), plans, dense, steps)
+        draw(results.path.with_suffix(".png"), plans, stages)
 
-    def kept(cell: Cell, kind: str, metrics: str = "metrics") -> str:
-        if metrics not in cell:
+    def kept(row: tuple[str, Cell], kind: str, stage: str) -> str:
+        known = stages[stage]
+        if row[0] not in known:
             return "-"
-        ap = cell[metrics][kind]["AP"]
-        return f"{ap:.3f} ({ap / dense['metrics'][kind]['AP']:.2f})"
+        return f"{ap_of(known[row[0]], kind):.3f} ({ap_of(known[row[0]], kind) / ap_of(known[DENSE_CELL], kind):.2f})"
 
     columns: dict[str, Callable[[tuple[str, Cell]], str]] = {
         "Plan": lambda row: row[0],
@@ -234,55 +264,74 @@ def report(results: ResultCells) -> str:
             f"{row[1]['predicted_harm']:.2f} / {row[1]['measured_harm']:.2f}" if "measured_harm" in row[1] else "-"
         ),
     }
-    for kind in dense["metrics"]:
-        columns[f"{kind} AP, refitted (kept)"] = lambda row, kind=kind: kept(row[1], kind)  # type: ignore[misc]  # binds it
-        if steps:
-            title = f"{kind} AP after {steps} steps (kept)"
-            columns[title] = lambda row, kind=kind: kept(row[1], kind, "finetuned")  # type: ignore[misc]  # binds it
-    dense_aps = ", ".join(f"{kind} AP {scores['AP']:.3f}" for kind, scores in dense["metrics"].items())
-    caption = f"Plans by form and budget; dense: {dense_aps}, {dense['images']} val images"
+    for kind, stage in product(dense["metrics"], stages):
+        columns[f"{kind} AP, {stage} (kept)"] = partial(kept, kind=kind, stage=stage)
+    aps = [
+        f"{'dense' if stage == 'refitted' else f'dense {stage}'}: "
+        + ", ".join(f"{kind} AP {ap_of(known[DENSE_CELL], kind):.3f}" for kind in dense["metrics"])
+        for stage, known in stages.items()
+    ]
+    caption = f"Plans by form and budget; {'; '.join(aps)}; {dense['images']} val images"
     none = [name for name, cell in results.cells.items() if "impossible" in cell]
     parts: list[Table | str] = [
         tabulate(caption, plans.items(), columns),
-        *order_of_plans(plans, dense, steps),
+        *order_of_plans(plans, stages),
         *([f"Not possible with what is considered: {', '.join(none)}."] if none else []),
     ]
     return page(*parts)
 
 
-def order_of_plans(plans: dict[str, Cell], dense: Cell, steps: int) -> list[str]:
+def ap_of(cell: Cell, kind: str) -> float:
+    """AP, 0..1."""
+    ap: float = cell["metrics"][kind]["AP"]
+    return ap
+
+
+def steps_of(tuned: Mapping[str, Cell]) -> int:
+    """Of the fine-tunings, which all have the same."""
+    recipes = [cell["tuning"] for cell in tuned.values()]
+    if any(recipe != recipes[0] for recipe in recipes):
+        raise UserError("these results were fine-tuned by different recipes; give the old one or another --out")
+    steps: int = recipes[0]["steps"]
+    return steps
+
+
+def order_of_plans(plans: Mapping[str, Cell], stages: Mapping[str, Mapping[str, Cell]]) -> list[str]:
     """Rank correlation of the planner's harm with the AP that is lost."""
     lines = []
-    for metrics, when in (("metrics", "after the refit"), ("finetuned", f"after {steps} steps")):
-        known = [cell for cell in plans.values() if metrics in cell and "measured_harm" in cell]
+    for stage, cells in stages.items():
+        known = [name for name in plans if name in cells and "measured_harm" in plans[name]]
         if len(known) < 3:
             continue
-        kind = list(dense["metrics"])[-1]
-        lost = [-cell[metrics][kind]["AP"] for cell in known]
+        kind = list(cells[known[0]]["metrics"])[-1]
+        lost = [-ap_of(cells[name], kind) for name in known]
         for harm in ("predicted_harm", "measured_harm"):
-            rho = spearmanr([cell[harm] for cell in known], lost).statistic
-            about = f"{harm.replace('_', ' ')} and lost {kind} AP {when}"
+            rho = spearmanr([plans[name][harm] for name in known], lost).statistic
+            about = f"{harm.replace('_', ' ')} and lost {kind} AP, {stage}"
             lines.append(f"Rank correlation of {about}, {len(known)} plans: {rho:.2f}.")
     return lines
 
 
-def draw(path: Path, plans: dict[str, Cell], dense: Cell, steps: int) -> None:
+def draw(path: Path, plans: Mapping[str, Cell], stages: Mapping[str, Mapping[str, Cell]]) -> None:
     """Share of AP kept against speed-up, a line per family; hollow marks: refitted only."""
-    kind = list(dense["metrics"])[-1]
-    whole = dense["metrics"][kind]["AP"]
     with chart(path, 4.2) as axes:
         axes.plot(1, 1, "o", color=DENSE, markersize=9, label="dense")
         for family, colour, mark in zip((*FAMILIES, UNIFORM), COLOURS, "sDv^oX", strict=True):
-            own = [cell for name, cell in plans.items() if name.startswith(family)]
-            own.sort(key=lambda cell: cell["measured_speedup"])
-            for metrics, fill in (("finetuned", "full"), ("metrics", "none" if steps else "full")):
-                known = [cell for cell in own if metrics in cell]
+            own = sorted(
+                (name for name in plans if name.startswith(family)), key=lambda name: plans[name]["measured_speedup"]
+            )
+            last = list(stages)[-1]
+            for stage, cells in stages.items():
+                known = [name for name in own if name in cells]
                 if known:
+                    dense = cells[DENSE_CELL]
+                    kind = list(dense["metrics"])[-1]
                     axes.plot(
-                        [cell["measured_speedup"] for cell in known],
-                        [cell[metrics][kind]["AP"] / whole for cell in known],
-                        f"-{mark}", color=colour, fillstyle=fill, linewidth=1, markersize=6,
-                        label=family.strip() if fill == "full" else None,
+                        [plans[name]["measured_speedup"] for name in known],
+                        [ap_of(cells[name], kind) / ap_of(dense, kind) for name in known],
+                        f"{'-' if stage == last else ':'}{mark}", color=colour, linewidth=1, markersize=6,
+                        fillstyle="full" if stage == last else "none",
+                        label=family.strip() if stage == last else None,
                     )  # fmt: skip
         axes.set_xlabel("Speed-up over dense in ONNX Runtime, measured")
         axes.set_ylabel(f"Share of {kind} AP kept")
