@@ -21,43 +21,32 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, interval, page, run, settings_of, tabulate
+from benchmarks.lib.cpu_forms import FORMS, FP32, opened, write_graphs
 from benchmarks.lib.openvino_nodes import costliest_nodes, nodes_tables
 from benchmarks.lib.random_detectors import RandomDetectors, WorkSettings, timing_table
 from benchmarks.lib.stages import split_stages
-from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.synthetic import draw_scene, write_dataset
 from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.export.equalise import equalised
-from norton_deploy.export.letterbox import letterboxed
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.quantise import calibrate, cpu_of_this_machine, write_quantised
 from norton_deploy.export.quantise_sensitivity import HeadErrors
-from norton_deploy.inference.loading import PACKAGED_TASKS, PackagedTask, load_predictor, packaged_detector
-from norton_deploy.inference.predictor import Backend, FloatType, Predictor
-from norton_deploy.inference.static_graph import StaticGraphPredictor
-from norton_deploy.parity.checked_quantisation import SYNTHETIC, calibration_images
-from norton_deploy.parity.export_checked import ExportOptions, export_checked
+from norton_deploy.inference.loading import PACKAGED_TASKS, PackagedTask, packaged_detector
+from norton_deploy.inference.predictor import Predictor
+from norton_deploy.parity.checked_quantisation import SYNTHETIC
+from norton_deploy.parity.export_checked import ExportOptions
 from norton_deploy.parity.gate import check_parity
 from norton_deploy.parity.report import BF16
 from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.search.latency_budget import export_tuned
 from norton_deploy.structures import TASKS, Task
 
-Form = tuple[str, Backend, FloatType | None]
-FORMS: dict[str, Form] = {
-    "fp32, ONNX Runtime": ("fp32", "onnxruntime", None),
-    "fp32, OpenVINO": ("fp32", "openvino", "fp32"),
-    "bf16, OpenVINO": ("fp32", "openvino", "bf16"),
-    "int8, ONNX Runtime": ("int8", "onnxruntime", None),
-    "int8, OpenVINO": ("int8", "openvino", "fp32"),
-}
 PLANS = ("dense", "fast")
-BASELINE = "dense, fp32, ONNX Runtime"
+BASELINE = f"dense, {FP32}"
 WORST = 8
 DATA_SEED, GATE_SEED = 20_000, 30_000
 TOLERANCES_OF_FORM = {"bf16, OpenVINO": BF16}
@@ -138,8 +127,8 @@ def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> di
     for plan in PLANS:
         files = prepare(task, plan, settings, models)
         sizes |= {f"{plan}, {precision}": file.stat().st_size for precision, file in files.items()}
-        for form, (precision, backend, float_type) in FORMS.items():
-            predictors[f"{plan}, {form}"] = opened(files[precision], backend, float_type)
+        for name, form in FORMS.items():
+            predictors[f"{plan}, {name}"] = opened(files[form[0]], form)
     ledger = measure_alternating(predictors, images, rounds=settings.rounds, warm_up=settings.warm_up)
     return {
         "images": images_are,
@@ -164,10 +153,9 @@ def measure_stages(task: Task, settings: Settings, models: RandomDetectors) -> d
     images, _ = settings.prepare_images(settings.work)
     files = prepare(task, PLANS[-1], settings, models)
     forms = {
-        form: split_stages(opened(files[precision], backend, float_type), images, calls=settings.rounds)
-        for form, (precision, backend, float_type) in FORMS.items()
+        name: split_stages(opened(files[form[0]], form), images, calls=settings.rounds) for name, form in FORMS.items()
     }
-    return {"stages_ms": {form: split.stages_ms for form, split in forms.items()}}
+    return {"stages_ms": {name: split.stages_ms for name, split in forms.items()}}
 
 
 def measure_ap(checkpoint_file: Path, settings: Settings) -> dict[str, Any]:
@@ -175,47 +163,32 @@ def measure_ap(checkpoint_file: Path, settings: Settings) -> dict[str, Any]:
     data = settings.work / f"coco_{settings.eval_images}"
     if not data.exists():
         write_dataset(data, 1, settings.eval_images, seed=DATA_SEED)
-    checkpoint = open_model(str(checkpoint_file))
-    categories, model, task = checkpoint.header.categories, checkpoint.model.eval(), checkpoint.header.task
-    assert isinstance(model, GeneralizedRCNN) and task != "cls"
-    options = ExportOptions(calibration=SYNTHETIC, calibration_images=64)
-    stem = f"{checkpoint_file.parent.name}_{checkpoint_file.stem}"
-    files = {precision: settings.work / f"{stem}_{precision}.onnx" for precision in ("fp32", "int8")}
-    contract = export_checked(model, task, categories, files["fp32"], options).contract
-    size = contract.image_size
-    batches = [letterboxed([image], size) for image in calibration_images(options, size)]
-    graph = equalised(onnx.load(files["fp32"]), batches)
-    ranges = calibrate(graph, batches)
-    write_quantised(graph, contract, files["int8"], ranges, cpu=cpu_of_this_machine())
-    dataset = CocoDetection(data, "val", task, categories=categories)
-    scenes = [draw_scene(GATE_SEED + index, size).image for index in range(settings.gate_images)]
+    graphs = write_graphs(
+        checkpoint_file, settings.work / f"{checkpoint_file.parent.name}_{checkpoint_file.stem}",
+        ExportOptions(calibration=SYNTHETIC, calibration_images=64),
+    )  # fmt: skip
+    dataset = CocoDetection(data, "val", graphs.task, categories=graphs.categories)
+    scenes = [draw_scene(GATE_SEED + index, graphs.contract.image_size).image for index in range(settings.gate_images)]
     scores, gate = {}, {}
-    for form, (precision, backend, float_type) in FORMS.items():
-        predictor = opened(files[precision], backend, float_type)
+    for name, form in FORMS.items():
+        precision = form[0]
+        predictor = opened(graphs.files[precision], form)
         metrics = evaluate_detector(predictor, dataset, progress=False).metrics
-        scores[form] = {measure: float(values["AP"]) for measure, values in metrics.items()}
+        scores[name] = {measure: float(values["AP"]) for measure, values in metrics.items()}
         parity = check_parity(
-            model, files[precision], scenes, precision="int8" if precision == "int8" else "fp32",
-            predictor=predictor, tolerances=TOLERANCES_OF_FORM.get(form),
+            graphs.model, graphs.files[precision], scenes, precision=precision, predictor=predictor,
+            tolerances=TOLERANCES_OF_FORM.get(name),
         )  # fmt: skip
-        gate[form] = [stage for stage in parity.to_dict()["stages"] if stage["limit"] is not None]
-    errors = HeadErrors(graph, ranges, batches[:2], symmetric=False)
+        gate[name] = [stage for stage in parity.to_dict()["stages"] if stage["limit"] is not None]
+    errors = HeadErrors(graphs.calibrated, graphs.ranges, graphs.batches[:2], symmetric=False)
     return {
         "images": settings.eval_images,
         "AP": scores,
         "gate": gate,
         "head_errors": errors.by_head(errors.layers),
         "layer_errors": errors.each(),
-        "bytes": {precision: file.stat().st_size for precision, file in files.items()},
+        "bytes": {precision: file.stat().st_size for precision, file in graphs.files.items()},
     }
-
-
-def opened(file: Path, backend: Backend, float_type: FloatType | None) -> StaticGraphPredictor:
-    """A graph on the CPU."""
-    options: dict[str, Any] = {} if float_type is None else {"float_type": float_type}
-    predictor = load_predictor(file, device="cpu", backend=backend, **options)
-    assert isinstance(predictor, StaticGraphPredictor)
-    return predictor
 
 
 def report(results: ResultCells) -> str:
