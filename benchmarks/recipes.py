@@ -35,7 +35,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "factors without decay": {"factor_decay": False},
     "labels smoothed by 0.1": {"label_smoothing": 0.1},
     TWO_STAGES: {},
-    "average of the weights": {"ema_decay": 0.99},
     "cut out 8 px": {"cutout": 8},
 }
 """What each changes of the control."""

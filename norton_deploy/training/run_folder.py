@@ -15,7 +15,7 @@ from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write, read_json, remove_partials
 from norton_deploy.folder_lock import held
 
-FORMAT = 1
+FORMAT = 2
 RUN_MARK = {"batch_size", "lr", "seed"}
 """Settings that every run writes."""
 
@@ -130,7 +130,7 @@ class RunState:
         best: the best score so far, None before the first evaluation.
         evaluated_step, metrics: of the last evaluation; -1 before the first.
         identity: the settings that decide the weights and the number of processes.
-        model, optimizer, average, scaler: state dicts; None without a moving average, or without fp16.
+        model, optimizer, scaler: state dicts; None without fp16.
     """
 
     step: int
@@ -142,7 +142,6 @@ class RunState:
     identity: dict[str, Any]
     model: dict[str, Any]
     optimizer: dict[str, Any]
-    average: dict[str, Any] | None
     scaler: dict[str, Any] | None
 
 
@@ -170,15 +169,18 @@ def load_state(path: Path, identity: dict[str, Any]) -> RunState:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content.pop("format")
+    except Exception as error:  # torch.load has no common base class for what it raises
+        raise broken_state(path) from error
+    if found != FORMAT:
+        raise UserError(f"{path}: state format {found}, this version reads {FORMAT}")
+    try:
         state = RunState(**content)
         if not all(type(getattr(state, name)) is int for name in ("step", "epoch", "batch", "evaluated_step")):
             raise ValueError("counts that are no integers")
         if not all(isinstance(getattr(state, name), dict) for name in ("metrics", "identity", "model", "optimizer")):
             raise ValueError("parts that are no mappings")
-    except Exception as error:  # torch.load has no common base class for what it raises
+    except (TypeError, ValueError) as error:
         raise broken_state(path) from error
-    if found != FORMAT:
-        raise UserError(f"{path}: state format {found}, this version reads {FORMAT}")
     check_identity(path, state.identity, identity)
     return state
 

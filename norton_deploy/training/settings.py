@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from norton_deploy.compression.factored_conv import Decomposed
 from norton_deploy.errors import UserError, require_least
@@ -76,8 +75,6 @@ class TrainingSettings:
     """Fraction of the learning rate that warm-up starts from."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient; larger ones are scaled down."""
-    ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is then what is evaluated and saved."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision: no (float32), bf16 (a GPU, or a CPU with AMX) or fp16 (a GPU). Evaluation is in float32."""
     cpu_forms: bool = False
@@ -125,8 +122,6 @@ class TrainingSettings:
             raise UserError(f"momentum: expected 0 or more and less than 1, got {self.momentum}")
         if not 0 <= self.warmup_factor <= 1:
             raise UserError(f"warmup_factor: expected 0 to 1, got {self.warmup_factor}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UserError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
         check_tracker(self.tracker)
         for first, second in (("resume", "overwrite"), ("cpu_forms", "recompose_blocks")):
             if getattr(self, first) and getattr(self, second):
@@ -197,22 +192,6 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
-
-
-def build_weight_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A running copy of `model`: w <- d w + (1 - d) w_model after every step, buffers included.
-
-    The decay d rises as (1 + n) / (10 + n) over the first n updates up to `decay`; a constant one would keep
-    the first, untrained weights in the average for 1 / (1 - decay) steps. Whole-number buffers are copied.
-    """
-
-    def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-        if not averaged.is_floating_point():
-            return current
-        count = int(updates)
-        return averaged.lerp(current, 1 - min(decay, (1 + count) / (10 + count)))
-
-    return AveragedModel(model, avg_fn=average, use_buffers=True)
 
 
 def build_accelerator(settings: TrainingSettings) -> Accelerator:

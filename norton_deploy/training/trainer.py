@@ -29,7 +29,7 @@ from norton_deploy.training.run_folder import (
     seed_step,
 )
 from norton_deploy.training.run_log import RunLog
-from norton_deploy.training.settings import TrainingSettings, build_optimizer, build_weight_average
+from norton_deploy.training.settings import TrainingSettings, build_optimizer
 from norton_deploy.training.stop_signals import StopSignals
 
 LossTerms = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
@@ -100,8 +100,6 @@ class Trainer:
         self.total_steps = settings.total_steps(self.steps_per_epoch)
         self.peak_lr = settings.peak_lr(settings.batch_size * accelerator.num_processes)
         self.bare_model = model.to(accelerator.device)
-        decay = settings.ema_decay
-        self.average = None if decay is None else build_weight_average(self.bare_model, decay)
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, settings))
         # Steps are under autocast; what is evaluated is what is saved, in float32: without Accelerate's own autocast.
         accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -203,7 +201,7 @@ class Trainer:
         if self.step == self.total_steps or (ended and every and self.epoch % every == 0):
             self._evaluate(log)
         elif self.accelerator.is_main_process:
-            self.save_model(self.folder.last, self._evaluated_model())
+            self.save_model(self.folder.last, self.bare_model)
         self._save_state()
 
     def _train_step(self, batch: Batch) -> tuple[dict[str, float], float, float]:
@@ -232,8 +230,6 @@ class Trainer:
         if not math.isfinite(norm) and accelerator.scaler is None:
             self._stop(batch, {**own, "gradient_norm": norm})
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.bare_model)
         return means, norm, lr
 
     def _stop(self, batch: Batch, terms: dict[str, float]) -> None:
@@ -259,12 +255,9 @@ class Trainer:
             return torch.cuda.max_memory_allocated() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
-    def _evaluated_model(self) -> nn.Module:
-        return self.bare_model if self.average is None else self.average.module
-
     def _evaluate(self, log: RunLog) -> None:
         """Evaluate, log, and write the last and, if the score is a new best, the best checkpoint."""
-        model = self._evaluated_model().eval()
+        model = self.bare_model.eval()
         with torch.no_grad():
             evaluation = self.evaluate(model)
         self.metrics, self.evaluated_step = evaluation.metrics, self.step
@@ -291,7 +284,6 @@ class Trainer:
             identity=self.identity,
             model=self.bare_model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            average=None if self.average is None else self.average.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
         )
         save_state(self.folder.state, state)
@@ -301,7 +293,5 @@ class Trainer:
         self.best, self.evaluated_step, self.metrics = state.best, state.evaluated_step, state.metrics
         self.bare_model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
-        if self.average is not None and state.average is not None:
-            self.average.load_state_dict(state.average)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)

@@ -211,8 +211,8 @@ def test_a_state_that_lacks_a_field_is_named(tmp_path):
     for broken in (
         {**state, "model": {}},
         {**state, "optimizer": {"state": 3}},
-        {"format": 1},
-        {**state, "average": 1},
+        {"format": 2},
+        {**state, "unknown": 1},
     ):
         torch.save(broken, path)
         with pytest.raises(UserError, match=r"state\.pt: (not a whole state|state format)"):

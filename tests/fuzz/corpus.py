@@ -150,12 +150,12 @@ CORPUS: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     "manifest null": ("manifest", b"null"),
     "settings.json cut off": ("settings", b'{"seed": 0, '),
     "settings.json null": ("settings", b"null"),
-    "state with fields missing": ("state", lambda: pth({"format": 1, "step": 3})),
+    "state with fields missing": ("state", lambda: pth({"format": 2, "step": 3})),
     "state whose identity is null": (
         "state",
         lambda: pth(
             {
-                "format": 1,
+                "format": 2,
                 "step": 3,
                 "epoch": 0,
                 "batch": 0,
@@ -165,7 +165,6 @@ CORPUS: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
                 "identity": None,
                 "model": {},
                 "optimizer": {},
-                "average": None,
                 "scaler": None,
             }
         ),

@@ -415,7 +415,7 @@ RECIPE = {
 
 
 STATE = {
-    "format": 1,
+    "format": 2,
     "step": 3,
     "epoch": 0,
     "batch": 3,
@@ -425,7 +425,6 @@ STATE = {
     "identity": {"seed": 0, "lr": 0.1},
     "model": {},
     "optimizer": {},
-    "average": None,
     "scaler": None,
 }
 

@@ -14,7 +14,6 @@ from norton_deploy.training.settings import (
     TrainingSettings,
     build_accelerator,
     build_optimizer,
-    build_weight_average,
     parameter_groups,
 )
 
@@ -79,22 +78,6 @@ def test_a_frozen_model_cannot_be_trained():
         build_optimizer(model, settings())
 
 
-def test_weight_average_follows_its_rising_decay():
-    model = nn.BatchNorm2d(1)
-    average = build_weight_average(model, decay=0.3)
-    expected = 0.0
-    for update, value in enumerate((1.0, 2.0, 4.0)):
-        nn.init.constant_(model.weight, value)
-        model.running_mean.fill_(value)
-        model.num_batches_tracked.fill_(update)
-        average.update_parameters(model)
-        decay = 0.0 if update == 0 else min(0.3, (1 + update) / (10 + update))
-        expected = decay * expected + (1 - decay) * value
-        assert float(average.module.weight.detach()) == pytest.approx(expected)
-        assert float(average.module.running_mean) == pytest.approx(expected)
-        assert int(average.module.num_batches_tracked) == update
-
-
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -102,7 +85,6 @@ def test_weight_average_follows_its_rising_decay():
         ({"steps": 5}, "epochs, steps"),
         ({"batch_size": 0}, "--batch-size"),
         ({"lr": -0.1}, "lr"),
-        ({"ema_decay": 1.0}, "ema_decay"),
         ({"momentum": -1.0}, "momentum"),
         ({"warmup_factor": -2.0}, "warmup_factor"),
         ({"seed": -1}, "--seed"),

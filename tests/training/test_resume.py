@@ -16,7 +16,7 @@ class KilledError(Exception):
 
 
 def all_tensors(trainer):
-    state = {"model": trainer.bare_model.state_dict(), "average": trainer.average.state_dict()}
+    state = {"model": trainer.bare_model.state_dict()}
     state["momentum"] = {
         str(key): entry["momentum_buffer"] for key, entry in trainer.optimizer.state_dict()["state"].items()
     }

@@ -27,9 +27,7 @@ def test_sgd_step_equals_the_formula(tmp_path):
     """One step with momentum, weight decay on the matrix only and clipping, worked out by hand."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     weight, bias = model[1].weight.detach().clone(), model[1].bias.detach().clone()
-    settings = tiny_settings(
-        tmp_path, steps=1, lr=0.1, warmup_steps=0, clip_norm=0.05, weight_decay=0.2, ema_decay=None
-    )
+    settings = tiny_settings(tmp_path, steps=1, lr=0.1, warmup_steps=0, clip_norm=0.05, weight_decay=0.2)
     trainer = tiny_trainer(settings, model=model)
     batch = next(iter(trainer.loader.batches(0, 0)))
     features = batch.images.flatten(1)
@@ -175,6 +173,6 @@ def test_mixed_precision_trains_in_half_and_evaluates_in_float32(tmp_path):
         trained(torch.zeros(1, 3, 8, 8))
         return Evaluation({"quality": {"score": 0.0}}, 0.0)
 
-    settings = tiny_settings(tmp_path, steps=2, precision="bf16", ema_decay=None)
+    settings = tiny_settings(tmp_path, steps=2, precision="bf16")
     tiny_trainer(settings, model=model, evaluate=evaluate).run()
     assert seen == {True: {torch.bfloat16}, False: {torch.float32}}

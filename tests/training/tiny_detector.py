@@ -75,7 +75,7 @@ class ChancelessTrainer(Trainer):
 def train_without_chance(data: Path, out: Path, batch_size: int) -> None:
     """Four steps of a detector that samples without chance on unmirrored images, with EMA."""
     arguments = tiny_arguments(data, out, "box", "--steps", "4", "--batch-size", str(batch_size))
-    arguments += ["--flip", "0", "--ema-decay", "0.5", "--clip-norm", "1"]
+    arguments += ["--flip", "0", "--clip-norm", "1"]
     settings = parse_settings(train_det.Settings, arguments, prog="test", description="")
     train_detector(settings, command="test")
 

@@ -91,7 +91,6 @@ def tiny_settings(out: Path, **changes: Any) -> TrainingSettings:
         "log_every": 1,
         "progress": False,
         "device": "cpu",
-        "ema_decay": 0.9,
         "clip_norm": 1.0,
     }
     return TrainingSettings(out=out, **{**defaults, **changes})
