@@ -5,7 +5,7 @@ filters' own CPD (the paper's form), coupled filters, Tucker-2, or whatever is b
 well, by harm. It is compressed, refitted on unlabelled images and evaluated. The uniform plans of configs/plans, whose
 filters are chosen by angles as in the paper, are made, refitted and timed beside them. Times are those of the search,
 the plan and the dense detector in turn. With --finetune-steps all of them, and the dense detector too, are then trained
-for so many steps with the dense detector as teacher. How well the planner's harm orders the plans by AP is stated as a
+for so many steps, the plans' with the dense one as teacher. How well the planner's harm orders the plans by AP is stated as a
 rank correlation. A finished plan is not made again.
 
     python benchmarks/pareto.py --model runs/mask/last.safetensors --data runs/data
@@ -135,16 +135,15 @@ def tune(settings: Settings, dense: Checkpoint, name: str, results: ResultCells)
     start = settings.model if name == DENSE_CELL else folder_of(settings, name) / LAST
     if not start.is_file():
         save_small(settings, dense, CompressionPlan.from_dict(results.cells[name]["plan"]), name)
-    task, recipe = (
-        task_of(dense, settings.model),
-        {key: getattr(settings, key) for key in ("precision", "distill", "seed")},
-    )
+    task = task_of(dense, settings.model)
+    recipe = {"steps": settings.finetune_steps, "lr": settings.finetune_lr, "precision": settings.precision}
+    imitation = {} if name == DENSE_CELL else {"teacher": settings.model, "distill": settings.distill}
     trained = finetuned(
-        start, task, settings.data, settings.work / f"{folder_of(settings, name).name}-trained",
-        teacher=settings.model, steps=settings.finetune_steps, lr=settings.finetune_lr, **recipe,
+        start, task, settings.data, settings.work / f"{folder_of(settings, name).name}-trained", seed=settings.seed,
+        **recipe, **imitation,
     )  # fmt: skip
-    steps = {"steps": settings.finetune_steps, "lr": settings.finetune_lr, **recipe}
-    return {"tuning": steps, **average_precision(trained, task, settings.data, settings.val_images)}
+    figures = average_precision(trained, task, settings.data, settings.val_images)
+    return {"tuning": {**recipe, "distill": settings.distill}, **figures}
 
 
 def measure(settings: Settings, dense: Checkpoint, family: str, speedup: float) -> dict[str, Any]:
