@@ -5,8 +5,8 @@ filters' own CPD (the paper's form), coupled filters, Tucker-2, or whatever is b
 well, by harm. It is compressed, refitted on unlabelled images and evaluated. The uniform plans of configs/plans, whose
 filters are chosen by angles as in the paper, are made, refitted and timed beside them. Times are those of the search,
 the plan and the dense detector in turn. With --finetune-steps all of them, and the dense detector too, are then trained
-for so many steps, the plans' with the dense one as teacher. How well the planner's harm orders the plans by AP is stated as a
-rank correlation. A finished plan is not made again.
+for so many steps, the plans' with the dense one as teacher. How well the planner's harm orders the plans by AP is
+stated as a rank correlation. A finished plan is not made again.
 
     python benchmarks/pareto.py --model runs/mask/last.safetensors --data runs/data
 """
