@@ -1,8 +1,8 @@
 """What a detector should imitate: a compressed one fine-tuned in equally many steps with each of --distill's values.
 
 All runs of a seed start from the same compressed and refitted detector, see the same images and differ in what they
-imitate of the dense one: nothing (the control), the pyramid, the heads' answers, both, or the pyramid with objects
-weighed up. Finished runs stay, an interrupted one goes on: run the same command again.
+imitate of the dense one: nothing (the control), the pyramid, the heads' answers, or both. Finished runs stay, an
+interrupted one goes on: run the same command again.
 
     python benchmarks/distillation.py --start runs/pareto/mixed-4/last.safetensors \
         --teacher runs/mask/last.safetensors --data runs/data --precision bf16

@@ -94,12 +94,7 @@ def _taught(cell: Cell) -> str:
     if cell["distillation_weight"] is None:
         return "-"
     weight = f"{cell['distillation_weight']:g}"
-    return {
-        "pyramid": weight,
-        "foreground": f"{weight}, objects alike",
-        "heads": "heads",
-        "both": f"{weight} and heads",
-    }[cell.get("distill") or "pyramid"]
+    return {"pyramid": weight, "heads": "heads", "both": f"{weight} and heads"}[cell.get("distill") or "pyramid"]
 
 
 def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, bool, str]:

@@ -27,7 +27,7 @@ from norton_deploy.training.run_folder import seed_step
 from norton_deploy.training.settings import TrainingSettings, build_accelerator
 from norton_deploy.training.trainer import Evaluation, LossTerms, Trainer, TrainingResult
 
-Distill = Literal["pyramid", "foreground", "heads", "both"]
+Distill = Literal["pyramid", "heads", "both"]
 HEADS = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor")
 
 
@@ -50,8 +50,7 @@ class DetectorTrainingSettings(TrainingSettings):
     teacher: Path | None = None
     """Detector that the trained one imitates: the dense one that it was compressed from, or one of its own plan."""
     distill: Distill = "pyramid"
-    """What is imitated (with --teacher): the feature pyramid, the same with every annotated object weighed alike and as
-    much as the background, the heads' answers about the same proposals, or pyramid and heads."""
+    """What is imitated (with --teacher): the feature pyramid, the heads' answers about the same proposals, or both."""
     distillation_weight: float = 0.5
     """Weight of the pyramid's imitation, for each of its four levels."""
     head_weight: float = 1.0
@@ -165,10 +164,7 @@ def train_detector(
         teacher.get_submodule("backbone").to(memory_format=torch.channels_last)
         pyramid = settings.distillation_weight if settings.distill != "heads" else 0.0
         heads = settings.head_weight if settings.distill in ("heads", "both") else 0.0
-        foreground = settings.distill == "foreground"
-        loss_terms = DetectorImitation(
-            start.model, teacher, channels, pyramid_weight=pyramid, foreground=foreground, head_weight=heads
-        )
+        loss_terms = DetectorImitation(start.model, teacher, channels, pyramid_weight=pyramid, head_weight=heads)
         weights = ", ".join(f"{part} {weight:g}" for part, weight in (("pyramid", pyramid), ("heads", heads)) if weight)
         notes.append(f"imitate {settings.teacher}, weights: {weights}")
     header = CheckpointHeader(

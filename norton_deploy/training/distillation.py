@@ -3,9 +3,8 @@
 Detectors imitate features after PKD (Cao et al., NeurIPS 2022). The student's pyramid is to correlate with that of its
 teacher, channel by channel: both are standardised over the batch and all positions, and the squared difference of the
 standardised maps is minimised, which is one minus Pearson's correlation. Magnitudes do not matter, only patterns. The
-teacher's channels are the student's, so no layer has to translate between them. Positions count alike, or as FGD (Yang
-et al., CVPR 2022) weighs them: each object alike, whatever its size. Their heads imitate the teacher's answers about
-the same proposals (head_imitation.py).
+teacher's channels are the student's, so no layer has to translate between them. Their heads
+imitate the teacher's answers about the same proposals (head_imitation.py).
 
 Classifiers learn the teacher's softened class scores (G. Hinton, O. Vinyals, J. Dean: Distilling the knowledge in a
 neural network, 2015).
@@ -34,8 +33,6 @@ VARIANCE_FLOOR = 1e-7
 """Keeps the gradient of a channel that hardly varies within the size of the others'."""
 SUBSAMPLED_LEVEL = "pool"
 """The pyramid's top level, every second cell of the one below it: nothing new to imitate."""
-FOREGROUND_SHARE = 0.5
-"""Weight of the positions in annotated boxes, where they are weighed; the background has the rest."""
 SHARED_FIELDS = (
     "image.min_size",
     "image.max_size",
@@ -47,58 +44,23 @@ SHARED_FIELDS = (
 """Settings without which the two see other pixels or mean other boxes by the same numbers."""
 
 
-def correlation_loss(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus Pearson's correlation over batch and positions, averaged over the channels.
 
     Args:
         student, teacher: feature maps [N, C, H, W].
-        weights: of the positions, [N, H, W] with the sum 1; None weighs all alike.
 
     Returns:
         Scalar in 0..2, float32. A channel that is constant in both counts 0, one that is constant in one of them 0.5.
     """
-    if weights is None:
-        weights = student.new_full((len(student), *student.shape[2:]), 1 / student[:, 0].numel())
-    of_position = weights.float().flatten()
-    difference = standardised(student, of_position) - standardised(teacher, of_position)
-    return 0.5 * (difference.square() @ of_position).mean()
+    return 0.5 * (standardised(student) - standardised(teacher)).square().mean()
 
 
-def standardised(features: Tensor, weights: Tensor) -> Tensor:
-    """Feature maps [N, C, H, W] as rows [C, N * H * W] of mean 0 and variance 1 (0 for a constant row) under weights
-    [N * H * W] whose sum is 1, float32."""
+def standardised(features: Tensor) -> Tensor:
+    """Feature maps [N, C, H, W] as rows [C, N * H * W] of mean 0 and variance 1 (0 for a constant row), float32."""
     rows = features.float().transpose(0, 1).flatten(1)
-    rows = rows - (rows @ weights)[:, None]
-    return rows * torch.rsqrt((rows.square() @ weights)[:, None] + VARIANCE_FLOOR)
-
-
-def foreground_weights(boxes: list[Tensor], image_size: tuple[int, int], map_size: tuple[int, int]) -> Tensor:
-    """Weights of a feature map's positions, [N, H, W] with the sum 1.
-
-    FGD's scale mask (eq. 6 and 7): every box of the batch has the same share, shared alike by the cells that it
-    touches; where boxes overlap a cell is the smaller one's. The objects have `FOREGROUND_SHARE` together.
-
-    Args:
-        boxes: xyxy in pixels of the padded images, [T_i, 4] of each of N images.
-        image_size: height and width of the padded images.
-        map_size: H and W.
-    """
-    shares = []
-    height, width = map_size
-    for own in boxes:
-        cells = own * own.new_tensor([width / image_size[1], height / image_size[0]]).repeat(2)
-        (left, top), (right, bottom) = cells[:, :2].floor().unbind(1), cells[:, 2:].ceil().unbind(1)
-        x, y = (torch.arange(count, device=own.device) for count in (width, height))
-        inside_x = (x >= left[:, None]) & (x < right[:, None])
-        inside_y = (y >= top[:, None]) & (y < bottom[:, None])
-        share = (inside_y[:, :, None] & inside_x[:, None]) / ((right - left) * (bottom - top))[:, None, None]
-        shares.append(torch.cat([share, share.new_zeros(1, height, width)]).amax(dim=0))  # the smaller's is larger
-    foreground = torch.stack(shares)
-    background = (foreground == 0).float()
-    parts = [(foreground, FOREGROUND_SHARE), (background, 1 - FOREGROUND_SHARE)]
-    weights = sum(share * part / part.sum().clamp(min=1e-6) for part, share in parts)
-    assert isinstance(weights, Tensor)
-    return weights / weights.sum()  # one of the two may be missing
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    return rows * torch.rsqrt(rows.square().mean(dim=1, keepdim=True) + VARIANCE_FLOOR)
 
 
 class DetectorImitation:
@@ -116,7 +78,6 @@ class DetectorImitation:
         channels: Tensor | None,
         *,
         pyramid_weight: float = 0.0,
-        foreground: bool = False,
         head_weight: float = 0.0,
     ) -> None:
         """
@@ -125,13 +86,11 @@ class DetectorImitation:
             teacher: the dense detector, on the student's device; it is frozen.
             channels: the teacher's pyramid channels that the student's are, int64 [C]; None when it has all.
             pyramid_weight: factor of the sum of `correlation_loss` over the pyramid's levels; 0 leaves it out.
-            foreground: weigh the pyramid's positions by `foreground_weights`.
             head_weight: factor of every loss of `HeadImitation`; 0 leaves them out.
         """
         self.student_backbone = student.get_submodule("backbone")
         self.teacher = teacher.requires_grad_(False).eval()
         self.channels, self.pyramid_weight, self.head_weight = channels, pyramid_weight, head_weight
-        self.foreground = foreground
         self.heads = HeadImitation(student, teacher)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -152,22 +111,18 @@ class DetectorImitation:
         with torch.no_grad():
             wanted = self.teacher.get_submodule("backbone")(pixels)
         if self.pyramid_weight:
-            losses["imitation"] = self.pyramid_weight * self._pyramid(maps, wanted, pixels)
+            losses["imitation"] = self.pyramid_weight * self._pyramid(maps, wanted)
         if self.head_weight:
             losses |= {name: self.head_weight * loss for name, loss in self.heads.losses(wanted).items()}
         return losses
 
-    def _pyramid(self, maps: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
-        terms, weights = [], None
-        height, width = pixels.shape[2:]
+    def _pyramid(self, maps: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
+        terms = []
         for level, features in maps.items():
             if level == SUBSAMPLED_LEVEL:
                 continue
-            if self.foreground:
-                boxes = [target["boxes"] for target in self.heads.targets]
-                weights = foreground_weights(boxes, (height, width), (features.shape[2], features.shape[3]))
             target = wanted[level] if self.channels is None else wanted[level][:, self.channels]
-            terms.append(correlation_loss(features, target, weights))
+            terms.append(correlation_loss(features, target))
         return torch.stack(terms).sum()
 
 

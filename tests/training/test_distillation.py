@@ -17,7 +17,7 @@ from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings,
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.training import detector_training
 from norton_deploy.training.batches import Batch
-from norton_deploy.training.distillation import DetectorImitation, correlation_loss, foreground_weights
+from norton_deploy.training.distillation import DetectorImitation, correlation_loss
 from norton_deploy.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,32 +55,6 @@ def test_the_loss_is_one_minus_pearsons_correlation():
     assert float(correlation_loss(student, teacher)) == pytest.approx(np.mean(expected), abs=1e-6)
     assert float(correlation_loss(3 * teacher + 2, teacher)) == pytest.approx(0, abs=1e-6)
     assert float(correlation_loss(-teacher, teacher)) == pytest.approx(2, abs=1e-6)
-
-
-def test_objects_count_alike_whatever_their_size_and_as_much_as_the_background():
-    boxes = [torch.tensor([[0.0, 0, 32, 24], [40, 40, 41, 41], [4, 4, 7, 7]]), torch.zeros(0, 4)]
-    weights = foreground_weights(boxes, (64, 64), (8, 8))
-    large, point, inner = 1 / 12, 1.0, 1.0  # cells that they touch: 4 x 3, and one each; inner hides one of large's
-    objects = 11 * large + point + inner
-    assert float(weights[0, 5, 5]) == pytest.approx(0.5 * point / objects)
-    assert float(weights[0, 0, 0]) == pytest.approx(0.5 * inner / objects)
-    assert float(weights[0, 2, 3]) == pytest.approx(0.5 * large / objects)
-    assert float(weights[0, 3, 3]) == float(weights[1, 7, 0]) == pytest.approx(0.5 / (64 - 13 + 64))
-    assert float(weights.sum()) == pytest.approx(1)
-    assert torch.allclose(foreground_weights(boxes[1:], (64, 64), (4, 2)), torch.full((1, 4, 2), 1 / 8))
-
-
-def test_weighed_positions_have_the_weighed_correlation():
-    torch.manual_seed(0)
-    student, teacher, weights = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(2, 4, 5)
-    expected = []
-    for channel in range(3):
-        pair = torch.stack([student[:, channel].flatten(), teacher[:, channel].flatten()]).numpy()
-        covariance = np.cov(pair, aweights=weights.flatten().numpy())
-        expected.append(1 - covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
-    assert float(correlation_loss(student, teacher, weights / weights.sum())) == pytest.approx(
-        np.mean(expected), abs=1e-5
-    )
 
 
 def test_constant_channels_have_a_loss_and_a_finite_gradient():
@@ -221,7 +195,6 @@ def test_without_a_teacher_a_run_is_what_it_was(trained):
     ("distill", "weighed"),
     [
         ("pyramid", {"distillation_weight"}),
-        ("foreground", {"distillation_weight"}),
         ("heads", {"head_weight"}),
         ("both", {"distillation_weight", "head_weight"}),
     ],
@@ -235,12 +208,12 @@ def test_what_is_imitated_decides_which_weights_count(trained, distill, weighed)
 
 def test_what_is_imitated_is_a_setting(trained, tmp_path):
     found = {}
-    for distill in ("pyramid", "foreground", "both"):
+    for distill in ("pyramid", "both"):
         main(arguments(trained, tmp_path / distill, "--steps", "1", "--distill", distill))
         [found[distill]] = losses(tmp_path / distill)
     heads = {"class_imitation", "box_imitation", "mask_imitation"}
-    assert heads <= found["both"].keys() and not heads & (found["pyramid"].keys() | found["foreground"].keys())
-    assert found["both"]["imitation"] == found["pyramid"]["imitation"] != found["foreground"]["imitation"]
+    assert heads <= found["both"].keys() and not heads & found["pyramid"].keys()
+    assert found["both"]["imitation"] == found["pyramid"]["imitation"]
 
 
 @pytest.mark.parametrize(
