@@ -49,6 +49,7 @@ SECTIONS = {
     "table4_rank": "Table IV: rank",
     "table1_cifar": "Table I: VGG-16 on CIFAR-10",
     "table1_cifar_long": "Table I: longer fine-tuning",
+    "distillation": "What a compressed detector should imitate",
     "recipes": "What parts of a fine-tuning recipe are worth",
     "loading": "Loading small images",
     "cifar_gpu": "CIFAR-10 on a GPU",

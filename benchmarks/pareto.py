@@ -89,7 +89,7 @@ class Settings:
     """Steps of fine-tuning with the dense detector as teacher; 0 leaves it out."""
     finetune_lr: float = 0.0015
     """Peak learning rate of these steps."""
-    distill: Distill = "pyramid"
+    distill: Distill = "both"
     """What is imitated in these steps."""
     precision: Precision = "no"
     """Precision of these steps; evaluation is in float32."""

@@ -49,7 +49,7 @@ class DetectorTrainingSettings(TrainingSettings):
     """Compression plan that gives random weights their structure (without --init)."""
     teacher: Path | None = None
     """Detector that the trained one imitates: the dense one that it was compressed from, or one of its own plan."""
-    distill: Distill = "pyramid"
+    distill: Distill = "both"
     """What is imitated (with --teacher): the feature pyramid, the heads' answers about the same proposals, or both."""
     distillation_weight: float = 0.5
     """Weight of the pyramid's imitation, for each of its four levels."""
