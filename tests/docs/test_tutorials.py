@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, save_checkpoint
 from norton_deploy.commands import run
 from norton_deploy.compression.calibration import calibrate_random_detector
 from norton_deploy.data.synthetic import CATEGORIES, draw_scene
+from norton_deploy.detectron2.config import read_config
+from norton_deploy.detectron2.weights import detectron2_name
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.models.detector_parts import BackboneSettings, ImageSettings, RoiSettings, RpnSettings
@@ -104,6 +107,20 @@ def test_own_data(folder: Path) -> None:
         train_det=f"{SMALL_DETECTOR} --detector.backbone.architecture resnet18",
     )
     assert (folder / "small_detector" / "labels.txt").is_file() and (folder / "seen" / "detections.json").is_file()
+
+
+@pytest.mark.slow
+def test_detectron2(folder: Path) -> None:
+    structure = {"_BASE_": str(ROOT / "tests" / "detectron2" / "configs" / "mask.yaml")}
+    classes = {"MODEL": {"ROI_HEADS": {"NUM_CLASSES": len(CATEGORIES)}}}
+    (folder / "mask_rcnn.yaml").write_text(yaml.safe_dump(structure | classes))
+    model = read_config(folder / "mask_rcnn.yaml").settings().build("mask")
+    state = {detectron2_name(name): tensor for name, tensor in model.state_dict().items()}
+    for end, rows in (("bbox_pred", 4), ("mask_head.predictor", 1)):  # Detectron2 has none for the background
+        state |= {name: tensor[rows:] for name, tensor in state.items() if f"{end}." in name and "roi_heads" in name}
+    torch.save({"model": state}, folder / "model_final.pth")
+    follow("detectron2")
+    assert (folder / "runs" / "small" / "last.safetensors").is_file()
 
 
 @pytest.mark.slow
