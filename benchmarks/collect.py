@@ -34,6 +34,7 @@ SECTIONS = {
     "packaged": "Detectors in the package",
     "memorise_real": "Real photographs learnt by heart",
     "whole_detector": "Plans over the whole detector",
+    "against": "Graphs of an older commit beside today's",
     "plan": "A plan for a speed-up of four",
     "pareto": "What speed costs: plans by form",
     "make_plans": "Plans that mix forms, for torchvision's widths",
