@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from norton_deploy.checkpoints.open_model import names_no_categories
 from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError, require_least
@@ -43,6 +44,8 @@ class Settings(Output):
     """Stop after this many frames (synthetic: 250 unless given)."""
     score_threshold: float = 0.5
     """Detections below this score are not drawn."""
+    categories: Path | None = None
+    """Categories of a .pth file, which names none: a COCO annotation file or a list of names."""
     device: str | None = None
     """cpu, cuda or cuda:N; a GPU if there is one."""
     image_size: tuple[int, int] = (480, 640)
@@ -63,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = chosen_model(settings)
     files = [model] if settings.baseline is None else [settings.baseline, model]
     labels = ["model"] if settings.baseline is None else ["baseline", "model"]
+    categories = {file: settings.categories for file in files if names_no_categories(file)}
     models = [
-        (f"{label} {file.name}", load_predictor(file, device=settings.device))
+        (f"{label} {file.name}", load_predictor(file, device=settings.device, categories=categories.get(file)))
         for label, file in zip(labels, files, strict=True)
     ]
     window = Window() if settings.show else None

@@ -30,6 +30,8 @@ class Settings(Output):
     """Image files and folders of images."""
     out: Path
     """Folder for the annotated images and detections.json."""
+    categories: Path | None = None
+    """Categories of a .pth file, which names none: a COCO annotation file or a list of names."""
     device: str | None = None
     """cpu, cuda or cuda:N; a GPU if there is one."""
     score_threshold: float = 0.05
@@ -53,11 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output_file(settings.json, "--json", overwrite=settings.overwrite)
     processes = joined_processes()
     predictor = load_predictor(
-        settings.model, score_threshold=settings.score_threshold, device=settings.device or processes.device
+        settings.model,
+        score_threshold=settings.score_threshold,
+        device=settings.device or processes.device,
+        categories=settings.categories,
     )
     identity = {
         "model": [sha256_of(file) for file in model_files(settings.model)],
         "files": [str(file) for file in files],
+        "categories": None if settings.categories is None else sha256_of(settings.categories),
         "thresholds": [settings.score_threshold, settings.draw_threshold],
     }
     resume, overwrite = settings.resume, settings.overwrite

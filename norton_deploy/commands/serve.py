@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from norton_deploy.checkpoints.open_model import names_no_categories
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector
@@ -33,6 +34,8 @@ class Settings:
     """Port to listen on; a free one from 7860 on unless given."""
     score_threshold: float = 0.5
     """Score that the slider starts at."""
+    categories: Path | None = None
+    """Categories of a .pth file, which names none: a COCO annotation file or a list of names."""
     device: str | None = None
     """cpu, cuda or cuda:N; a GPU if there is one."""
 
@@ -43,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= settings.score_threshold <= 1:
         raise UserError(f"--score-threshold: expected 0..1, got {settings.score_threshold}")
     files = {"Baseline": settings.baseline, "Model": settings.model or packaged_detector(settings.task)}
+    categories = {file: settings.categories for file in files.values() if file and names_no_categories(file)}
     models = [
-        Tried(f"{label}: {file.name}", load_predictor(file, device=settings.device))
+        Tried(f"{label}: {file.name}", load_predictor(file, device=settings.device, categories=categories.get(file)))
         for label, file in files.items()
         if file is not None
     ]

@@ -132,3 +132,25 @@ def test_a_pth_is_evaluated_trained_and_exported_with_the_datas_categories(tiny_
     assert load_predictor(path, categories=other).categories == categories
     with pytest.raises(UserError, match="--categories: goes with"):
         training_categories("box", data, None, other)
+
+
+@pytest.mark.parametrize("command", ["predict", "serve", "demo_video"])
+def test_a_pth_can_be_told_its_categories_wherever_it_detects(command, tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def load(file: Path, **options: object) -> None:
+        seen[file.name] = options["categories"]
+        if file.suffix == ".pth":
+            raise UserError("stop")
+
+    monkeypatch.setattr(f"norton_deploy.commands.{command}.load_predictor", load)
+    images = tmp_path / "a.png"
+    images.write_bytes(b"")
+    given = {
+        "predict": ["--images", str(images), "--out", str(tmp_path / "o")],
+        "serve": ["--baseline", "dense.onnx"],
+        "demo_video": ["--baseline", "dense.onnx", "--source", "synthetic", "--out", str(tmp_path / "o.mp4")],
+    }
+    arguments = ["--model", "own.pth", "--categories", "names.txt", *given[command]]
+    assert run(command, arguments) == 1 and capsys.readouterr().err.endswith("error: stop\n")
+    assert seen.pop("own.pth") == Path("names.txt") and not any(seen.values())
