@@ -62,10 +62,14 @@ def time_in_turn(predictors: Mapping[str, Predictor], data: Path, rounds: int) -
     """Time loaded models in turn on val's images, decoding included.
 
     Returns:
-        JSON values: "latency" (name -> `LatencySummary`), and "speedup" of "small" over "dense" where both are there.
+        JSON values: "latency" (name -> `LatencySummary`), "runs_on" (name -> engine and machine), and "speedup" of
+        "small" over "dense" where both are there.
     """
     run = measure_alternating(predictors, timed_images(data), rounds=rounds)
-    found: dict[str, Any] = {"latency": {name: run.summary(name).to_dict() for name in predictors}}
+    found: dict[str, Any] = {
+        "latency": {name: run.summary(name).to_dict() for name in predictors},
+        "runs_on": {name: predictor.device for name, predictor in predictors.items()},
+    }
     if {DENSE, SMALL} <= predictors.keys():
         found["speedup"] = vars(run.speedup(DENSE, SMALL))
     return found
@@ -98,11 +102,12 @@ def model_record(
         macs, params: of the model.
     """
     latency = None if timing is None else timing["latency"].get(timed_as)
+    evaluated_on = "not run here" if score is None else score["runs_on"]
     scores = {} if score is None else score["scores"]
     return ModelRecord(
         name=name,
         file=file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name,
-        runs_on="not run here" if score is None else score["runs_on"],
+        runs_on=evaluated_on if timing is None or latency is None else timing["runs_on"][timed_as],
         macs=macs,
         params=params,
         file_bytes=file.stat().st_size,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from norton_deploy.deployment.measurement import model_record
 from norton_deploy.deployment.steps import ProgressLines, Steps, in_words
 from norton_deploy.errors import UserError
 
@@ -73,3 +74,15 @@ def test_estimates_and_progress_in_words() -> None:
         progress("refit", done, 4)
     progress("look at images", 1, 0)
     assert said == ["    refit: 1 of 4", "    refit: 2 of 4, about 5 s left", "    look at images: 1"]
+
+
+def test_a_timed_model_is_said_to_run_where_it_was_timed(tmp_path):
+    model = tmp_path / "dense.onnx"
+    model.write_bytes(b"graph")
+    score = {"runs_on": "ONNX Runtime, 1 thread", "scores": {}}
+    latency = {"samples": 3, "mean_ms": 2.0, "p50_ms": 2.0, "p90_ms": 2.0, "p99_ms": 2.0, "spread": 0.1, "fps": 500.0}
+    timed = {**latency, "stages_ms": {}, "detections": 1.0}
+    timing = {"latency": {"dense": timed}, "runs_on": {"dense": "ONNX Runtime, 2 threads"}}
+    assert model_record("dense", model, tmp_path, score, timing, "dense").runs_on == "ONNX Runtime, 2 threads"
+    assert model_record("small", model, tmp_path, score, timing, "small").runs_on == "ONNX Runtime, 1 thread"
+    assert model_record("small", model, tmp_path, None, None).runs_on == "not run here"
