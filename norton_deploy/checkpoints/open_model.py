@@ -18,7 +18,7 @@ from norton_deploy.checkpoints.checkpoint import (
     rebuild,
 )
 from norton_deploy.checkpoints.torchvision_weights import classifier_settings, current_names, identify, read_tensors
-from norton_deploy.data.category_list import categories_of_model
+from norton_deploy.data.category_list import categories_of_model, names_no_categories
 from norton_deploy.errors import UserError
 from norton_deploy.models.classifiers import Architecture
 from norton_deploy.models.detectors import ModelSettings
@@ -60,11 +60,6 @@ def open_model(
         raise UserError(f"{model}: has its own categories; leave --categories out")
     opened = _open_file(model, categories)
     return opened if image_size is None else with_image_size(opened, image_size)
-
-
-def names_no_categories(model: str | Path) -> bool:
-    """Whether a model file is a bare state_dict (.pth, .pt), which knows no names."""
-    return Path(model).suffix in (".pth", ".pt")
 
 
 def open_for_data(path: Path, task: ModelTask, data: Categories, named: Path | None = None) -> tuple[Checkpoint, str]:

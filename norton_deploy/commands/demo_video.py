@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.checkpoints.open_model import names_no_categories
 from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
+from norton_deploy.data.category_list import names_no_categories
 from norton_deploy.errors import UserError, require_least
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.checkpoints.open_model import names_no_categories
 from norton_deploy.config import parse_settings
+from norton_deploy.data.category_list import names_no_categories
 from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector
 from norton_deploy.video.try_page import Tried, serve, try_page

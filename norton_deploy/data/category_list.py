@@ -57,3 +57,8 @@ def categories_of_model(path: str | Path, num_classes: int, source: str) -> Cate
             f"{source} has {num_classes}; give those that the model was trained on (--categories)"
         )
     return found
+
+
+def names_no_categories(model: str | Path) -> bool:
+    """Whether a model file is a bare state_dict (.pth, .pt), which knows no names."""
+    return Path(model).suffix in (".pth", ".pt")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.checkpoints.open_model import names_no_categories, open_model
+from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.cost.complexity import complexity_of
-from norton_deploy.data.category_list import read_categories
+from norton_deploy.data.category_list import names_no_categories, read_categories
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.coco_index import annotation_file
 from norton_deploy.deployment.making import tool

@@ -13,9 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from norton_deploy.checkpoints.open_model import names_no_categories
 from norton_deploy.compression.lowering import lower_model, quickest_forms
-from norton_deploy.data.category_list import read_categories
+from norton_deploy.data.category_list import names_no_categories, read_categories
 from norton_deploy.data.classification import ClassificationFolder
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.coco_index import annotation_file

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
-from norton_deploy.checkpoints.open_model import names_no_categories, open_for_data
+from norton_deploy.checkpoints.open_model import open_for_data
+from norton_deploy.data.category_list import names_no_categories
 from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
