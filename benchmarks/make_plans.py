@@ -27,7 +27,7 @@ from norton_deploy.method.plan import DENSE, CompressionPlan, Decomposition
 from norton_deploy.search.decisions import Decision, list_decisions
 from norton_deploy.search.joint_cost import Budget
 from norton_deploy.search.latency_budget import LatencySearch
-from norton_deploy.search.plan_search import PlanRequest, sensitivity_probes
+from norton_deploy.search.plan_search import PlanRequest, harm_images
 from norton_deploy.search.planner import Harm
 from norton_deploy.search.sensitivity import Sensitivity
 
@@ -68,8 +68,8 @@ def main(settings: Settings) -> int:
         budget="speedup=2", data=settings.data / "train2017", images=settings.harm_images,
         fit_images=settings.fit_images, sensitivity_size=trained.header.detector.image.min_size,
     )  # fmt: skip
-    probes = sensitivity_probes(trained, request)
-    sensitivity = Sensitivity(trained.model, *probes, path=settings.work / "harm.json", resume=True)
+    judging = harm_images(trained, request)
+    sensitivity = Sensitivity(trained.model, judging, path=settings.work / "harm.json", resume=True)
     narrow = sensitivity.measure(list_decisions(trained.model), partial(say, "harm of choices"))
     images, images_are = settings.prepare_images(settings.work)
     task: Any = trained.header.task

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure
-from norton_deploy.compression.calibration import PROBE_BATCH, Probe, make_probes
+from norton_deploy.checkpoints.checkpoint import Checkpoint, build_structure, tensors_digest
+from norton_deploy.compression.calibration import PROBE_BATCH, make_probes
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.image_folder import find_images, read_images
@@ -25,7 +25,7 @@ from norton_deploy.search.found_plan import FoundPlan, layer_choices
 from norton_deploy.search.joint_cost import UNITS, Budget, joint_cost
 from norton_deploy.search.latency_budget import LatencyResult, LatencySearch, Workload
 from norton_deploy.search.planner import Planner
-from norton_deploy.search.sensitivity import Sensitivity
+from norton_deploy.search.sensitivity import HarmImages, Sensitivity
 
 TIMING_IMAGES = 4
 
@@ -127,7 +127,7 @@ class PlanSearch:
         self.seconds: dict[str, float] = {}
         with self._clock("sensitivity"):
             self.sensitivity = Sensitivity(
-                source.model, *sensitivity_probes(source, request), path=sensitivity_file, resume=request.resume,
+                source.model, harm_images(source, request), path=sensitivity_file, resume=request.resume,
                 seed=request.seed,
             )  # fmt: skip
 
@@ -225,7 +225,7 @@ def check_budget(model: nn.Module, request: PlanRequest) -> None:
     Planner(decisions, cost, lambda *_: 0.0).smallest(budget.amount * cost.of({}, {}))
 
 
-def sensitivity_probes(source: Checkpoint, request: PlanRequest) -> tuple[list[Probe], list[Probe]]:
+def harm_images(source: Checkpoint, request: PlanRequest) -> HarmImages:
     """The images on which harm is measured, one per batch so that no padding is computed, and those of the fit; of few
     images half for either.
 
@@ -242,7 +242,9 @@ def sensitivity_probes(source: Checkpoint, request: PlanRequest) -> tuple[list[P
     count = min(request.images, len(images) // 2)
     judged, fitted = images[:count], images[count:]
     one = 1 if header.task != "cls" else PROBE_BATCH
-    return (
-        list(make_probes(source.model, judged, settings, batch=one)),
-        list(make_probes(source.model, fitted, settings)),
+    read = {f"{number:04d}": image for number, image in enumerate(images)}
+    return HarmImages(
+        judged=tuple(make_probes(source.model, judged, settings, batch=one)),
+        fitted=tuple(make_probes(source.model, fitted, settings)),
+        digest=tensors_digest(read, f"{settings} {count}".encode()),
     )

@@ -9,7 +9,7 @@ the fit has not seen.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,22 @@ MOST_FORMS = 5
 """Decompositions of a group whose harm is measured."""
 
 
+@dataclass(frozen=True)
+class HarmImages:
+    """What harm is measured on.
+
+    Attributes:
+        judged: images with boxes (`make_probes`) on which harm is measured.
+        fitted: others, to which choices are fitted.
+        digest: of the images as they were read and of how they are prepared. The resized pixels would not do:
+            their last bits depend on the number of threads, and a measurement must go on under another one.
+    """
+
+    judged: tuple[Probe, ...]
+    fitted: tuple[Probe, ...]
+    digest: str
+
+
 class Sensitivity:
     """Harm of each decomposition and each width of each decision, measured once and kept in a JSON file.
 
@@ -54,8 +70,7 @@ class Sensitivity:
     def __init__(
         self,
         dense: nn.Module,
-        probes: Sequence[Probe],
-        fit_probes: Sequence[Probe],
+        images: HarmImages,
         *,
         path: Path | None = None,
         resume: bool = False,
@@ -64,8 +79,7 @@ class Sensitivity:
         """
         Args:
             dense: in evaluation mode.
-            probes: images with boxes (`make_probes`) on which harm is measured.
-            fit_probes: others, to which choices are fitted.
+            images: on which harm is measured, and to which choices are fitted.
             path: file that the results are kept in, with digests of what they depend on.
             resume: go on with the file's results.
             seed: of the decompositions and of the choice of positions.
@@ -73,16 +87,15 @@ class Sensitivity:
         Raises:
             UserError: the file to go on with is about another model, other images or another seed.
         """
-        self.dense, self.probes, self.fit_probes, self.seed = dense, probes, fit_probes, seed
-        pixels = {str(number): probe.pixels for number, probe in enumerate((*probes, *fit_probes))}
+        self.dense, self.probes, self.fit_probes, self.seed = dense, images.judged, images.fitted, seed
         identity = {
-            "weights": tensors_digest(dense.state_dict()), "pixels": tensors_digest(pixels), "seed": seed,
-            "fit_batches": len(fit_probes),
+            "weights": tensors_digest(dense.state_dict()), "images": images.digest, "seed": seed,
+            "judged": len(images.judged), "fit_batches": len(images.fitted),
         }  # fmt: skip
         otherwise = "measured for another model, seed or other images: run without --resume"
         self._file = ResultFile(path, identity, resume=resume, otherwise=otherwise)
         with torch.no_grad():
-            self._judges = [Judge(run_stages(dense, probe), probe.boxes) for probe in probes]
+            self._judges = [Judge(run_stages(dense, probe), probe.boxes) for probe in self.probes]
         self._energies = [judge.energies() for judge in self._judges]
 
     def measure(

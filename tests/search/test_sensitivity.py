@@ -4,10 +4,13 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from norton_deploy.checkpoints.checkpoint import Checkpoint, CheckpointHeader, class_categories
 from norton_deploy.compression import channel_harm
 from norton_deploy.compression.calibration import Probe, make_probes, run_stages
 from norton_deploy.compression.channel_groups import channel_groups, cut_inputs, cut_outputs
@@ -22,7 +25,8 @@ from norton_deploy.search import sensitivity as module
 from norton_deploy.search.decisions import Decision, list_decisions
 from norton_deploy.search.head_harm import Judge, total_harm
 from norton_deploy.search.layer_fit import absorbed, fitted_weight, input_moments, problem_of
-from norton_deploy.search.sensitivity import Sensitivity, undominated
+from norton_deploy.search.plan_search import PlanRequest, harm_images
+from norton_deploy.search.sensitivity import HarmImages, Sensitivity, undominated
 
 SETTINGS = DetectorSettings(
     num_classes=3,
@@ -43,6 +47,10 @@ def dense() -> nn.Module:
 def probes(dense: nn.Module) -> list[Probe]:
     images = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     return list(make_probes(dense, images, SETTINGS, batch=2, boxes=8))
+
+
+def images_of(judged: list[Probe], fitted: list[Probe], digest: str = "drawn") -> HarmImages:
+    return HarmImages(tuple(judged), tuple(fitted), digest)
 
 
 def moments_of(conv: nn.Conv2d, x: Tensor) -> NormalEquations:
@@ -220,7 +228,7 @@ def test_harm_of_a_choice_is_that_of_the_model_with_it(
     monkeypatch.setattr(channel_harm, "POSITIONS", 10**6)  # all, so that nothing is random
     monkeypatch.setattr(layer_fit, "JUDGED_FILTERS", 8)  # fewer than there are, and the harm is of all
     path, decisions, fit = tmp_path / "harm.json", some(dense), probes[1:]
-    sensitivity = Sensitivity(dense, probes[:1], fit, path=path)
+    sensitivity = Sensitivity(dense, images_of(probes[:1], fit), path=path)
     seen: list[tuple[int, int]] = []
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     found = sensitivity.measure(decisions, lambda done, count: seen.append((done, count)))
@@ -245,16 +253,36 @@ def test_harm_of_a_choice_is_that_of_the_model_with_it(
         raise AssertionError("what is known is not fitted again")
 
     monkeypatch.setattr(module, "fitted_weight", never)
-    again = Sensitivity(dense, probes[:1], fit, path=path, resume=True)
+    again = Sensitivity(dense, images_of(probes[:1], fit), path=path, resume=True)
     assert again.measure(decisions) == found
     with pytest.raises(UserError, match="another model"):
-        Sensitivity(dense, probes[:1], fit, path=path, resume=True, seed=1)
+        Sensitivity(dense, images_of(probes[:1], fit), path=path, resume=True, seed=1)
     with pytest.raises(UserError, match="other images"):
-        Sensitivity(dense, fit, probes[:1], path=path, resume=True)
+        Sensitivity(dense, images_of(fit, probes[:1], "others"), path=path, resume=True)
+
+
+def test_images_are_known_again_under_another_number_of_threads(dense: nn.Module, tmp_path: Path) -> None:
+    source = Checkpoint(dense, CheckpointHeader("mask", SETTINGS, None, class_categories(["cat", "dog"])))
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (96, 120, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
+    request = PlanRequest(budget="macs=0.5", data=tmp_path, images=1, fit_images=3, sensitivity_size=48)
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        first = harm_images(source, request)
+        try:
+            torch.set_num_threads(threads + 1)  # the resized pixels' last bits change with it
+            assert harm_images(source, request).digest == first.digest
+        finally:
+            torch.set_num_threads(threads)
+        assert harm_images(source, replace(request, sensitivity_size=40)).digest != first.digest
+        assert harm_images(source, replace(request, images=2, fit_images=2)).digest != first.digest
+        cv2.imwrite(str(tmp_path / "0.png"), pixels)
+        assert harm_images(source, request).digest != first.digest
 
 
 def test_harm_of_a_plan_is_that_of_the_refitted_model(dense: nn.Module, probes: list[Probe]) -> None:
-    sensitivity = Sensitivity(dense, probes[:1], probes[1:])
+    sensitivity = Sensitivity(dense, images_of(probes[:1], probes[1:]))
     assert sensitivity.of_plan(CompressionPlan("rcnn")) == 0
     (rpn,) = (replace(d, forms=(DENSE, Decomposition("tucker", (8, 8)))) for d in some(dense) if d.group == RPN)
     sensitivity.measure([rpn])
