@@ -1,36 +1,40 @@
 """What filters keep that share factors: every form of the family on one trained classifier, at the MACs of rank 1.
 
 Each layer gets the ranks whose MACs come closest from below to those of the filters' CPD at rank 1. Measured is top-1
-as decomposed, from the bare weights, and after the fit to unlabelled images; nothing is trained. A cell that is in the
-results file is not run again.
+as decomposed, from the bare weights, and after the fit to unlabelled images; with --finetune-steps also after a short
+training with the dense classifier as teacher, beside the dense one trained alike. A cell that is in the results file is
+not run again.
 
     python benchmarks/shared_factors.py --model runs/cifar_gpu/dense-0.safetensors --data runs/cifar
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from benchmarks.lib.cells import RESULTS, ResultCells, page, run, settings_of, tabulate
-from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, network_nmse, percent
+from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, Teacher, network_nmse, percent
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within
 from norton_deploy.compression.calibration import make_probes
-from norton_deploy.compression.compress import compress_with_kept
+from norton_deploy.compression.compress import Compressed, compress_with_kept
 from norton_deploy.compression.factored_conv import Decomposed
 from norton_deploy.compression.refit import refit
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan, Coupling
+from norton_deploy.reporting.report import Table
 
 CLUSTERS = (16, 4)
 FORMS = {"filter": "filter CPD (the paper's)", "tucker": "Tucker-2", "layer_cp": "layer CPD"} | {
     f"coupled {count}": f"coupled, {count} clusters" for count in CLUSTERS
 }
 PROBE_BATCH = 250
+TUNED = ", fine-tuned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,12 @@ class Settings:
     """Which forms."""
     images: int = 2000
     """Unlabelled training images for the fit."""
+    finetune_steps: int = 0
+    """Steps of 128 images for which what was fitted is trained as well; 0 leaves it out."""
+    finetune_lr: float = 0.005
+    """Peak learning rate of this training."""
+    precision: Literal["no", "bf16"] = "no"
+    """Precision of this training: no (float32), or bf16 on a CPU with AMX."""
     seed: int = 0
     """Seed of decomposition and of the choice of positions."""
     workers: int = 1
@@ -56,9 +66,15 @@ class Settings:
 def main(settings: Settings) -> int:
     """Measure what is missing."""
     runs = Path("runs/shared_factors")
-    recovery = Recovery(RecoverySettings(model=settings.model, data=settings.data, runs=runs, workers=settings.workers))
+    recovery = Recovery(
+        RecoverySettings(
+            model=settings.model, data=settings.data, runs=runs, workers=settings.workers, seed=settings.seed,
+            steps=settings.finetune_steps, lr=settings.finetune_lr, precision=settings.precision,
+        )
+    )  # fmt: skip
+    tuning = ("finetune_steps", "finetune_lr", "precision")
     key = {
-        **settings_of(settings, "forms", "workers", "model"),
+        **settings_of(settings, "forms", "workers", "model", *tuning),
         "model_sha256": sha256_of(settings.model),
         "architecture": recovery.settings.architecture,
         "test_images": len(recovery.val),
@@ -66,7 +82,32 @@ def main(settings: Settings) -> int:
     }
     results = ResultCells(settings.out, key, report)
     results.measure("dense", lambda: {"top1": recovery.top1(recovery.dense)})
-    return results.measure_all({form: partial(measure, recovery, settings, form) for form in settings.forms})
+    cells = {form: partial(measure, recovery, settings, form) for form in settings.forms}
+    if settings.finetune_steps:
+        wanted = ("dense", *settings.forms)
+        cells |= {f"{form}{TUNED}": partial(measure_tuned, recovery, settings, form) for form in wanted}
+    return results.measure_all(cells)
+
+
+def measure_tuned(recovery: Recovery, settings: Settings, form: str) -> dict[str, Any]:
+    """One form, or the dense classifier, fitted and then trained with the dense one as teacher."""
+    recipe = {"steps": settings.finetune_steps, "lr": settings.finetune_lr, "precision": settings.precision}
+    teacher = Teacher(settings.model, weight=0.5, temperature=4.0)
+    if form == "dense":
+        return {**recipe, "top1_tuned": recovery.fine_tune(copy.deepcopy(recovery.dense), None, form, teacher=teacher)}
+    plan = plan_of(recovery, form)
+    found = compress_with_kept(recovery.dense, plan, seed=settings.seed)
+    fit(recovery, settings, found)
+    fitted = recovery.top1(found.model)
+    tuned = recovery.fine_tune(found.model, plan, form, teacher=teacher)
+    return {**recipe, "top1_fitted": fitted, "top1_tuned": tuned}
+
+
+def fit(recovery: Recovery, settings: Settings, found: Compressed) -> None:
+    """Refit a compressed classifier to unlabelled images, in place."""
+    images = read_images(settings.data / "train", settings.images)
+    probes = list(make_probes(recovery.dense, images, recovery.settings, batch=PROBE_BATCH))
+    refit(found.model, recovery.dense, found.kept, probes, seed=settings.seed)
 
 
 def measure(recovery: Recovery, settings: Settings, form: str) -> dict[str, Any]:
@@ -88,9 +129,7 @@ def measure(recovery: Recovery, settings: Settings, form: str) -> dict[str, Any]
     figures |= network_nmse(dense, errors)
     figures["top1_decomposed"] = recovery.top1(found.model)
     started = time.perf_counter()
-    images = read_images(settings.data / "train", settings.images)
-    probes = list(make_probes(dense, images, recovery.settings, batch=PROBE_BATCH))
-    refit(found.model, dense, found.kept, probes, seed=settings.seed)
+    fit(recovery, settings, found)
     figures["fit_s"] = round(time.perf_counter() - started, 1)
     return {**figures, "top1_fitted": recovery.top1(found.model)}
 
@@ -133,22 +172,38 @@ def plan_of(recovery: Recovery, form: str) -> CompressionPlan:
 def report(results: ResultCells) -> str:
     """A row per form."""
     cells, settings = results.cells, results.settings
-    return page(
+    tuned = {form: cells[f"{form}{TUNED}"] for form in ("dense", *FORMS) if f"{form}{TUNED}" in cells}
+    columns: dict[str, Any] = {
+        "Form": lambda row: FORMS[row[0]],
+        "MACs": lambda row: f"{row[1]['macs'] / 1e6:.2f}M",
+        "Params": lambda row: f"{row[1]['params'] / 1e6:.2f}M",
+        "NMSE mean / total": lambda row: f"{row[1]['nmse_mean']:.3f} / {row[1]['nmse_total']:.3f}",
+        "As decomposed %": lambda row: percent(row[1]["top1_decomposed"]),
+        "Fitted to data %": lambda row: percent(row[1]["top1_fitted"]),
+        "Decompose / fit s": lambda row: f"{row[1]['decompose_s']:.0f} / {row[1]['fit_s']:.0f}",
+    }
+    parts: list[Table | str] = [
         tabulate(
             f"{settings['architecture']} at the MACs of rank 1, untrained: dense {percent(cells['dense']['top1'])} %"
             f", {settings['test_images']} test images; fitted to {settings['images']} unlabelled training images",
             [(form, cells[form]) for form in FORMS if form in cells],
-            {
-                "Form": lambda row: FORMS[row[0]],
-                "MACs": lambda row: f"{row[1]['macs'] / 1e6:.2f}M",
-                "Params": lambda row: f"{row[1]['params'] / 1e6:.2f}M",
-                "NMSE mean / total": lambda row: f"{row[1]['nmse_mean']:.3f} / {row[1]['nmse_total']:.3f}",
-                "As decomposed %": lambda row: percent(row[1]["top1_decomposed"]),
-                "Fitted to data %": lambda row: percent(row[1]["top1_fitted"]),
-                "Decompose / fit s": lambda row: f"{row[1]['decompose_s']:.0f} / {row[1]['fit_s']:.0f}",
-            },
+            columns,
         )
-    )
+    ]
+    if tuned:
+        parts.append(
+            tabulate(
+                "Fitted, then trained with the dense classifier as teacher",
+                tuned.items(),
+                {
+                    "Form": lambda row: {"dense": "dense, trained alike", **FORMS}[row[0]],
+                    "Fitted to data %": lambda row: percent(row[1].get("top1_fitted", cells["dense"]["top1"])),
+                    "Steps of 128 images, peak rate": lambda row: f"{row[1]['steps']}, {row[1]['lr']:g}",
+                    "Trained %": lambda row: percent(row[1]["top1_tuned"]),
+                },
+            )
+        )
+    return page(*parts)
 
 
 if __name__ == "__main__":
