@@ -57,7 +57,7 @@ class Estimates:
         choices = sum(min(len(decision.forms), MOST_FORMS) + len(decision.widths) for decision in decisions)
         scale = min(1.0, request.sensitivity_size / self.short_side) ** 2
         passes = choices * request.images + len(decisions) * request.fit_images
-        seconds = 0.5 * fits + passes * (0.02 + 0.5 * self.call_s * scale)
+        seconds = 0.5 * fits + passes * (0.02 + 0.15 * self.call_s * scale)
         return seconds + (120 + 8 * request.rounds * self.call_s if request.budget.startswith("speedup") else 5)
 
     def compress(self, effort: Effort) -> float:
