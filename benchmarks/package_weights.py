@@ -2,7 +2,7 @@
 
 The packaged file and the checkpoint it is made from are both evaluated: float16 rounds the weights.
 
-    python benchmarks/package_weights.py --model FILE --data runs/table3_accuracy/data
+    python benchmarks/package_weights.py --model FILE --dense FILE --data runs/data
 """
 
 import tempfile
@@ -28,11 +28,13 @@ class Settings:
     """Settings of benchmarks/package_weights.py."""
 
     model: Path
-    """Detector compressed by fast.yaml and trained on the embedded data (.safetensors)."""
+    """Compressed detector that was trained on the embedded data (.safetensors)."""
     data: Path
     """Embedded data (tools/make_synthetic.py), whose held-out images both files are evaluated on."""
     out: Path = RESULTS / "packaged.json"
     """Results file, one entry a task; a Markdown table is written beside it."""
+    dense: Path | None = None
+    """The dense detector that it was compressed from, to be evaluated beside it."""
 
 
 def main(settings: Settings) -> None:
@@ -61,7 +63,8 @@ def package(loaded: Checkpoint, settings: Settings) -> dict[str, Any]:
         header = loaded.header.made_by(provenance()["command"], settings.model)
         save_checkpoint(new, loaded.model, header, half=True)
         cell: dict[str, Any] = {"file": out.name, "bytes": new.stat().st_size}
-        for name, file in (("float32", settings.model), ("float16", new)):
+        dense = {} if settings.dense is None else {"dense": settings.dense}
+        for name, file in {**dense, "float32": settings.model, "float16": new}.items():
             figures = evaluate_file(file, settings.data, task, progress=False).to_dict()
             cell[name] = {key: figures[key] for key in ("images", "table3", "metrics")}
         with atomic_write(out) as stream:
@@ -79,6 +82,7 @@ def report(results: ResultCells) -> str:
             "File": lambda row: row[1]["file"],
             "Size": lambda row: f"{row[1]['bytes'] / 1e6:.1f} MB",
             "Held-out images": lambda row: str(row[1]["float16"]["images"]),
+            "AP of the dense one": lambda row: f"{row[1]['dense']['table3']['AP']:.4f}" if "dense" in row[1] else "-",
             "AP of the checkpoint": lambda row: f"{row[1]['float32']['table3']['AP']:.4f}",
             "AP of the packaged file, float16": lambda row: f"{row[1]['float16']['table3']['AP']:.4f}",
         },

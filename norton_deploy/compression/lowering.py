@@ -62,20 +62,29 @@ def lower_block(block: CPDBlock, norm: FoldableNorm | None = None, form: Form = 
 
 
 def multiply_out(model: M) -> M:
-    """A copy of `model` with one ordinary convolution for each CPDBlock (eq. 2); normalisations stay as they are."""
+    """A copy of `model` with one ordinary convolution for each decomposed layer; normalisations stay as they are."""
     dense = copy.deepcopy(model)
-    for name, block in model.named_modules():
-        if isinstance(block, CPDBlock):
-            dense.set_submodule(name, lower_block(block, form="dense"))
+    for name, layer in model.named_modules():
+        if isinstance(layer, CPDBlock):
+            dense.set_submodule(name, lower_block(layer, form="dense"))
+        elif isinstance(layer, FactoredConv):
+            dense.set_submodule(name, lower_chain(layer, form="dense"))
     return dense
 
 
-def lower_chain(chain: FactoredConv, norm: FoldableNorm | None = None) -> nn.Sequential:
-    """The convolutions of a chain, `norm` folded into the last one: norm(chain(x)) in evaluation mode.
+def lower_chain(
+    chain: FactoredConv, norm: FoldableNorm | None = None, form: Form = "grouped"
+) -> nn.Sequential | nn.Conv2d:
+    """The convolutions of a chain, `norm` folded into the last one: norm(chain(x)) in evaluation mode. For "dense" the
+    one convolution that they equal.
 
     Raises:
         UserError: a norm without running statistics or of a kind that cannot be folded.
     """
+    if form == "dense":
+        with torch.no_grad():
+            scale, shift = _affine(chain.out_channels, chain.bias, norm)
+            return _conv(chain.middle, _scaled(chain.dense_weight().double(), scale), shift)
     parts = [part for part in (chain.entry, chain.middle, chain.exit) if part is not None]
     convolutions = [copy.deepcopy(part).requires_grad_(False) for part in parts[:-1]]
     last = copy.deepcopy(chain.last).requires_grad_(False) if norm is None else fold_norm(chain.last, norm)
@@ -137,6 +146,7 @@ def lower_model(model: M, form: Form = "grouped", forms: Mapping[str, Form] | No
         model: in eval mode; any module that holds its layers as torchvision does, a normalisation directly
             after the convolution whose output it takes: `convN`, `bnN` in a ResNet, neighbours in an
             `nn.Sequential`.
+        form: of the decomposed layers; "separable" and "grouped" differ for CPDBlocks only.
         forms: name of a CPDBlock in `model` -> its own form, for those that shall not take `form`.
 
     Returns:
@@ -186,7 +196,7 @@ def _lower_children(parent: nn.Module, prefix: str, form: Form, forms: Mapping[s
         if isinstance(layer, CPDBlock):
             setattr(parent, name, lower_block(layer, norm, forms.get(prefix + name, form)))
         elif isinstance(layer, FactoredConv):
-            setattr(parent, name, lower_chain(layer, norm))
+            setattr(parent, name, lower_chain(layer, norm, form))
         elif isinstance(layer, nn.Conv2d) and norm is not None:
             setattr(parent, name, fold_norm(layer, norm))
         else:

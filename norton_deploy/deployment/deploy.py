@@ -135,7 +135,7 @@ class _Run:
             title=f"{MODEL_NAMES[self.task]} for {self.target.name}: {self.file.stem}",
             asked=None if self.compressed or self.request.plan is not None else self.request.speedup,
             task=self.task,
-            dense=self._record("dense", dense, dense_score, timing, DENSE, self.dense_model),
+            dense=self._record(self.dense_name, dense, dense_score, timing, DENSE, self.dense_model),
             small=self._record("NORTON", run, small_score, timing, SMALL, load_checkpoint(small).model),
             provenance=provenance() | {"command": self.command},
             others=tuple(others),
@@ -210,9 +210,11 @@ class _Run:
         """The dense model as what runs on the target."""
         source, checkpoint, multiplied_out = load_checkpoint(self.model), self.model, False
         self.dense_model: nn.Module = source.model
+        self.dense_name = DENSE
         if self.compressed:
             baseline, note = source_model.dense_of(self.request, source)
             self.notes.append(note)
+            self.dense_name = source_model.UNFACTORED if baseline is None else DENSE
             checkpoint, multiplied_out = baseline or self.model, baseline is None
             self.dense_model = multiply_out(source.model) if baseline is None else load_checkpoint(baseline).model
         if self.request.quick:

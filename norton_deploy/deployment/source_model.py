@@ -16,18 +16,21 @@ from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import PACKAGED_TASKS, packaged_detector
 from norton_deploy.structures import Task
 
+UNFACTORED = "the same without factors"
+"""Name of what stands for dense where there is no dense original."""
 COMPRESSED = (
-    "The model is compressed already: nothing was planned, compressed or fine-tuned. Dense stands for the same "
-    "detector with every CPDBlock multiplied out to one ordinary convolution. That changes no result, and what was "
-    "pruned away is missing from both, so the speed-up is that of the factors alone; give --baseline to compare with "
-    "the original."
+    "The model is compressed already: nothing was planned, compressed or fine-tuned. It is compared with the same "
+    "detector whose decomposed layers are multiplied out to one ordinary convolution each. That changes no result, and "
+    "what was pruned away is missing from both, so the speed-up is that of the factors alone; give --baseline to "
+    "compare with the original."
 )
 COMPRESSED_WITH_BASELINE = (
     "The model is compressed already: nothing was planned, compressed or fine-tuned; dense is the given baseline."
 )
 PACKAGED = (
     "The model is the package's own small detector, trained on drawn scenes, and so are the data: this shows that the "
-    "way to an engine works, and says nothing about other models."
+    "way to an engine works, and says nothing about other models. Its dense original is not in the package; how the "
+    "two compare is in the project's docs/results.md (Detectors in the package)."
 )
 
 

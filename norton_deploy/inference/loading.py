@@ -211,7 +211,7 @@ def _weights(predictor: Predictor) -> str:
 def packaged_path(task: PackagedTask) -> Path:
     """Where the package's own small trained detector of a task lies, whether it is there or not.
 
-    NORTON by fast.yaml, trained on the embedded data, in float16: it knows the categories of the drawn scenes only and
+    Compressed for speed, trained on the embedded data, in float16: it knows the categories of the drawn scenes only and
     is there to show something without any training. benchmarks/package_weights.py puts it there.
     """
     return PACKAGED_FOLDER / f"fast_{task}.safetensors"

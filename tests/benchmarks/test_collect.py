@@ -11,7 +11,7 @@ from benchmarks import collect
 from benchmarks.lib.cells import RESULTS, ResultCells
 
 ROOT = Path(__file__).parents[2]
-NO_CELLS = {"demo", "plan", "plan_int8"}
+NO_CELLS = {"demo", "plan", "plan_int8", "plan_packaged"}
 MODULES = {
     "faults": "tests.faults.kill_runs",
     "fuzz": "tests.fuzz.run",

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from norton_deploy.compression.cpd_block import CPDBlock
-from norton_deploy.compression.factored_conv import FactoredConv
+from norton_deploy.compression.factored_conv import ChainShape, FactoredConv
 from norton_deploy.compression.lowering import Form, lower_model, multiply_out, quickest_forms
 from norton_deploy.errors import UserError
 
@@ -21,7 +21,7 @@ def test_compressed_detector_keeps_its_outputs_and_loses_its_blocks(form: Form) 
     assert not kinds & {CPDBlock, FactoredConv, nn.BatchNorm2d, FrozenBatchNorm2d}
     assert any(isinstance(module, CPDBlock) for module in model.modules())
     groups = {module.groups for module in lowered.modules() if isinstance(module, nn.Conv2d)}
-    assert (groups == {1, 8}) == (form == "dense")  # eight clusters of coupled filters
+    assert (groups == {1}) == (form == "dense")
     images = as_model_input(blobs(2))
     batch = model.transform(images)[0].tensors
     for expected, found in zip(model.backbone(batch).values(), lowered.backbone(batch).values(), strict=True):
@@ -61,3 +61,23 @@ def test_multiplied_out_a_block_counts_as_the_convolution_that_it_equals() -> No
     torch.testing.assert_close(dense(image), model(image))
     assert sum(parameter.numel() for parameter in dense.parameters()) == (16 * 8 * 9 + 8) + 2 * 8 + (8 * 4 + 4)
     assert isinstance(model[0], CPDBlock) and isinstance(dense[1], nn.BatchNorm2d)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "shape",
+    [ChainShape(6, 5), ChainShape(6, 6, 6), ChainShape(6, 8, 2, has_exit=False)],
+    ids=["tucker", "cp", "coupled"],
+)
+def test_multiplied_out_a_chain_counts_as_the_convolution_that_it_equals(shape: ChainShape) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 8, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+    norm = nn.BatchNorm2d(8)
+    norm.running_mean.copy_(torch.rand(8))
+    norm.running_var.copy_(torch.rand(8) + 0.5)
+    model = nn.Sequential(FactoredConv.shaped_like(conv, shape, 16, 8), norm).eval()
+    image = torch.rand(1, 16, 7, 9)
+    for dense in (multiply_out(model), lower_model(model, "dense")):
+        assert type(dense[0]) is nn.Conv2d
+        torch.testing.assert_close(dense(image), model(image))
+    assert isinstance(lower_model(model, "grouped")[0], nn.Sequential)

@@ -25,7 +25,7 @@ def test_as_many_detector_steps_as_the_minutes_allow(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "1.00 s a pretraining step, 2.00 s a detector step: about 15 min with" in said and "allows 450" in said
     assert fitted(settings, StepTimes(0.2, 0.4)).detector_steps == 450
-    assert capsys.readouterr().out.strip().endswith("about 8 min")
+    assert capsys.readouterr().out.strip().endswith("about 9 min")
     assert fitted(replace(settings, detector_steps=2), slow).detector_steps == 2
 
 
