@@ -137,6 +137,7 @@ def test_nmse_of_a_network() -> None:
     assert network_nmse(model, {"0": 0.5, "1": 0.1}) == pytest.approx({"nmse_mean": 0.3, "nmse_total": 0.14})
 
 
+@pytest.mark.slow
 def test_table_4_goes_on_where_it_was_interrupted(stand_in, tmp_path, monkeypatch) -> None:
     model, data = stand_in
     out = tmp_path / "table4.json"

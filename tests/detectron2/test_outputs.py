@@ -28,6 +28,7 @@ def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return task, import_detectron2(HERE / "configs" / f"{task}.yaml", weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(IMAGE_SIZES)))
 def test_outputs_equal_detectron2(imported: tuple[str, Checkpoint], number: int) -> None:
     task, checkpoint = imported

@@ -79,6 +79,7 @@ def test_a_detector_that_finds_nothing_scores_zero(tiny_coco):
     assert evaluate_detector(blind, dataset, progress=False).metrics["bbox"]["AP"] == 0.0
 
 
+@pytest.mark.slow
 def test_two_processes_see_every_image_once(tiny_coco, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ORACLE_SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

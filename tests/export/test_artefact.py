@@ -47,6 +47,7 @@ def client(folder: Path) -> tuple[Any, Any]:
     return module.Detector(folder / "model.onnx"), module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [IMAGE_SIZE, (150, 211), (211, 90), (40, 64)])
 def test_the_python_client_detects_what_the_predictor_detects(
     artefact: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch

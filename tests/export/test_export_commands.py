@@ -55,6 +55,7 @@ def test_random_weights_spread_their_scores(checkpoint: Path) -> None:
     assert LOGIT_SPREAD / 2 < float(logits[0].std()) < LOGIT_SPREAD * 2
 
 
+@pytest.mark.slow
 def test_export_onnx_with_evaluation(checkpoint: Path, tmp_path: Path, tiny_coco: Path) -> None:
     out, report_file = tmp_path / "box.onnx", tmp_path / "report.json"
     arguments = ["--model", str(checkpoint), "--image-size", "128", "128", "--parity-images", "2"]

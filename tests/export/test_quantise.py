@@ -68,6 +68,7 @@ def bits_of_layers(model: Any) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_all_layers_but_stem_and_last_ones_have_8_bits(target: str, calibrated: Callable) -> None:
     _, _, model, ranges = calibrated(target)
@@ -94,6 +95,7 @@ def test_all_layers_but_stem_and_last_ones_have_8_bits(target: str, calibrated: 
         assert len({node.input[2] for node in shared}) >= 5  # five levels, each with a bias of its own scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mask", "keypoint"])
 def test_the_planner_times_those_layers_in_float_that_a_graph_has_in_float(task: Task, exported: Callable) -> None:
     detector, path = exported(task, "onnxruntime")
@@ -156,6 +158,7 @@ def test_graph_in_8_bits_detects_nearly_what_the_model_does(calibrated: Callable
         assert final["score difference"].passed and report.detections > 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
 @pytest.mark.parametrize("capability", ["86", "89"])
 def test_an_int8_graph_becomes_an_rtx_engine(capability: str, calibrated: Callable, tmp_path: Path) -> None:
@@ -175,6 +178,7 @@ def test_files_hold_nothing_that_can_be_computed(calibrated: Callable) -> None:
     assert not any(node.metadata_props for node in graph.node)
 
 
+@pytest.mark.slow
 def test_the_worst_layer_is_found_and_left_out(calibrated: Callable) -> None:
     _, _, model, ranges = calibrated("onnxruntime")
     spoilt = dict(ranges)

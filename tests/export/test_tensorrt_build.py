@@ -36,6 +36,7 @@ ENGINES = [
 """Every pair of task, precision and compression; all of them at full size are in benchmarks/engine_builds.py."""
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize(("task", "precision", "compressed"), ENGINES)
 def test_rtx_engine_is_built_for_an_rtx_3060(

@@ -31,6 +31,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_bit_for_bit_and_leave_nothing(tmp_path):
     command = [sys.executable, "-m", "tests.faults.kill_runs", "--kills", "4", "--out", str(tmp_path / "faults.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -61,6 +62,7 @@ FILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "step", "file"), [(20_000, 7, "state.pt"), (1_000, 7, "log.jsonl or"), (10, 0, "log.jsonl or")]
 )

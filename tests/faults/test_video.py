@@ -177,6 +177,7 @@ def stop_while_it_hangs(source: LiveSource, out: Path, hangs: Callable[[], bool]
     return summaries[0]
 
 
+@pytest.mark.slow
 def test_a_stream_that_stalls_does_not_hold_up_the_end(clip, tmp_path):
     stalled, release = threading.Event(), threading.Event()
 

@@ -101,6 +101,7 @@ def test_plans_meet_the_published_levels(name: str, gigamacs: float, million_par
     assert abs(count.params - million_parameters * 1e6) / dense.params < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["box", "mask", "keypoint"])
 def test_plans_over_whole_detectors_fit_every_task(task: Task) -> None:
     plans = {path.stem: CompressionPlan.load(path) for path in PLANS.glob("*.yaml")}

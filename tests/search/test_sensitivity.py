@@ -281,6 +281,7 @@ def test_images_are_known_again_under_another_number_of_threads(dense: nn.Module
         assert harm_images(source, request).digest != first.digest
 
 
+@pytest.mark.slow
 def test_harm_of_a_plan_is_that_of_the_refitted_model(dense: nn.Module, probes: list[Probe]) -> None:
     sensitivity = Sensitivity(dense, images_of(probes[:1], probes[1:]))
     assert sensitivity.of_plan(CompressionPlan("rcnn")) == 0

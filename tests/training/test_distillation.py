@@ -170,6 +170,7 @@ class DyingTrainer(Trainer):
         return super()._train_step(batch)
 
 
+@pytest.mark.slow
 def test_resume_leaves_no_trace(trained, tmp_path, monkeypatch):
     steps = ["--steps", "5", "--state-every", "2", "--distillation-weight", "1"]
     main(arguments(trained, tmp_path / "whole", *steps))

@@ -45,6 +45,7 @@ def log_lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_an_epoch_leaves_no_trace(tiny_coco, tmp_path):
     """An epoch has 3 steps; the state is saved after steps 3, 4, 6 and 8; the death comes after step 5 or 6."""
     steps = ["--steps", "9", "--state-every", "4", "--evaluate-every", "0", "--photometric"]

@@ -253,6 +253,7 @@ def test_frames_of_another_size_are_scaled_to_the_first(tmp_path):
     assert [one.shape for one in frames] == [(*SIZE, 3)] * 2 and frames[1].min() > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_demo_leaves_a_whole_video(graph, tmp_path, stop):
     out, figures = tmp_path / "out.mp4", tmp_path / "figures.json"
