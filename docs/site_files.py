@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(\]\()((?:\.\./)+)([^)#\s]+)")
+LINK = re.compile(r"(\]\()([^)#:\s]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -16,8 +16,8 @@ def on_files(files: Files, config: Any) -> Files:
     pages = [(file.src_uri, file.content_string) for file in files if file.src_uri.endswith(".md")]
     while pages:
         uri, text = pages.pop()
-        for _, up, path in LINK.findall(text):
-            target = _outside(uri, up + path)
+        for _, link in LINK.findall(text):
+            target = _in_site(uri, link)
             if target is None or files.get_file_from_path(target) or not (ROOT / target).is_file():
                 continue
             file = File(target, str(ROOT), config["site_dir"], False)
@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     uri = page.file.src_uri
 
     def inside(match: re.Match[str]) -> str:
-        target = _outside(uri, match[2] + match[3])
+        target = _in_site(uri, match[2])
         if target is None:
             return match[0]
         return match[1] + posixpath.relpath(target, posixpath.dirname(uri) or ".")
@@ -40,9 +40,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(inside, markdown)
 
 
-def _outside(uri: str, link: str) -> str | None:
-    """Path from the repository's root of a page's link that leads out of docs/; None for the others."""
-    if (ROOT / uri).is_file():  # a page that was taken in: its links hold already
-        return posixpath.normpath(posixpath.join(posixpath.dirname(uri), link))
+def _in_site(uri: str, link: str) -> str | None:
+    """Path in the site of what a page links to over the border of docs/; None for the links that hold already."""
+    if (ROOT / uri).is_file():  # a page that was taken in: in the site docs/ is the root
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(uri), link))
+        return target.removeprefix("docs/")
     target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(uri), link))
     return None if target.startswith("docs/") else target
