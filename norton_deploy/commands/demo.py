@@ -29,7 +29,7 @@ PROBE = {"--steps": "4", "--log-every": "1", "--workers": "0"}
 SMALL_SHARE = 0.65
 """Of a dense step's time that a compressed one takes: 0.64 and 0.59 in benchmarks/results/demo.json."""
 FIXED_S = 190.0
-"""Drawing, compression, evaluation, latency and report, on a CPU without more than AVX2."""
+"""Set aside for drawing, compression, evaluation, latency and report."""
 FEWEST_STEPS = 50
 
 

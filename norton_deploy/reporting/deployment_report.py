@@ -40,8 +40,7 @@ The last two rows are the paper's own (Pham, Zniyed, Nguyen: Table III, COCO-201
 as they are printed there. They are another model, other data and another machine, and were not measured here."""
 BEFORE_EXPORT = """\
 The model before its export runs in torch, which knows where each picture ends; a graph takes the picture with its \
-padding for one whole image. Their AP may differ by this, most where a detector was trained little, although the graph \
-is the same model (see Fidelity)."""
+padding for one whole image. Their AP may differ by this although the graph is the same model (see Fidelity)."""
 COMPARED = """\
 An object counts as found where a detection of its category with a score of at least 0.5 overlaps its box by an IoU of \
 at least 0.5; only such detections are drawn. {which}"""

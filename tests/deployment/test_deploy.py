@@ -124,6 +124,7 @@ def test_a_killed_run_of_the_packaged_detector_goes_on_to_a_checked_graph(tmp_pa
     report = json.loads((out / "report.json").read_text())
     assert report["ap_dense"] == report["ap_small"] and report["artefact"] == "artefact/model.onnx"
     assert any("compressed already" in note for note in report["notes"])
+    assert report["dense"]["name"] == "the same without factors"
     assert (out / "artefact" / "python" / "detect.py").is_file()
     check_commands(Deployment.from_json(out / "report.json"))
 
