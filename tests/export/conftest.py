@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torchvision.models.detection import FasterRCNN
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,11 +25,30 @@ Exported = tuple[FasterRCNN, Path]
 
 
 @pytest.fixture(scope="session")
-def exported(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[..., Exported]:
+def of_one_worker(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, FasterRCNN], FasterRCNN]:
+    """(name, model) -> `model` with the weights that the first worker gave it.
+
+    Weights are computed, and another process may add in another order: a shared graph would not be this model's.
+    """
+
+    def load(name: str, model: FasterRCNN) -> FasterRCNN:
+        weights = once(f"{name}.pt", lambda path: torch.save(model.state_dict(), path))
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        return model
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def exported(
+    once: Callable[[str, Callable[[Path], None]], Path], of_one_worker: Callable[[str, FasterRCNN], FasterRCNN]
+) -> Callable[..., Exported]:
     """(task, target, precision, compressed) -> the detector and its graph (batch 2, 12 unrolled NMS steps)."""
 
     def make(task: Task, target: Target, precision: Precision = "fp32", compressed: bool = False) -> Exported:
-        model = compressed_detector(task) if compressed else reduced_detector(task)
+        model = of_one_worker(
+            f"{task}_{compressed}", compressed_detector(task) if compressed else reduced_detector(task)
+        )
 
         def export(path: Path) -> None:
             settings = GraphSettings(IMAGE_SIZE, batch=2, target=target, nms_iterations=12)

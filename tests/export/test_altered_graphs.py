@@ -11,6 +11,7 @@ import torch
 from altered_graphs import COMMON, KEYPOINT, MASK, Alteration, save_signed
 from conftest import CATEGORIES
 from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from norton_deploy.checkpoints.checkpoint import tensors_digest
@@ -45,13 +46,16 @@ Judged = tuple[GeneralizedRCNN, Path]
 
 
 @pytest.fixture(scope="session")
-def silent(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[Task], Judged]:
+def silent(
+    once: Callable[[str, Callable[[Path], None]], Path], of_one_worker: Callable[[str, FasterRCNN], FasterRCNN]
+) -> Callable[[Task], Judged]:
     """task -> a detector that finds nothing in any image, and its graph."""
 
     def make(task: Task) -> Judged:
         model = copy.deepcopy(reduced_detector(task))
         with torch.no_grad():
             model.roi_heads.box_predictor.cls_score.bias[0] += 1000
+        of_one_worker(f"silent_{task}", model)
 
         def export(path: Path) -> None:
             graph = StaticRCNN(lower_model(copy.deepcopy(model)), GraphSettings(IMAGE_SIZE, batch=2, target="tensorrt"))

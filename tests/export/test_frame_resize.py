@@ -15,6 +15,7 @@ from altered_graphs import save_signed
 from conftest import CATEGORIES
 from onnx import numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs, reduced_detector
+from torchvision.models.detection import FasterRCNN
 
 from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.compression.lowering import lower_model
@@ -35,15 +36,18 @@ Export = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def of_frames(once: Callable[[str, Callable[[Path], None]], Path]) -> Export:
+def of_frames(
+    once: Callable[[str, Callable[[Path], None]], Path], of_one_worker: Callable[[str, FasterRCNN], FasterRCNN]
+) -> Export:
     """(task, target) -> a graph that takes frames."""
 
     def make(task: Task, target: Target = "onnxruntime") -> Path:
+        model = of_one_worker(f"{task}_False", reduced_detector(task))
+
         def write(path: Path) -> None:
             settings = GraphSettings(IMAGE_SIZE, target=target, nms_iterations=12, input_size=FRAME_SIZE)
-            graph = StaticRCNN(lower_model(copy.deepcopy(reduced_detector(task))), settings)
-            digest = tensors_digest(reduced_detector(task).state_dict())
-            export_onnx(graph, path, categories=CATEGORIES, weights_sha256=digest)
+            graph = StaticRCNN(lower_model(copy.deepcopy(model)), settings)
+            export_onnx(graph, path, categories=CATEGORIES, weights_sha256=tensors_digest(model.state_dict()))
 
         return once(f"frames-{task}-{target}.onnx", write)
 
