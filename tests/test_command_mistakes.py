@@ -22,6 +22,11 @@ PLANS = Path(__file__).parent.parent / "configs" / "plans"
         ("complexity --proposals -1", "--proposals: expected at least 0, got -1"),
         ("plan --model m --budget macs=0.5 --data d --out o --multiple 0", "--multiple: expected at least 1, got 0"),
         ("gradcam --model m --images i --out o.png --compressed", "--compressed: expected one or several"),
+        (
+            "serve --model a.onnx --baseline b.pt2 --categories names.txt",
+            "b.pt2, a.onnx: has its own categories; leave",
+        ),
+        ("demo_video --model a.onnx --out o.mp4 --categories names.txt", "a.onnx: has its own categories; leave"),
         ("compress --plan p.yaml --out small.pth", "--out small.pth: expected a name that ends in .safetensors"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
-from norton_deploy.data.category_list import names_no_categories
+from norton_deploy.data.category_list import lists_of_files
 from norton_deploy.errors import UserError, require_least
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = chosen_model(settings)
     files = [model] if settings.baseline is None else [settings.baseline, model]
     labels = ["model"] if settings.baseline is None else ["baseline", "model"]
-    categories = {file: settings.categories for file in files if names_no_categories(file)}
+    categories = lists_of_files(files, settings.categories)
     models = [
         (f"{label} {file.name}", load_predictor(file, device=settings.device, categories=categories.get(file)))
         for label, file in zip(labels, files, strict=True)

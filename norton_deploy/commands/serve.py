@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from norton_deploy.config import parse_settings
-from norton_deploy.data.category_list import names_no_categories
+from norton_deploy.data.category_list import lists_of_files
 from norton_deploy.errors import UserError
 from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector
 from norton_deploy.video.try_page import Tried, serve, try_page
@@ -45,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(Settings, argv, prog="serve", description=__doc__ or "")
     if not 0 <= settings.score_threshold <= 1:
         raise UserError(f"--score-threshold: expected 0..1, got {settings.score_threshold}")
-    files = {"Baseline": settings.baseline, "Model": settings.model or packaged_detector(settings.task)}
-    categories = {file: settings.categories for file in files.values() if file and names_no_categories(file)}
+    files = {"Model": settings.model or packaged_detector(settings.task)}
+    if settings.baseline is not None:
+        files = {"Baseline": settings.baseline, **files}
+    categories = lists_of_files(files.values(), settings.categories)
     models = [
         Tried(f"{label}: {file.name}", load_predictor(file, device=settings.device, categories=categories.get(file)))
         for label, file in files.items()
-        if file is not None
     ]
     if settings.host != THIS_MACHINE:
         print(f"warning: everybody who reaches {settings.host} can use this page", file=sys.stderr)

@@ -89,6 +89,21 @@ def greedy_channels(moments: Tensor, metric: Tensor, keep: int) -> Tensor:
     return order
 
 
+def channel_loss(moments: Tensor, metric: Tensor, kept: Tensor) -> float:
+    """Share of the readers' squared outputs that is lost: tr(T (M - M[:, S] M[S, S]^-1 M[S, :])) / tr(T M), 0 to 1.
+
+    Args:
+        moments: M [C, C], second moments of the channels.
+        metric: T [C, C], what an error of the channels costs.
+        kept: S, int64.
+    """
+    m, t = moments.double(), metric.double()
+    among = m[kept][:, kept] + RIDGE * m.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
+    predicted = m[:, kept] @ torch.linalg.solve(among, m[kept])
+    whole = (t * m).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((1 - (t * predicted).sum() / whole).clamp(0, 1))
+
+
 def channel_moments(
     dense: nn.Module, groups: Mapping[str, ChannelGroup], probes: Sequence[Probe], seed: int
 ) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The categories of one's own model, from an annotation file or a plain list."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Never
 
@@ -62,3 +63,21 @@ def categories_of_model(path: str | Path, num_classes: int, source: str) -> Cate
 def names_no_categories(model: str | Path) -> bool:
     """Whether a model file is a bare state_dict (.pth, .pt), which knows no names."""
     return Path(model).suffix in (".pth", ".pt")
+
+
+def lists_of_files(models: Iterable[Path], categories: Path | None) -> dict[Path, Path]:
+    """Model file -> the list of its categories, for those that name none.
+
+    Args:
+        models: files that are shown side by side.
+        categories: the user's list, if there is one.
+
+    Raises:
+        UserError: there is one, and every file has its own names.
+    """
+    if categories is None:
+        return {}
+    files = list(models)
+    if not (found := {file: categories for file in files if names_no_categories(file)}):
+        raise UserError(f"{', '.join(map(str, files))}: has its own categories; leave --categories out")
+    return found

@@ -33,16 +33,23 @@ def plan_report(record: dict[str, Any], picture: Path | None) -> Report:
         picture: of `draw_pareto`.
     """
     height, width = record["image_size"]
+    sensitivity = record["sensitivity"]
+    predicted = "the predicted harm is their sum"
+    if sensitivity["by_layer"]:
+        predicted = (
+            "the predicted harm is the sum of the roots of their relative squared errors at the layers' own outputs, "
+            "on these images: it orders plans and is no prediction of the measured harm, since a classifier's later "
+            "layers absorb much of a single error"
+        )
     report = Report(f"Plan for {record['budget']}")
     report.blocks += [Paragraph(verdict(record)), figures_table(record)]
     report.blocks.append(
         Paragraph(
             f"One image of {height} x {width} pixels, {record['proposals']} proposals, {record['detections']} "
             f"detections. Harm is the squared error of the heads' outputs relative to the dense model's, after the "
-            f"refit, on {record['sensitivity']['images']} images with a short side of "
-            f"{record['sensitivity']['short_side']} pixels; {record['sensitivity']['choices']} single choices, each "
-            f"fitted in closed form to {record['sensitivity']['fit_images']} other images, were measured, and the "
-            f"predicted harm is their sum. The kept filters are chosen by {record['choose']}."
+            f"refit, on {sensitivity['images']} images with a short side of {sensitivity['short_side']} pixels; "
+            f"{sensitivity['choices']} single choices, each fitted in closed form to {sensitivity['fit_images']} other "
+            f"images, were measured, and {predicted}. The kept filters are chosen by {record['choose']}."
         )
     )
     if picture is not None:
@@ -144,6 +151,8 @@ def draw_pareto(path: Path, record: dict[str, Any]) -> None:
         record: of `FoundPlan.to_dict`.
     """
     front = [point for point in record["frontier"] if point["predicted_harm"] > 0]
+    if record["sensitivity"]["by_layer"] and record["measured_harm"] is not None:
+        front = []  # of another kind than what is measured
     chosen, *uniform = record["marks"]
     with chart(path, 4.2) as axes:
         axes.plot(

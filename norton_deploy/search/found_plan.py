@@ -60,6 +60,7 @@ class FoundPlan:
         layers: the choice for every convolution that could be decomposed.
         front: undominated choices, by rising cost.
         uniform: each uniform plan's label, cost ratio and measured harm, and the planner's plan at its cost or None.
+        by_layer: whether the predicted harm is that of layers, which is no prediction of the measured one.
         seconds: time that each part of the search took.
     """
 
@@ -79,6 +80,7 @@ class FoundPlan:
     layers: list[LayerChoice]
     front: list[Point]
     uniform: list[dict[str, Any]]
+    by_layer: bool
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ class FoundPlan:
                 "fit_images": self.fit_images,
                 "short_side": self.short_side,
                 "choices": self.choices,
+                "by_layer": self.by_layer,
             },
             "layers": [asdict(layer) for layer in self.layers],
             "stays_dense": {

@@ -55,7 +55,7 @@ class PlanRequest:
     ranks: tuple[int, ...] = RANKS
     """CP ranks of filters to consider."""
     multiple: int = 16
-    """Kept filters are rounded to multiples of this."""
+    """Kept filters are rounded to multiples of this; one above every layer's width prunes nothing."""
     rounds: int = 8
     """Measured end-to-end calls of each model (latency_ms, speedup)."""
     compare: tuple[Path, ...] = ()
@@ -127,8 +127,8 @@ class PlanSearch:
         self.seconds: dict[str, float] = {}
         with self._clock("sensitivity"):
             self.sensitivity = Sensitivity(
-                source.model, harm_images(source, request), path=sensitivity_file, resume=request.resume,
-                seed=request.seed,
+                source.model, harm_images(source, request), by_layer=source.header.task == "cls", path=sensitivity_file,
+                resume=request.resume, seed=request.seed,
             )  # fmt: skip
 
     def find(self) -> FoundPlan:
@@ -174,6 +174,7 @@ class PlanSearch:
             layers=layers,
             front=front,
             uniform=uniform,
+            by_layer=self.sensitivity.by_layer,
             seconds=self.seconds,
         )
 

@@ -5,8 +5,14 @@ about what is left after one. Here one group at a time is changed, coupled layer
 closed form to the inputs of its layer; where channels go, their readers make up for them from those that stay. Then the
 dense model's head outputs are compared with those that come out now, at the dense model's own proposals, on images that
 the fit has not seen.
+
+A classifier's logits do not tell: later layers absorb what one layer alone does, up to the point where they do not, and
+sums of such harms predict nothing. Its choices are judged where they are made: an error there is relative to the size
+of what the next layers read, and to first order such errors, as norms, add up at most.
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +26,13 @@ from torch import Tensor, nn
 from norton_deploy.checkpoints.checkpoint import tensors_digest
 from norton_deploy.compression.calibration import Probe, run_stages
 from norton_deploy.compression.channel_groups import ChannelGroup, channel_groups
-from norton_deploy.compression.channel_harm import channel_moments, choose_by_harm, greedy_channels, reader_metric
+from norton_deploy.compression.channel_harm import (
+    channel_loss,
+    channel_moments,
+    choose_by_harm,
+    greedy_channels,
+    reader_metric,
+)
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.frontier import Frontier
 from norton_deploy.compression.normal_equations import NormalEquations
@@ -72,6 +84,7 @@ class Sensitivity:
         dense: nn.Module,
         images: HarmImages,
         *,
+        by_layer: bool = False,
         path: Path | None = None,
         resume: bool = False,
         seed: int = 0,
@@ -80,6 +93,8 @@ class Sensitivity:
         Args:
             dense: in evaluation mode.
             images: on which harm is measured, and to which choices are fitted.
+            by_layer: a choice's harm is the root of the relative squared error where it is made, on the images of the
+                fit: at the outputs of the decomposed layers, or of those that read the kept channels.
             path: file that the results are kept in, with digests of what they depend on.
             resume: go on with the file's results.
             seed: of the decompositions and of the choice of positions.
@@ -88,6 +103,7 @@ class Sensitivity:
             UserError: the file to go on with is about another model, other images or another seed.
         """
         self.dense, self.probes, self.fit_probes, self.seed = dense, images.judged, images.fitted, seed
+        self.by_layer, self._judged_by = by_layer, "nmse" if by_layer else "harm"
         identity = {
             "weights": tensors_digest(dense.state_dict()), "images": images.digest, "seed": seed,
             "judged": len(images.judged), "fit_batches": len(images.fitted),
@@ -131,7 +147,8 @@ class Sensitivity:
 
     def of_option(self, group: str, form: Decomposition, keep: int) -> float:
         """Predicted harm of one group's option; what was not measured is untouched."""
-        return self._known(f"{group} {form}", "harm", 0.0) + self._known(f"{group} keep {keep}", "harm", 0.0)
+        harms = [self._known(choice, self._judged_by, 0.0) for choice in (f"{group} {form}", f"{group} keep {keep}")]
+        return sum(map(math.sqrt, harms)) if self.by_layer else sum(harms)
 
     @torch.no_grad()
     def of_plan(self, plan: CompressionPlan) -> float:
@@ -147,7 +164,7 @@ class Sensitivity:
         return {
             d.group: groups[d.group]
             for d in decisions
-            if any(self._known(f"{d.group} keep {width}", "harm") is None for width in d.widths[1:])
+            if any(self._known(f"{d.group} keep {width}", self._judged_by) is None for width in d.widths[1:])
         }
 
     def _measure_forms(self, decision: Decision, frontier: Frontier) -> list[Decomposition]:
@@ -157,8 +174,8 @@ class Sensitivity:
         names = {form: f"{group} {form}" for form in candidates}
         nmse = {form: self._known(name, "nmse") for form, name in names.items()}
         if all(value is not None for value in nmse.values()):
-            kept = undominated(layers, nmse)
-            if all(self._known(names[form], "harm") is not None for form in kept):
+            kept = undominated(layers, nmse, self._most_forms)
+            if all(self._known(names[form], self._judged_by) is not None for form in kept):
                 return kept
         moments = input_moments(
             self.dense, decision.decomposed, self._run_fit(frontier), len(self.fit_probes), self.seed
@@ -169,8 +186,8 @@ class Sensitivity:
         for form in candidates:
             nmse[form], fitted[form] = self._fitted(form, weights, problems, judged_only=True)
             self._file.cells[names[form]] = {"nmse": nmse[form]}
-        kept = undominated(layers, nmse)
-        for form in kept:
+        kept = undominated(layers, nmse, self._most_forms)
+        for form in () if self.by_layer else kept:
             if any(len(fitted[form][name]) < len(weight) for name, weight in weights.items()):
                 _, fitted[form] = self._fitted(form, weights, problems)
             biases = {
@@ -206,12 +223,18 @@ class Sensitivity:
     def _measure_widths(self, decision: Decision, moments: Tensor, frontier: Frontier) -> None:
         """Harm of each width of a group."""
         group = channel_groups(self.dense)[decision.group]
-        order = greedy_channels(moments, reader_metric(self.dense, group), decision.widths[1])
+        metric = reader_metric(self.dense, group)
+        order = greedy_channels(moments, metric, decision.widths[1])
         for width in decision.widths[1:]:
-            weights = absorbed(self.dense, group, moments.double(), order[:width].sort().values)
-            with _changed(self.dense, weights, {}):
-                harm = self._harm(self.dense, frontier)
-            self._file.cells[f"{decision.group} keep {width}"] = {"harm": harm}
+            kept = order[:width].sort().values
+            cell = self._file.cells[f"{decision.group} keep {width}"] = {"nmse": channel_loss(moments, metric, kept)}
+            if not self.by_layer:
+                with _changed(self.dense, absorbed(self.dense, group, moments.double(), kept), {}):
+                    cell["harm"] = self._harm(self.dense, frontier)
+
+    @property
+    def _most_forms(self) -> int:
+        return sys.maxsize if self.by_layer else MOST_FORMS
 
     def _known(self, choice: str, what: str, otherwise: Any = None) -> Any:
         return self._file.cells.get(choice, {}).get(what, otherwise)
@@ -239,16 +262,18 @@ class Sensitivity:
             run_stages(self.dense, probe)
 
 
-def undominated(layers: Mapping[str, nn.Conv2d], nmse: Mapping[Decomposition, float]) -> list[Decomposition]:
-    """Decompositions of layers that no other beats in both MACs and error, at most `MOST_FORMS`, evenly spread; by
-    falling MACs."""
+def undominated(
+    layers: Mapping[str, nn.Conv2d], nmse: Mapping[Decomposition, float], most: int = MOST_FORMS
+) -> list[Decomposition]:
+    """Decompositions of layers that no other beats in both MACs and error, at most so many, evenly spread; by falling
+    MACs."""
     macs = {form: sum(form_macs(conv, form) for conv in layers.values()) for form in nmse}
     found: list[Decomposition] = []
     for form in sorted(nmse, key=lambda form: (macs[form], nmse[form])):
         if not found or nmse[form] < nmse[found[-1]]:
             found.append(form)
-    if len(found) > MOST_FORMS:
-        found = [found[round(place * (len(found) - 1) / (MOST_FORMS - 1))] for place in range(MOST_FORMS)]
+    if len(found) > most:
+        found = [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
     return found[::-1]
 
 

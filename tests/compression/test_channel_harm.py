@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from norton_deploy.compression.calibration import make_probes, run_stages
-from norton_deploy.compression.channel_harm import choose_by_harm, greedy_channels
+from norton_deploy.compression.channel_harm import channel_loss, choose_by_harm, greedy_channels
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.refit import refit
 from norton_deploy.method.plan import CompressionPlan
@@ -37,6 +37,12 @@ def test_each_channel_taken_is_the_one_that_lowers_the_loss_most(seed: int) -> N
     best = min(combinations(range(6), 3), key=lambda s: loss_of(moments, metric, s))
     found = tuple(greedy_channels(moments, metric, 3).tolist())
     assert loss_of(moments, metric, found) <= 3 * loss_of(moments, metric, best)
+    # the readers' outputs, with the other channels predicted by least squares
+    kept = samples[:, list(found)]
+    predicted = kept @ torch.linalg.lstsq(kept, samples).solution
+    lost = ((samples - predicted) @ kernels[:4].T).square().sum() / (samples @ kernels[:4].T).square().sum()
+    assert channel_loss(moments, metric, torch.tensor(found)) == pytest.approx(float(lost), rel=1e-3)
+    assert channel_loss(moments, metric, torch.arange(6)) == pytest.approx(0, abs=1e-5)
 
 
 def test_channels_that_repeat_others_go_and_nothing_is_lost() -> None:

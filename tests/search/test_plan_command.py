@@ -62,13 +62,19 @@ def test_plan_keeps_its_budget_and_resumes(tmp_path: Path, capsys: pytest.Captur
     plan = CompressionPlan.load(out)
     assert plan.architecture == "resnet18"
     assert plan.choose == "harm"
-    assert plan.tucker
     assert plan.keep
-    assert all(layers[name]["decomposition"].startswith("tucker") for name in plan.tucker)
+    assert "is no prediction of the measured harm" in report
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
     kept = out.with_suffix(".sensitivity.json").read_text()
-    assert run("plan", [*arguments, "--budget", "params=0.5", "--resume", "--overwrite"]) == 0
+    again = [*arguments, "--budget", "params=0.5", "--multiple", "1024", "--resume", "--overwrite"]
+    assert run("plan", [*again, "--json", str(figures)]) == 0
+    plan, result = CompressionPlan.load(out), json.loads(figures.read_text())
+    layers = {layer["name"]: layer for layer in result["layers"]}
+    assert plan.tucker
+    assert not plan.keep  # no layer has so many filters
+    assert plan.choose == "angles"
+    assert all(layers[name]["decomposition"].startswith("tucker") for name in plan.tucker)
     assert out.with_suffix(".sensitivity.json").read_text() == kept
     assert run("plan", [*arguments, "--budget", "latency_ms=1", "--overwrite"]) == 1
     assert "measured for detectors" in capsys.readouterr().err

@@ -263,6 +263,50 @@ def test_harm_of_a_choice_is_that_of_the_model_with_it(
         Sensitivity(dense, images_of(fit, probes[:1], "others"), path=path, resume=True)
 
 
+def test_harm_by_layer_is_the_root_of_the_error_where_the_choice_is_made(
+    dense: nn.Module, probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_harm, "POSITIONS", 10**6)
+    monkeypatch.setattr(layer_fit, "JUDGED_FILTERS", 10**6)
+    monkeypatch.setattr(layer_fit, "SHRINKAGE", 1e-5)
+    path, fit = tmp_path / "harm.json", probes[1:]
+    decisions = [decision for decision in some(dense) if decision.group != RPN]  # its layer is called on several maps
+    sensitivity = Sensitivity(dense, images_of(probes[:1], fit), by_layer=True, path=path)
+    monkeypatch.setattr(Sensitivity, "_harm", None)  # the heads are not asked
+    found = sensitivity.measure(decisions)
+    for decision in found:
+        form, (whole, width) = decision.forms[-1], decision.widths
+        (layer,) = decision.decomposed
+        (reader,) = (reader.layer for reader in channel_groups(dense)[decision.group].readers)
+        small = with_form(dense, decision, form, fit)
+        error = share_lost(dense, small, layer, fit, centred=dense.get_submodule(layer).bias is not None)
+        # a call's moments are those of some positions
+        assert sensitivity.of_option(decision.group, form, whole) == pytest.approx(error**0.5, rel=0.05)
+        less = share_lost(dense, narrowed(dense, decision, width, fit), reader, fit)
+        # the errors at a kernel's positions are taken for independent
+        assert sensitivity.of_option(decision.group, DENSE, width) == pytest.approx(less**0.5, rel=0.2)
+        assert sensitivity.of_option(decision.group, form, width) == pytest.approx(error**0.5 + less**0.5, rel=0.2)
+    again = Sensitivity(dense, images_of(probes[:1], fit), by_layer=True, path=path, resume=True)
+    monkeypatch.setattr(module, "fitted_weight", None)
+    assert again.measure(decisions) == found
+
+
+def share_lost(dense: nn.Module, small: nn.Module, layer: str, fit: list[Probe], *, centred: bool = False) -> float:
+    """Squared error of one layer's outputs relative to their own squares, each model run as a whole."""
+    outputs: list[list[Tensor]] = []
+    for model in (dense, small):
+        seen: list[Tensor] = []
+        hook = model.get_submodule(layer).register_forward_hook(lambda *call, to=seen: to.append(call[2]))
+        with torch.no_grad():
+            for probe in fit:
+                run_stages(model, probe)
+        hook.remove()
+        outputs.append(seen)
+    wanted, got = (torch.cat([each.movedim(1, -1).flatten(0, -2) for each in seen]) for seen in outputs)
+    mean = wanted.mean(0) if centred else 0.0
+    return float((wanted - got).square().sum() / (wanted - mean).square().sum())
+
+
 def test_images_are_known_again_whatever_resizing_does_to_the_last_bits(
     dense: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
