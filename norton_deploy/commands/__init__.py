@@ -7,8 +7,11 @@ import json
 import os
 import select
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +36,10 @@ class Output:
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run the command `name` and return its exit status; a `UserError` becomes one line on stderr."""
+    """Run the command `name` and return its exit status; a `UserError` becomes one line on stderr.
+
+    SIGTERM ends it as Ctrl-C does, unless the command has its own way to stop.
+    """
     # Before torch is loaded: its waiting threads would spin, and beside other work take the core that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -44,13 +50,26 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
         return int(import_module(f"norton_deploy.commands.{name}").main(argv))
 
     try:
-        return _status_of(work)
+        with _stopped_by_sigterm():
+            return _status_of(work)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _status_of(work: Callable[[], int]) -> int:

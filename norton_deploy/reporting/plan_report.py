@@ -38,8 +38,8 @@ def plan_report(record: dict[str, Any], picture: Path | None) -> Report:
     if sensitivity["by_layer"]:
         predicted = (
             "the predicted harm is the sum of the roots of their relative squared errors at the layers' own outputs, "
-            "on these images: it orders plans and is no prediction of the measured harm, since a classifier's later "
-            "layers absorb much of a single error"
+            "on the images of the fit: it orders plans and is no prediction of the measured harm, since a classifier's "
+            "later layers absorb much of a single error"
         )
     report = Report(f"Plan for {record['budget']}")
     report.blocks += [Paragraph(verdict(record)), figures_table(record)]

@@ -169,7 +169,7 @@ class PlanSearch:
             measured_harm=measured_harm,
             images=sum(len(probe.pixels) for probe in self.sensitivity.probes),
             fit_images=sum(len(probe.pixels) for probe in self.sensitivity.fit_probes),
-            short_side=self.request.sensitivity_size,
+            short_side=min(workload.image_size) if self.sensitivity.by_layer else self.request.sensitivity_size,
             choices=choices,
             layers=layers,
             front=front,

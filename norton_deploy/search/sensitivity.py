@@ -6,9 +6,9 @@ closed form to the inputs of its layer; where channels go, their readers make up
 dense model's head outputs are compared with those that come out now, at the dense model's own proposals, on images that
 the fit has not seen.
 
-A classifier's logits do not tell: later layers absorb what one layer alone does, up to the point where they do not, and
-sums of such harms predict nothing. Its choices are judged where they are made: an error there is relative to the size
-of what the next layers read, and to first order such errors, as norms, add up at most.
+A classifier's logits do not tell: later layers absorb what one layer alone does, and not what all do together. Its
+choices are judged where they are made, by the norm of the error relative to that of the outputs there; to first order
+the sum of such norms bounds what all do together, but for the gain of the layers between.
 """
 
 import math
