@@ -1,9 +1,9 @@
 """What filters keep that share factors: every form of the family on one trained classifier, at the MACs of rank 1.
 
-Each layer gets the ranks whose MACs come closest from below to those of the filters' CPD at rank 1. Measured is top-1
-as decomposed, from the bare weights, and after the fit to unlabelled images; with --finetune-steps also after a short
-training with the dense classifier as teacher, beside the dense one trained alike. A cell that is in the results file is
-not run again.
+Each layer gets the ranks whose MACs come closest from below to those of the filters' CPD at rank 1. Planned classifiers
+have these MACs as a whole, and the planner gives every layer its form. Measured is top-1 as decomposed, from the bare
+weights, and after the fit to unlabelled images; with --finetune-steps also after a short training with the dense
+classifier as teacher, beside the dense one trained alike. A cell that is in the results file is not run again.
 
     python benchmarks/shared_factors.py --model runs/cifar_gpu/dense-0.safetensors --data runs/cifar
 """
@@ -20,20 +20,37 @@ from torch import nn
 from benchmarks.lib.cells import RESULTS, ResultCells, page, run, settings_of, tabulate
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, Teacher, network_nmse, percent
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within
-from norton_deploy.compression.calibration import make_probes
-from norton_deploy.compression.compress import Compressed, compress_with_kept
+from norton_deploy.checkpoints.checkpoint import Checkpoint
+from norton_deploy.compression.calibration import Probe, make_probes
+from norton_deploy.compression.channel_harm import choose_by_harm
+from norton_deploy.compression.compress import Compressed, apply_structure, compress_with_kept
 from norton_deploy.compression.factored_conv import Decomposed
 from norton_deploy.compression.refit import refit
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import CompressionPlan, Coupling
 from norton_deploy.reporting.report import Table
+from norton_deploy.search.decisions import list_decisions, to_plan
+from norton_deploy.search.joint_cost import joint_cost
+from norton_deploy.search.latency_budget import Workload
+from norton_deploy.search.plan_search import PlanRequest, harm_images
+from norton_deploy.search.planner import Planner
+from norton_deploy.search.sensitivity import Sensitivity
 
 CLUSTERS = (16, 4)
 FORMS = {"filter": "filter CPD (the paper's)", "tucker": "Tucker-2", "layer_cp": "layer CPD"} | {
     f"coupled {count}": f"coupled, {count} clusters" for count in CLUSTERS
 }
+PLANNED = {
+    "planned": "planned, nothing pruned",
+    "planned, pruned": "planned and pruned",
+    "planned by logits": "planned and pruned by the logits' error",
+}
+FORMS |= PLANNED
+NO_WIDTHS = 1 << 20
 PROBE_BATCH = 250
+JUDGED, FITTED = 32, 256
+"""Images of a planner's search: on which logits are judged, and to which choices are fitted."""
 TUNED = ", fine-tuned"
 
 
@@ -95,28 +112,44 @@ def measure_tuned(recovery: Recovery, settings: Settings, form: str) -> dict[str
     teacher = Teacher(settings.model, weight=0.5, temperature=4.0)
     if form == "dense":
         return {**recipe, "top1_tuned": recovery.fine_tune(copy.deepcopy(recovery.dense), None, form, teacher=teacher)}
-    plan = plan_of(recovery, form)
-    found = compress_with_kept(recovery.dense, plan, seed=settings.seed)
+    plan = plan_of(recovery, settings, form)
+    found = compressed(recovery, settings, plan)
     fit(recovery, settings, found)
     fitted = recovery.top1(found.model)
     tuned = recovery.fine_tune(found.model, plan, form, teacher=teacher)
     return {**recipe, "top1_fitted": fitted, "top1_tuned": tuned}
 
 
+def compressed(recovery: Recovery, settings: Settings, plan: CompressionPlan) -> Compressed:
+    """The classifier by a plan, from the bare weights; which filters go is chosen on images if the plan says so."""
+    chosen = None
+    if plan.choose == "harm":
+        chosen = choose_by_harm(recovery.dense, plan, probes_of(recovery, settings), seed=settings.seed)
+    return compress_with_kept(recovery.dense, plan, seed=settings.seed, chosen=chosen)
+
+
 def fit(recovery: Recovery, settings: Settings, found: Compressed) -> None:
     """Refit a compressed classifier to unlabelled images, in place."""
+    refit(found.model, recovery.dense, found.kept, probes_of(recovery, settings), seed=settings.seed)
+
+
+def probes_of(recovery: Recovery, settings: Settings) -> list[Probe]:
+    """The unlabelled images."""
     images = read_images(settings.data / "train", settings.images)
-    probes = list(make_probes(recovery.dense, images, recovery.settings, batch=PROBE_BATCH))
-    refit(found.model, recovery.dense, found.kept, probes, seed=settings.seed)
+    return list(make_probes(recovery.dense, images, recovery.settings, batch=PROBE_BATCH))
 
 
 def measure(recovery: Recovery, settings: Settings, form: str) -> dict[str, Any]:
     """One form: its error on the weights, top-1 from the bare weights and fitted to data, and what each takes."""
     dense = recovery.dense
     started = time.perf_counter()
-    found = compress_with_kept(dense, plan_of(recovery, form), seed=settings.seed)
-    decompose_s = time.perf_counter() - started
+    plan = plan_of(recovery, settings, form)
+    plan_s = time.perf_counter() - started
+    found = compressed(recovery, settings, plan)
+    decompose_s = time.perf_counter() - started - plan_s
     figures: dict[str, Any] = {**recovery.complexity(found.model), "decompose_s": round(decompose_s, 1)}
+    if form in PLANNED:
+        figures |= {"plan": plan.to_dict(), "plan_s": round(plan_s, 1)}
     errors = {}
     for name, layer in found.model.named_modules():
         if isinstance(layer, Decomposed):
@@ -141,7 +174,12 @@ def reader_of(name: str, dense: nn.Module) -> str:
     return convolutions[position - 1] if position else ""
 
 
-def plan_of(recovery: Recovery, form: str) -> CompressionPlan:
+def plan_of(recovery: Recovery, settings: Settings, form: str) -> CompressionPlan:
+    """The plan of a row of the table."""
+    return planned(recovery, settings, form) if form in PLANNED else uniform(recovery, form)
+
+
+def uniform(recovery: Recovery, form: str) -> CompressionPlan:
     """The form in every convolution at the MACs of rank 1; where it has none so small, the filters' CPD."""
     convolutions = {n: layer for n, layer in recovery.dense.named_modules() if isinstance(layer, nn.Conv2d)}
     sections: dict[str, Any] = {"ranks": {}, "tucker": {}, "layer_cp": {}, "coupled": {}}
@@ -167,6 +205,24 @@ def plan_of(recovery: Recovery, form: str) -> CompressionPlan:
         else:
             sections["ranks"][name] = 1
     return CompressionPlan(recovery.settings.architecture, **sections)
+
+
+def planned(recovery: Recovery, settings: Settings, form: str) -> CompressionPlan:
+    """The planner's choice at the MACs that the filters' CPD at rank 1 has as a whole."""
+    dense = recovery.dense
+    macs = recovery.complexity(apply_structure(copy.deepcopy(dense), uniform(recovery, "filter")))["macs"]
+    request = PlanRequest(
+        budget=f"macs={macs / recovery.before.macs}", data=settings.data / "train", images=JUDGED, fit_images=FITTED,
+        multiple=NO_WIDTHS if form == "planned" else 16, seed=settings.seed,
+    )  # fmt: skip
+    by_layer = form != "planned by logits"
+    path = Path("runs/shared_factors") / ("harm_by_layer.json" if by_layer else "harm.json")
+    images = harm_images(Checkpoint(dense, recovery.header), request)
+    sensitivity = Sensitivity(dense, images, by_layer=by_layer, path=path, resume=True, seed=settings.seed)
+    decisions = sensitivity.measure(list_decisions(dense, multiple=request.multiple))
+    cost = joint_cost(dense, Workload.of(dense, recovery.settings.image_size).calls(dense), "macs")
+    choice = Planner(decisions, cost, sensitivity.of_option).within(macs).choice
+    return to_plan(choice, decisions, recovery.settings.architecture)
 
 
 def report(results: ResultCells) -> str:

@@ -16,6 +16,7 @@ MODULES = {
     "faults": "tests.faults.kill_runs",
     "fuzz": "tests.fuzz.run",
     "packaged": "benchmarks.package_weights",
+    "pareto_keypoint": "benchmarks.pareto",
     "recovery_shared": "benchmarks.recovery",
     "table1_cifar_long": "benchmarks.table1_cifar",
     "table3_accuracy_long": "benchmarks.table3_accuracy",

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, read_header, save_checkpoint
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.cost.complexity import count_complexity
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import DENSE, CompressionPlan
 from norton_deploy.models.classifiers import ClassifierSettings
 from norton_deploy.training.trainer import Trainer
 from tests.class_images import BLUE_AND_RED, write_class_images
@@ -70,11 +72,37 @@ def test_shared_factors_get_the_macs_of_the_filters_cpd(stand_in, form: str) -> 
     model, data = stand_in
     recovery = Recovery(RecoverySettings(model=model, data=data, runs=data / "runs"))
     filter_macs, macs = (
-        count_complexity(apply_structure(VGG.build(), shared_factors.plan_of(recovery, kind)), (32, 32)).macs
+        count_complexity(apply_structure(VGG.build(), shared_factors.uniform(recovery, kind)), (32, 32)).macs
         for kind in ("filter", form)
     )
     # one grouped convolution counts Kh Kw where eq. 5 and 6 count Kh + Kw
     assert 0.9 * filter_macs < macs <= filter_macs
+
+
+@pytest.mark.parametrize(
+    ("form", "by_layer"), [("planned", True), ("planned, pruned", True), ("planned by logits", False)]
+)
+def test_planned_classifiers_have_the_macs_of_the_filters_cpd_as_a_whole(
+    stand_in, monkeypatch, form: str, by_layer: bool
+) -> None:
+    model, data = stand_in
+    recovery = Recovery(RecoverySettings(model=model, data=data, runs=data / "runs"))
+    measured = SimpleNamespace(
+        measure=lambda decisions: decisions,
+        of_option=lambda _, choice, keep: float(choice != DENSE) + 1 / keep,
+    )
+    made = Mock(return_value=measured)
+    monkeypatch.setattr(shared_factors, "Sensitivity", made)
+    monkeypatch.setattr(shared_factors, "harm_images", lambda *_: None)
+    plan = shared_factors.plan_of(recovery, shared_factors.Settings(model=model, data=data), form)
+    filter_macs, macs = (
+        count_complexity(apply_structure(VGG.build(), each), (32, 32)).macs
+        for each in (shared_factors.uniform(recovery, "filter"), plan)
+    )
+    assert 0.9 * filter_macs < macs <= filter_macs
+    assert bool(plan.keep) == (form != "planned")
+    assert plan.keep or plan.tucker | plan.layer_cp
+    assert made.call_args.kwargs["by_layer"] is by_layer
 
 
 def test_both_orders_and_all_choices_give_the_plan_s_structure() -> None:
