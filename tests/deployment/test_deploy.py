@@ -180,16 +180,15 @@ def test_a_second_deployment_into_one_folder_is_kept_out(tmp_path: Path, capsys:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["deploy.lock"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, lambda *_, **__: signal.raise_signal(signal.SIGTERM)])
 def test_a_stop_says_how_to_go_on(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handler = signal.getsignal(number)
-    stopped = mock.Mock(side_effect=lambda *_, **__: signal.raise_signal(number))
-    monkeypatch.setattr("norton_deploy.commands.deploy.deploy", stopped)
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("norton_deploy.commands.deploy.deploy", mock.Mock(side_effect=stop))
     assert run("deploy", ["--task", "mask", "--out", str(tmp_path)]) == 130
     assert f"{tmp_path}: stopped; the same line goes on where it was\ninterrupted" in capsys.readouterr().err
-    assert signal.getsignal(number) is handler
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ ATTACK = "<img src=x onerror=document.title='broken'>" + "very-long-name" * 8
 PLAN = {
     "budget": "speedup=4", "prediction_error": 0.02, "predicted_ms": 20.0, "predicted_speedup": 4.0,
     "measured_ms": 20.4, "measured_speedup": 3.9, "measured_speedup_p10_p90": [3.8, 4.1], "rounds": 8,
+    "sensitivity": {"by_layer": False},
     "frontier": [{"ratio": 1.0 + step, "predicted_harm": 0.1 * (1 + step)} for step in range(8)],
     "marks": [{"label": "this plan", "ratio": 4.0, "predicted_harm": 0.4, "measured_harm": 0.3}],
 }  # fmt: skip
