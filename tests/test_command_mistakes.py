@@ -24,7 +24,7 @@ PLANS = Path(__file__).parent.parent / "configs" / "plans"
         ("gradcam --model m --images i --out o.png --compressed", "--compressed: expected one or several"),
         (
             "serve --model a.onnx --baseline b.pt2 --categories names.txt",
-            "b.pt2, a.onnx: has its own categories; leave",
+            "b.pt2, a.onnx: have their own categories; leave",
         ),
         ("demo_video --model a.onnx --out o.mp4 --categories names.txt", "a.onnx: has its own categories; leave"),
         ("compress --plan p.yaml --out small.pth", "--out small.pth: expected a name that ends in .safetensors"),

@@ -79,5 +79,6 @@ def lists_of_files(models: Iterable[Path], categories: Path | None) -> dict[Path
         return {}
     files = list(models)
     if not (found := {file: categories for file in files if names_no_categories(file)}):
-        raise UserError(f"{', '.join(map(str, files))}: has its own categories; leave --categories out")
+        own = "has its own" if len(files) == 1 else "have their own"
+        raise UserError(f"{', '.join(map(str, files))}: {own} categories; leave --categories out")
     return found

@@ -227,10 +227,12 @@ class Sensitivity:
         order = greedy_channels(moments, metric, decision.widths[1])
         for width in decision.widths[1:]:
             kept = order[:width].sort().values
-            cell = self._file.cells[f"{decision.group} keep {width}"] = {"nmse": channel_loss(moments, metric, kept)}
-            if not self.by_layer:
-                with _changed(self.dense, absorbed(self.dense, group, moments.double(), kept), {}):
-                    cell["harm"] = self._harm(self.dense, frontier)
+            cell = self._file.cells[f"{decision.group} keep {width}"] = {}
+            if self.by_layer:
+                cell["nmse"] = channel_loss(moments, metric, kept)
+                continue
+            with _changed(self.dense, absorbed(self.dense, group, moments.double(), kept), {}):
+                cell["harm"] = self._harm(self.dense, frontier)
 
     @property
     def _most_forms(self) -> int:
