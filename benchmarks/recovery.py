@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, settings_of, tabulate
-from benchmarks.lib.narrow_plan import compress_narrow
+from benchmarks.lib.narrow_plan import compress_recovered, narrow_plan
+from benchmarks.lib.rank_one import rank_one_plan
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
+from norton_deploy.models.detectors import DetectorSettings
 
 PLANS = Path("configs/plans")
 GENTLE = "body at rank 1"
@@ -45,6 +47,9 @@ class Settings:
     """Which recoveries; "chosen by harm, refit" also chooses the filters on the refit's images."""
     gentle: bool = True
     """Also try the body's 3x3 convolutions at rank 1 without any pruning, where some AP survives compression."""
+    forms: tuple[str, ...] = ()
+    """Also try all 3x3 convolutions, those of pyramid and heads included, in such a form at the MACs of rank 1, without
+    any pruning: filter (the paper's), tucker, layer_cp, coupled N."""
     refit_images: int = 64
     """Unlabelled images for the refit."""
     reestimate_images: int = 256
@@ -66,6 +71,11 @@ def main(settings: Settings) -> int:
     if settings.gentle:
         body = CompressionPlan.load(PLANS / "table3.yaml")
         plans = {GENTLE: replace(body, keep={}, note="rank 1, no pruning"), **plans}
+    full = DetectorSettings(num_classes=dense.header.detector.num_classes).build(dense.header.task)
+    plans = {name: narrow_plan(plan, dense.model, full) for name, plan in plans.items()}
+    for form in settings.forms:
+        size = dense.header.settings.input_size
+        plans[f"3x3, {form}, MACs of rank 1"] = rank_one_plan(dense.model, WHOLE_DETECTOR, size, form)
     cells: dict[str, Callable[[], dict[str, Any]]] = {
         CONTROL: partial(evaluate, settings, settings.model, dense.header.task),
         # what re-estimation does where nothing was compressed
@@ -76,14 +86,17 @@ def main(settings: Settings) -> int:
     for name, plan in plans.items():
         for variant in settings.variants:
             cells[f"{name}: {variant}"] = partial(measure, settings, dense, plan, variant)
-    key = {**settings_of(settings, "plans", "gentle", "variants", "workers"), "model_sha256": sha256_of(settings.model)}
+    key = {
+        **settings_of(settings, "plans", "gentle", "forms", "variants", "workers"),
+        "model_sha256": sha256_of(settings.model),
+    }
     return ResultCells(settings.out, key, report).measure_all(cells)
 
 
 def measure(settings: Settings, dense: Checkpoint, plan: CompressionPlan, variant: str) -> dict[str, Any]:
     """Compress with the variant's recovery, then evaluate."""
     started = time.perf_counter()
-    small = compress_narrow(
+    small = compress_recovered(
         dense,
         settings.model,
         plan,

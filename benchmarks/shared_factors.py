@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.lib.cells import RESULTS, ResultCells, page, run, settings_of, tabulate
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, Teacher, network_nmse, percent
-from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within
+from benchmarks.lib.rank_one import rank_one_plan
 from norton_deploy.checkpoints.checkpoint import Checkpoint
 from norton_deploy.compression.calibration import Probe, make_probes
 from norton_deploy.compression.channel_harm import choose_by_harm
@@ -28,7 +28,7 @@ from norton_deploy.compression.factored_conv import Decomposed
 from norton_deploy.compression.refit import refit
 from norton_deploy.data.image_folder import read_images
 from norton_deploy.files import sha256_of
-from norton_deploy.method.plan import CompressionPlan, Coupling
+from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 from norton_deploy.search.decisions import list_decisions, to_plan
 from norton_deploy.search.joint_cost import joint_cost
@@ -48,6 +48,7 @@ PLANNED = {
 }
 FORMS |= PLANNED
 NO_WIDTHS = 1 << 20
+"""A multiple of widths that no layer has: nothing can be pruned."""
 PROBE_BATCH = 250
 JUDGED, FITTED = 32, 256
 """Images of a planner's search: on which logits are judged, and to which choices are fitted."""
@@ -180,31 +181,8 @@ def plan_of(recovery: Recovery, settings: Settings, form: str) -> CompressionPla
 
 
 def uniform(recovery: Recovery, form: str) -> CompressionPlan:
-    """The form in every convolution at the MACs of rank 1; where it has none so small, the filters' CPD."""
-    convolutions = {n: layer for n, layer in recovery.dense.named_modules() if isinstance(layer, nn.Conv2d)}
-    sections: dict[str, Any] = {"ranks": {}, "tucker": {}, "layer_cp": {}, "coupled": {}}
-    sizes = map_sizes(recovery.dense, convolutions, recovery.settings.image_size)
-    for name, (input_size, output_size) in sizes.items():
-        weight = convolutions[name].weight
-        count, channels, kernel_h, kernel_w = weight.shape
-        kernel = kernel_h, kernel_w
-        budget = chain_macs(chain("filter", count, channels, (1,)), kernel, input_size, output_size)
-        if form == "tucker":
-            output_rank, input_rank = ranks_within("tucker2", weight, budget, input_size, output_size)
-            sections["tucker"][name] = input_rank, output_rank
-        elif form == "layer_cp":
-            (sections["layer_cp"][name],) = ranks_within("reshaped", weight, budget, input_size, output_size)
-        elif form.startswith("coupled"):
-            clusters = int(form.split()[1])
-            pixels_in, pixels_out = input_size[0] * input_size[1], output_size[0] * output_size[1]
-            rank = budget // (clusters * channels * pixels_in + count * kernel_h * kernel_w * pixels_out)
-            if rank:
-                sections["coupled"][name] = Coupling(min(rank, channels), clusters)
-            else:
-                sections["ranks"][name] = 1
-        else:
-            sections["ranks"][name] = 1
-    return CompressionPlan(recovery.settings.architecture, **sections)
+    """The form in every convolution, all of which are 3x3, at the MACs of rank 1."""
+    return rank_one_plan(recovery.dense, recovery.settings.architecture, recovery.settings.image_size, form)
 
 
 def planned(recovery: Recovery, settings: Settings, form: str) -> CompressionPlan:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -54,6 +55,14 @@ def _widths(layer: nn.Module) -> tuple[int, int]:
 
 
 def compress_narrow(
+    dense: Checkpoint, source: Path, plan: CompressionPlan, images: Path, **recovery: Any
+) -> Checkpoint:
+    """A trained detector compressed by a plan for torchvision's widths; for the other arguments see the next."""
+    full = DetectorSettings(num_classes=dense.header.detector.num_classes).build(dense.header.task)
+    return compress_recovered(dense, source, narrow_plan(plan, dense.model, full), images, **recovery)
+
+
+def compress_recovered(
     dense: Checkpoint,
     source: Path,
     plan: CompressionPlan,
@@ -63,21 +72,20 @@ def compress_narrow(
     reestimate: int = 256,
     choose: Choice | None = None,
 ) -> Checkpoint:
-    """A trained detector compressed by a plan in its widths, and recovered on so many unlabelled images.
+    """A trained detector compressed by a plan in its own widths, and recovered on so many unlabelled images.
 
     Args:
         dense: the detector.
         source: its file, for the lineage.
-        plan: for torchvision's widths.
+        plan: for this detector.
         images: folder of training images.
         refit: images of the layer-wise least squares; 0 leaves it out.
         reestimate: images of new BatchNorm statistics; 0 leaves them.
         choose: the filters that survive, in place of what the plan says.
     """
-    full = DetectorSettings(num_classes=dense.header.detector.num_classes).build(dense.header.task)
     return compress_checkpoint(
         dense,
-        narrow_plan(plan, dense.model, full),
+        plan,
         command=provenance()["command"],
         source=source,
         choose=choose,

@@ -1,7 +1,9 @@
 from benchmarks.lib.narrow_plan import narrow_plan
+from benchmarks.lib.rank_one import rank_one_plan
 from norton_deploy.compression.channel_groups import channel_groups, output_width
-from norton_deploy.compression.compress import compress
+from norton_deploy.compression.compress import apply_structure, compress
 from norton_deploy.compression.fit_plan import fit_plan
+from norton_deploy.cost.complexity import count_complexity
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import BackboneSettings, RoiSettings
 from norton_deploy.models.detectors import DetectorSettings
@@ -44,3 +46,13 @@ def test_shares_stay_and_absent_layers_go() -> None:
 def test_equal_widths_leave_the_plan_as_it_is() -> None:
     wide = WIDE.build("mask")
     assert narrow_plan(PLAN, wide, wide) == fit_plan(wide, PLAN)
+
+
+def test_all_3x3_convolutions_of_a_detector_get_a_form_at_the_macs_of_rank_1() -> None:
+    narrow, size = NARROW.build("box"), (64, 96)
+    paper, shared = (rank_one_plan(narrow, "rcnn", size, form) for form in ("filter", "layer_cp"))
+    assert len(paper.ranks) == 16 + 4 + 1  # a ResNet-18's, the pyramid's, the RPN's: not the 7x7 stem
+    assert {"rpn.head.conv.0.0", "backbone.fpn.layer_blocks.3.0"} <= set(paper.ranks) == set(shared.layer_cp)
+    small = (apply_structure(NARROW.build("box"), plan) for plan in (paper, shared))
+    macs, shared_macs = (count_complexity(model, size).macs for model in small)
+    assert 0.9 * macs < shared_macs <= macs < 0.5 * count_complexity(narrow, size).macs
