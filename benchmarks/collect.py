@@ -31,6 +31,7 @@ SECTIONS = {
     "gpu": "On a GPU",
     "table3_accuracy": "Table III: accuracy on the embedded data",
     "table3_accuracy_long": "Table III: accuracy after longer fine-tuning",
+    "table3_mixed": "Table III: accuracy of a plan that mixes forms",
     "packaged": "Detectors in the package",
     "memorise_real": "Real photographs learnt by heart",
     "whole_detector": "Plans over the whole detector",

@@ -20,6 +20,7 @@ MODULES = {
     "recovery_shared": "benchmarks.recovery",
     "table1_cifar_long": "benchmarks.table1_cifar",
     "table3_accuracy_long": "benchmarks.table3_accuracy",
+    "table3_mixed": "benchmarks.table3_accuracy",
     "whole_detector_mixed": "benchmarks.whole_detector",
 }
 """Result file -> the benchmark that made it, where `benchmarks/` has none of its name."""
