@@ -48,6 +48,7 @@ SECTIONS = {
     "quantisers": "Libraries that quantise",
     "channel_multiple": "Channels in multiples",
     "recovery": "Quick recovery without labels",
+    "recovery_rank1": "All 3x3 convolutions at the MACs of rank 1, without labels",
     "recovery_shared": "Shared factors without labels",
     "shared_factors": "The family of factors on one classifier",
     "refit_size": "Smaller images in the refit",

@@ -17,6 +17,7 @@ MODULES = {
     "fuzz": "tests.fuzz.run",
     "packaged": "benchmarks.package_weights",
     "pareto_keypoint": "benchmarks.pareto",
+    "recovery_rank1": "benchmarks.recovery",
     "recovery_shared": "benchmarks.recovery",
     "table1_cifar_long": "benchmarks.table1_cifar",
     "table3_accuracy_long": "benchmarks.table3_accuracy",
