@@ -48,6 +48,10 @@ def test_every_section_has_its_result_file() -> None:
     assert {*NAMES, *NO_CELLS} >= {*collect.SECTIONS}
 
 
+def test_every_note_has_its_section() -> None:
+    assert {*collect.NOTES} <= {*collect.SECTIONS}
+
+
 def test_result_files_hold_no_absolute_paths() -> None:
     for path in RESULTS.glob("*.json"):
         text = path.read_text()
