@@ -53,7 +53,7 @@ FINETUNE_SEED = 1000
 """Added to the seed after the first phase, so that the second sees the images in another order."""
 SHARED = ("train_images", "val_images", "pretrain_steps", "recovery")
 """Settings that all cells of a results file have in common."""
-SCALE = ("full_width", "batch_size")
+SCALE = ("full_width", "batch_size", "sampled_rois")
 """The same; a file that does not name them has the defaults."""
 NARROW_SIDE = 192
 """Short side of the demo's detectors, px."""
@@ -92,6 +92,9 @@ class Settings:
     of the scenes; without it narrow ones at 192 px, for two cores."""
     batch_size: int = 4
     """Images in a step of a detector."""
+    sampled_rois: int | None = None
+    """Proposals per image that the heads learn from, instead of the detector's own 128, at --full-width 512: most of a
+    step's time on a CPU. The widths, and what is evaluated, stay the same."""
     workers: int = 1
     """Processes that read images."""
     device: Literal["auto", "cpu"] = "auto"
@@ -172,13 +175,15 @@ class Experiment:
         return {"device": s.device, "precision": s.precision, "workers": s.workers, **forms}
 
     def detector_fields(self) -> dict[str, Any]:
-        """Of a recipe: what --full-width makes of the demo's detectors."""
+        """Of a recipe: what --full-width and --sampled-rois make of the demo's detectors."""
+        sampled = self.settings.sampled_rois
+        own_roi = {} if sampled is None else {"batch_per_image": sampled}
         if self.settings.full_width is None:
-            return {}
+            return {"detector": {"roi": own_roi}} if own_roi else {}
         own, scale = DetectorSettings(), self.side / ImageSettings().min_size
         sizes = {"min_size": self.side, "max_size": round(self.side * 4 / 3)}
         anchors = [round(size * scale) for size in own.rpn.anchor_sizes]
-        roi = {**asdict(own.roi), "canonical_scale": round(own.roi.canonical_scale * scale)}
+        roi = {**asdict(own.roi), "canonical_scale": round(own.roi.canonical_scale * scale)} | own_roi
         detector = {"image": sizes, "rpn": {**asdict(own.rpn), "anchor_sizes": anchors}, "roi": roi}
         return {"detector": {**detector, "backbone": {"fpn_channels": own.backbone.fpn_channels}}}
 

@@ -54,7 +54,9 @@ def accuracy_report(results: ResultCells) -> Report:
 def _scale(settings: Mapping[str, Any]) -> str:
     side = settings.get("full_width")
     width = f"torchvision's widths, {side} px; " if side else ""
-    return f"{width}training and fine-tuning in steps of {settings.get('batch_size', 4)} images; "
+    sampled = settings.get("sampled_rois")
+    rois = f", {sampled} sampled proposals an image" if sampled else ""
+    return f"{width}training and fine-tuning in steps of {settings.get('batch_size', 4)} images{rois}; "
 
 
 def _precisions(cells: Sequence[Cell]) -> str:
