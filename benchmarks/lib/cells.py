@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from norton_deploy.commands import INTERRUPTED
 from norton_deploy.config import parse_settings
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
@@ -83,13 +84,17 @@ def settings_of(settings: "DataclassInstance", *without: str) -> dict[str, Any]:
 
 
 def run(settings_class: type[S], benchmark: Callable[[S], int | None]) -> NoReturn:
-    """Run a script: settings from the command line, the benchmark, its exit status; a user's mistake is one line."""
+    """Run a script: settings from the command line, the benchmark, its exit status; a user's mistake and Ctrl-C
+    are one line."""
     description = sys.modules[benchmark.__module__].__doc__ or ""
     try:
         settings = parse_settings(settings_class, prog=Path(sys.argv[0]).stem, description=description)
         sys.exit(benchmark(settings) or 0)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is done", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def tabulate(caption: str, rows: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import Output, write_json
+from norton_deploy.commands import INTERRUPTED, Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.category_list import lists_of_files
 from norton_deploy.errors import UserError, require_least
@@ -20,7 +20,6 @@ from norton_deploy.video.sources import open_source
 
 SYNTHETIC_FRAMES = 250
 SMALLEST_SIDE = 32
-INTERRUPTED = 130
 FIRST = ("model", "source", "baseline", "show", "score-threshold", "device", "overwrite")
 
 

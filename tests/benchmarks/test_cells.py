@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lib.cells import ResultCells, page, run, settings_of, tabulate
+from norton_deploy.commands import INTERRUPTED
 from norton_deploy.errors import UserError
 from norton_deploy.reporting.report import Paragraph, Report
 
@@ -84,3 +85,10 @@ def test_a_script_ends_with_its_status_or_one_line(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         run(Settings, mistaken)
     assert end.value.code == "error: folder: not there"
+
+    def stopped(settings: Settings) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run(Settings, stopped)
+    assert end.value.code == INTERRUPTED and capsys.readouterr().err.startswith("interrupted; ")
