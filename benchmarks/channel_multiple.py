@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
-from benchmarks.lib.random_detectors import PLANS, WorkSettings, timing_table
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.random_detectors import WorkSettings, timing_table
 from norton_deploy.compression.channel_groups import channel_groups, output_width
 from norton_deploy.compression.fit_plan import fit_plan
 from norton_deploy.compression.lowering import lower_model

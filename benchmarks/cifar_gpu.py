@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run
 from benchmarks.lib.cifar_experiment import (
     SMOOTHING,
     Experiment,
@@ -32,6 +32,7 @@ from benchmarks.lib.cifar_experiment import (
     load_state,
     save_state,
 )
+from benchmarks.lib.paper_tables import DENSE_TOP1, TABLE_I, TABLE_IV
 from benchmarks.lib.resident_training import use_gpu_forms
 from benchmarks.lib.rival_choices import choose_living_by_angles
 from norton_deploy.compression.compress import compress
@@ -41,27 +42,13 @@ from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 
-PLANS = Path("configs/plans")
 DECOMPOSED = "vgg16_88"  # rank 1, not pruned: the first stage of those that are
-# Table I: plan -> top-1 (%); Table IV: rank -> NMSE, top-1 (%) without and with fine-tuning. Dense: 93.96 %.
-PAPER_LEVELS = {"vgg16_77": 94.11, "vgg16_88": 93.84, "vgg16_96": 92.54, "vgg16_99": 90.32}
-PAPER_RANKS = {
-    1: (0.6265, 10.00, 93.84),
-    2: (0.4114, 10.00, 94.11),
-    3: (0.2760, 68.37, 94.18),
-    4: (0.1837, 88.30, 94.07),
-    5: (0.1173, 92.44, 94.22),
-    6: (0.0698, 93.45, 94.15),
-    7: (0.0372, 93.90, 94.11),
-    8: (0.0137, 94.03, 94.03),
-}
-PAPER_DENSE = 93.96
 CHANCE = 1.2  # times the share of one class: a network that is not above it after training has learnt nothing
 MINIMUM_S = 2.0  # a cell that would get less is left to the next run
 NOTES = f"""\
 Top-1 on the 10,000 test images after the last epoch, in float32; "best epoch" is the best of all epochs on the same \
 test images (in mixed precision), which is how the paper's code chooses and flatters. A drop is in points below the \
-dense model of the same column; a negative one is a gain. Paper: its Tables I and IV, dense {PAPER_DENSE} %, \
+dense model of the same column; a negative one is a gain. Paper: its Tables I and IV, dense {DENSE_TOP1} %, \
 400 epochs a stage. Epochs are those of the stages one after another. CIFAR-10 here is not the original but coded as \
 JPEG of quality 75 with colours at half the resolution, in training and test images alike. That costs accuracy, how \
 much was not measured: compare drops, not accuracies. Compressed layers ran as the one \
@@ -156,7 +143,7 @@ def planned_cells(experiment: Experiment) -> dict[str, PlannedCell]:
         name = f"vgg16_99, {how}"
         cells[name] = PlannedCell(1.5, partial(level, "vgg16_99", recipe, short=True), first)
         first = first or name
-    for rank in (1,) if smoke else PAPER_RANKS:
+    for rank in (1,) if smoke else TABLE_IV:
         cells[f"rank {rank}"] = PlannedCell(2, partial(rank_row, rank), None if rank == 1 else "rank 1")
     for name in ("vgg16_99",) if smoke else ("vgg16_99", "vgg16_96", "vgg16_88", "vgg16_77"):
         again = partial(level, name, RECIPE, seed=experiment.settings.seed + 1)
@@ -185,7 +172,7 @@ def main(settings: Settings) -> None:
         if name in results.cells and not load_state(experiment, name, plan):
             results.cells.clear() if name == "dense" else results.cells.pop(name)
     if "dense" in results.cells:
-        experiment.decompose(PAPER_RANKS)
+        experiment.decompose(TABLE_IV)
     cells = planned_cells(experiment)
     for name, cell in cells.items():
         if name in results.cells:
@@ -208,7 +195,7 @@ def main(settings: Settings) -> None:
         if name == "dense":
             if "error" in measured:
                 raise UserError(f"the dense model: {measured['error']}")
-            experiment.decompose((1,) if settings.smoke else PAPER_RANKS)
+            experiment.decompose((1,) if settings.smoke else TABLE_IV)
     experiment.close()
 
 
@@ -246,7 +233,7 @@ def tables(cells: dict[str, Cell]) -> list[Table]:
         stages = [dense["epochs"]] if name == "dense" else [cell["epochs"]]
         if cell.get("plan", {}).get("keep"):
             stages.insert(0, cells[DECOMPOSED]["epochs"])
-        paper = f"{PAPER_DENSE - PAPER_LEVELS[plan]:.2f}" if plan in PAPER_LEVELS else "-"
+        paper = f"{DENSE_TOP1 - TABLE_I[plan].top1:.2f}" if plan in TABLE_I else "-"
         best = f"{100 * cell['top1_best_epoch']:.2f} ({points(dense['top1_best_epoch'] - cell['top1_best_epoch'])})"
         started = f"{100 * cell['top1_compressed']:.2f}" if "top1_compressed" in cell else "-"
         accuracy = f"{100 * cell['top1']:.2f}", points(dense["top1"] - cell["top1"])
@@ -264,7 +251,7 @@ def tables(cells: dict[str, Cell]) -> list[Table]:
     ranks = []
     for name, cell in done.items():
         if name.startswith("rank"):
-            nmse, without, tuned = PAPER_RANKS[int(name.split()[1])]
+            *_, nmse, without, tuned = TABLE_IV[int(name.split()[1])]
             row = (f"{cell['nmse_mean']:.4f} / {cell['nmse_total']:.4f} ({nmse:.4f})", str(cell["epochs"]))
             accuracy = f"{100 * cell['top1_compressed']:.2f} ({without:.2f})", f"{100 * cell['top1']:.2f} ({tuned:.2f})"
             ranks.append((name, *size(cell), *row, *accuracy))

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, ResultCells, run, settings_of, tabulate
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Precision
 from norton_deploy.export.tensorrt_build import build_or_explain
@@ -31,7 +31,7 @@ class Settings:
 
     tasks: tuple[Task, ...] = TASKS
     """Which detectors."""
-    plans: tuple[Path, ...] = (Path("configs/plans/table3.yaml"), Path("configs/plans/fast.yaml"))
+    plans: tuple[Path, ...] = (PLANS / "table3.yaml", PLANS / "fast.yaml")
     """Compressed detectors, beside the dense one."""
     precisions: tuple[Precision, ...] = ("fp32", "fp16")
     """Precisions; int8 too."""

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, settings_of, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, run, settings_of, tabulate
 from norton_deploy.checkpoints.open_model import published_categories
 from norton_deploy.compression.calibration import random_detector
 from norton_deploy.errors import UserError
@@ -27,7 +27,7 @@ from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.parity.export_checked import ExportOptions, export_checked
 from norton_deploy.structures import TASKS, Task
 
-PLANS = ("dense", "table3", "balanced", "fast")
+MODELS = ("dense", "table3", "balanced", "fast")
 TARGETS: tuple[Target, ...] = get_args(Target)
 PRECISIONS = ("fp32", "fp16")
 
@@ -71,7 +71,7 @@ def main(settings: Settings) -> int:
 
 def sources(seeds: int) -> Iterator[Source]:
     """All cells, every kind before the next seed."""
-    kinds = product(range(seeds), PLANS[::-1], TASKS[::-1], PRECISIONS, TARGETS)
+    kinds = product(range(seeds), MODELS[::-1], TASKS[::-1], PRECISIONS, TARGETS)
     for seed, plan, task, precision, target in kinds:
         yield Source(seed, task, plan, target, precision)
 
@@ -99,7 +99,7 @@ def export(source: Source, settings: Settings) -> dict[str, Any]:
 @lru_cache(1)
 def detector(task: Task, image_size: tuple[int, int], plan: str, seed: int) -> GeneralizedRCNN:
     """That of the cells of all targets and precisions, which follow one another."""
-    fitted = None if plan == "dense" else CompressionPlan.load(Path(f"configs/plans/{plan}.yaml"))
+    fitted = None if plan == "dense" else CompressionPlan.load(PLANS / f"{plan}.yaml")
     return random_detector(task, image_size, fitted, seed)
 
 
@@ -107,7 +107,7 @@ def report(results: ResultCells) -> str:
     """One row per kind of export."""
     rows = [
         (kind, [cell for name, cell in results.cells.items() if name.startswith(f"{kind}, seed")])
-        for kind in (f"{t}, {p}, {g}, {c}" for t, p, g, c in product(TASKS, PLANS, TARGETS, PRECISIONS))
+        for kind in (f"{t}, {p}, {g}, {c}" for t, p, g, c in product(TASKS, MODELS, TARGETS, PRECISIONS))
     ]
 
     seen = [row for row in rows if row[1]]

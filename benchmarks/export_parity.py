@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, run, tabulate
 from norton_deploy.checkpoints.checkpoint import read_header
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
@@ -46,7 +46,7 @@ class Settings:
 
     out: Path = RESULTS / "export_parity.json"
     """Results file; a Markdown table is written beside it."""
-    plan: Path = Path("configs/plans/table3.yaml")
+    plan: Path = PLANS / "table3.yaml"
     """Plan of the compressed detectors with random weights."""
     models: tuple[Path, ...] = ()
     """Trained detectors to export instead of random ones, by their own settings: files, or folders in which every

@@ -45,7 +45,7 @@ from norton_deploy.reporting.latency import measure_alternating
 from norton_deploy.search.latency_budget import export_tuned
 from norton_deploy.structures import TASKS, Task
 
-PLANS = ("dense", "fast")
+MODELS = ("dense", "fast")
 BASELINE = f"dense, {FP32}"
 WORST = 8
 DATA_SEED, GATE_SEED = 20_000, 30_000
@@ -85,7 +85,7 @@ def main(settings: Settings) -> int:
     models = RandomDetectors()
     if settings.prepare:
         for task in settings.tasks:
-            for plan in PLANS:
+            for plan in MODELS:
                 prepare(task, plan, settings, models)
         return 0
     cells: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -124,7 +124,7 @@ def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> di
     images, images_are = settings.prepare_images(settings.work)
     predictors: dict[str, Predictor] = {}
     sizes: dict[str, int] = {}
-    for plan in PLANS:
+    for plan in MODELS:
         files = prepare(task, plan, settings, models)
         sizes |= {f"{plan}, {precision}": file.stat().st_size for precision, file in files.items()}
         for name, form in FORMS.items():
@@ -144,14 +144,14 @@ def measure_times(task: Task, settings: Settings, models: RandomDetectors) -> di
 def measure_nodes(task: Task, settings: Settings, models: RandomDetectors) -> dict[str, Any]:
     """Where OpenVINO's time of the compressed detector goes in 8 bits."""
     images, _ = settings.prepare_images(settings.work)
-    file = prepare(task, PLANS[-1], settings, models)["int8"]
+    file = prepare(task, MODELS[-1], settings, models)["int8"]
     return costliest_nodes(file, [read_image(path) for path in images], settings.rounds)
 
 
 def measure_stages(task: Task, settings: Settings, models: RandomDetectors) -> dict[str, Any]:
     """Where the time of the compressed detector goes in each form, by the engines' own profilers."""
     images, _ = settings.prepare_images(settings.work)
-    files = prepare(task, PLANS[-1], settings, models)
+    files = prepare(task, MODELS[-1], settings, models)
     forms = {
         name: split_stages(opened(files[form[0]], form), images, calls=settings.rounds) for name, form in FORMS.items()
     }
@@ -228,7 +228,7 @@ def stages_table(name: str, cell: Cell) -> Any:
     columns: dict[str, Callable[[str], str]] = {"form": str}
     for stage in next(iter(cell["stages_ms"].values())):
         columns[f"{stage}, ms"] = lambda form, stage=stage: f"{cell['stages_ms'][form][stage]:.0f}"  # type: ignore[misc]  # the default binds it
-    return tabulate(f"{name}: `{PLANS[-1]}`, mean of profiled calls", cell["stages_ms"], columns)
+    return tabulate(f"{name}: `{MODELS[-1]}`, mean of profiled calls", cell["stages_ms"], columns)
 
 
 def file_of(form: str) -> tuple[str, str]:

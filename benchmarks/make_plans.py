@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, settings_of, tabulate
-from benchmarks.lib.random_detectors import PLANS, WorkSettings, timing_table
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, run, settings_of, tabulate
+from benchmarks.lib.random_detectors import WorkSettings, timing_table
 from norton_deploy.checkpoints.checkpoint import load_checkpoint
 from norton_deploy.errors import UserError
 from norton_deploy.files import sha256_of

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools.coco import COCO
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
 from benchmarks.lib.narrow_plan import compress_narrow
 from benchmarks.lib.training_runs import LAST, read_recipe, train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
@@ -59,7 +59,7 @@ class Settings:
     """Folder in COCO-2017's layout; train2017 and its instances are used."""
     init: Path
     """Dense mask detector to start from; its backbone is taken (.safetensors)."""
-    plans: tuple[Path, ...] = (Path("configs/plans/table3.yaml"), Path("configs/plans/fast.yaml"))
+    plans: tuple[Path, ...] = (PLANS / "table3.yaml", PLANS / "fast.yaml")
     """Plans, brought to the detector's widths."""
     dense_steps: int = 1600
     """Steps of 4 images of the dense detector."""

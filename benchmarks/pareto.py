@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
 from benchmarks.lib.detector_tuning import Precision, average_precision, finetuned, task_of
 from benchmarks.lib.narrow_plan import narrow_plan
-from benchmarks.lib.random_detectors import PLANS
 from benchmarks.lib.training_runs import LAST
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from norton_deploy.checkpoints.compress_checkpoint import compress_checkpoint

@@ -24,7 +24,7 @@ import onnx
 from onnx import helper
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
 from norton_deploy.checkpoints.open_model import open_model
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.synthetic import draw_scene, write_dataset
@@ -138,7 +138,7 @@ def in_engine(
 def detector(task: Task) -> tuple[GeneralizedRCNN, Categories]:
     """The packaged detector of a task; for boxes one with random weights, compressed by the same plan."""
     if task == "box":
-        model, _, categories = open_detector(None, task, plan=Path("configs/plans/fast.yaml"), image_size=RANDOM_SIZE)
+        model, _, categories = open_detector(None, task, plan=PLANS / "fast.yaml", image_size=RANDOM_SIZE)
         return model, categories
     checkpoint = open_model(str(packaged_detector(task)))
     model = checkpoint.model.eval()  # type: ignore[assignment]  # what these files hold

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run, tabulate
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, Teacher, digest_of, fine_tuning, percent
 from benchmarks.lib.rival_choices import choose_living_by_angles
 from benchmarks.lib.training_runs import LAST
@@ -46,7 +46,7 @@ class Settings(RecoverySettings):
 
     runs: Path = Path("runs/recipes")
     """Folder for the fine-tuning runs; an interrupted one is continued."""
-    plan: Path = Path("configs/plans/vgg16_96.yaml")
+    plan: Path = PLANS / "vgg16_96.yaml"
     """Plan to recover from."""
     recipes: tuple[str, ...] = tuple(RECIPES)
     """Which recipes."""

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, run, settings_of, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, run, settings_of, tabulate
 from benchmarks.lib.narrow_plan import compress_recovered, narrow_plan
 from benchmarks.lib.rank_one import rank_one_plan
 from norton_deploy.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -27,7 +27,6 @@ from norton_deploy.files import sha256_of
 from norton_deploy.method.plan import WHOLE_DETECTOR, CompressionPlan
 from norton_deploy.models.detectors import DetectorSettings
 
-PLANS = Path("configs/plans")
 GENTLE = "body at rank 1"
 CONTROL = "dense"
 VARIANTS = ("as it is", "re-estimation", "refit", "refit, re-estimation", "chosen by harm, refit")

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run, settings_of, tabulate
 from benchmarks.lib.narrow_plan import narrow_plan
-from benchmarks.lib.random_detectors import PLANS
 from benchmarks.random_detector import Settings as RandomDetector
 from benchmarks.random_detector import main as make_random_detector
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, Cell, ResultCells, page, run, tabulate
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, fine_tuning, network_nmse, percent
 from benchmarks.lib.rival_choices import choose_at_random, choose_by_geometric_median, choose_by_l1_norm
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes, ranks_within, replace_by_rivals
@@ -68,7 +68,7 @@ class Settings(RecoverySettings):
     """Ranks of the filters' CPD that set the MACs of comparison 1."""
     other_lr: float = 0.002
     """Comparison 1 is fine-tuned with this learning rate too: what one decomposition needs another may not bear."""
-    plan: Path = Path("configs/plans/vgg16_96.yaml")
+    plan: Path = PLANS / "vgg16_96.yaml"
     """Plan of comparison 2."""
     choices: tuple[Choice, ...] = get_args(Choice)
     """Choices of the filters."""

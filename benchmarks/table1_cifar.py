@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.lib.cells import RESULTS, ResultCells, page, run, tabulate
+from benchmarks.lib.cells import PLANS, RESULTS, ResultCells, page, run, tabulate
 from benchmarks.lib.classifier_recovery import CONTROL, Recovery, RecoverySettings, Teacher, fine_tuning, percent
+from benchmarks.lib.paper_tables import DENSE_TOP1, TABLE_I
 from norton_deploy.compression.calibration import make_probes
 from norton_deploy.compression.compress import compress_with_kept
 from norton_deploy.compression.refit import refit
@@ -30,19 +31,10 @@ from norton_deploy.errors import UserError
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 
-PLANS = Path("configs/plans")
 DISTILLED = ", distilled"
 PROBE_BATCH = 200
-# Table I: plan -> MACs (M), their reduction (%), parameters (M), top-1 (%); the paper's dense model has 93.96 %.
-PAPER = {
-    "vgg16_77": (74.14, 77, 3.60, 94.11),
-    "vgg16_88": (37.68, 88, 1.94, 93.84),
-    "vgg16_96": (13.54, 96, 0.24, 92.54),
-    "vgg16_99": (4.58, 99, 0.14, 90.32),
-}
-PAPER_DENSE = 93.96
 NOTES = f"""\
-A drop is in points below the dense model's own top-1 (the paper's: below its {PAPER_DENSE} %); a negative drop is a \
+A drop is in points below the dense model's own top-1 (the paper's: below its {DENSE_TOP1} %); a negative drop is a \
 gain. Paper: Table I, with its own baseline and recipe. CIFAR-10 here is not the \
 original but coded as JPEG (quality 75, colours at half the resolution)."""
 CONTROL_NOTE = """\
@@ -57,7 +49,7 @@ class Settings(RecoverySettings):
 
     runs: Path = Path("runs/table1")
     """Folder for the fine-tuning runs, which hold the checkpoints; an interrupted one is continued."""
-    plans: tuple[Path, ...] = tuple(PLANS / f"{name}.yaml" for name in PAPER)
+    plans: tuple[Path, ...] = tuple(PLANS / f"{name}.yaml" for name in TABLE_I)
     """Plans to measure."""
     steps: int = 2000
     """Optimizer steps of each fine-tuning, the same for all."""
@@ -170,7 +162,7 @@ def level_table(cells: Mapping[str, dict[str, Any]], settings: dict[str, Any]) -
             "Drop": drop(0),
             "Distilled %": tuned(1),
             "Drop, distilled": drop(1),
-            "Drop, paper": lambda name: f"{PAPER_DENSE - PAPER[name][3]:.2f}" if name in PAPER else "-",
+            "Drop, paper": lambda name: f"{DENSE_TOP1 - TABLE_I[name].top1:.2f}" if name in TABLE_I else "-",
         },
     )
 

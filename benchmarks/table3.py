@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.lib.cells import RESULTS, ResultCells, run, settings_of
-from benchmarks.lib.random_detectors import PLANS, WorkSettings
+from benchmarks.lib.cells import PLANS, RESULTS, ResultCells, run, settings_of
+from benchmarks.lib.random_detectors import WorkSettings
 from benchmarks.lib.stages import macs_ceiling, split_stages, stage_macs
 from benchmarks.lib.table3_report import (
     AUTHORS_EAGER,

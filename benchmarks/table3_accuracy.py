@@ -29,10 +29,10 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.lib.cells import RESULTS, ResultCells, run
+from benchmarks.lib.cells import PLANS, RESULTS, ResultCells, run
 from benchmarks.lib.narrow_plan import compress_narrow
 from benchmarks.lib.table3_accuracy_report import DENSE, LATENCY, TRAINED, accuracy_report
-from benchmarks.lib.training_runs import CONFIGS, LAST, read_recipe, train_once
+from benchmarks.lib.training_runs import LAST, read_recipe, train_once
 from norton_deploy.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from norton_deploy.cost.complexity import complexity_of
 from norton_deploy.data.classification import write_crops
@@ -254,7 +254,7 @@ class Experiment:
         small = compress_narrow(
             load_checkpoint(trained),
             trained,
-            CompressionPlan.load(CONFIGS / "plans" / f"{plan}.yaml"),
+            CompressionPlan.load(PLANS / f"{plan}.yaml"),
             self.root / "data" / "train2017",
             refit=refit,
             reestimate=reestimate,

@@ -17,26 +17,15 @@ from torch import nn
 
 from benchmarks.lib.cells import RESULTS, Cell, ResultCells, page, run, save_figure, tabulate
 from benchmarks.lib.classifier_recovery import CONTROL, Recovery, RecoverySettings, fine_tuning, network_nmse, percent
+from benchmarks.lib.paper_tables import DENSE_TOP1, TABLE_IV
 from norton_deploy.compression.compress import compress
 from norton_deploy.compression.cpd_block import CPDBlock
 from norton_deploy.method.cp import layer_nmse
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.reporting.report import Table
 
-# Table IV: rank -> reduction of MACs and parameters (%), NMSE, top-1 without and with fine-tuning (%).
-PAPER = {
-    1: (88.03, 87.06, 0.6265, 10.00, 93.84),
-    2: (76.44, 75.98, 0.4114, 10.00, 94.11),
-    3: (64.85, 64.91, 0.2760, 68.37, 94.18),
-    4: (53.27, 53.84, 0.1837, 88.30, 94.07),
-    5: (41.69, 42.76, 0.1173, 92.44, 94.22),
-    6: (30.10, 31.69, 0.0698, 93.45, 94.15),
-    7: (18.51, 20.61, 0.0372, 93.90, 94.11),
-    8: (6.93, 9.54, 0.0137, 94.03, 94.03),
-}
-PAPER_DENSE = 93.96
 NOTES = f"""\
-In brackets: the paper's Table IV, from a dense model with {PAPER_DENSE} %. NMSE of this code: plain mean over the \
+In brackets: the paper's Table IV, from a dense model with {DENSE_TOP1} %. NMSE of this code: plain mean over the \
 layers, and all squared errors over all squared weights; the paper does not say which its figure is. The paper has no \
 column for re-estimated BatchNorm statistics and does not say how long it fine-tunes. CIFAR-10 here is not the \
 original but coded as JPEG (quality 75, colours at half the resolution). The row "dense" shows what the same \
@@ -51,7 +40,7 @@ class Settings(RecoverySettings):
 
     runs: Path = Path("runs/table4")
     """Folder for the fine-tuning runs; an interrupted one is continued."""
-    ranks: tuple[int, ...] = tuple(PAPER)
+    ranks: tuple[int, ...] = tuple(TABLE_IV)
     """Ranks to measure."""
     out: Path = RESULTS / "table4_rank.json"
     """Results file; the table (.md) and the plot (.png) are written beside it."""
@@ -71,7 +60,7 @@ def main(settings: Settings) -> int:
 
 def report(results: ResultCells) -> str:
     """The table of the cells so far; the plot is written beside it."""
-    cells = {rank: results.cells[f"rank {rank}"] for rank in PAPER if f"rank {rank}" in results.cells}
+    cells = {rank: results.cells[f"rank {rank}"] for rank in TABLE_IV if f"rank {rank}" in results.cells}
     plot(results.cells["dense"], cells, results.path.with_suffix(".png"))
     return page(rank_table(results, cells), NOTES)
 
@@ -96,21 +85,23 @@ def rank_table(results: ResultCells, cells: dict[int, Cell]) -> Table:
     tuned_title = f"Fine-tuned, {settings['steps']} steps at {settings['lr']:g} %"
     columns = {
         "Rank": lambda rank: str(rank),
-        "MACs CR %": lambda rank: f"{cells[rank]['macs_reduction_percent']:.2f} ({PAPER[rank][0]:.2f})",
-        "Params CR %": lambda rank: f"{cells[rank]['params_reduction_percent']:.2f} ({PAPER[rank][1]:.2f})",
+        "MACs CR %": lambda rank: f"{cells[rank]['macs_reduction_percent']:.2f} ({TABLE_IV[rank].macs_cr:.2f})",
+        "Params CR %": lambda rank: f"{cells[rank]['params_reduction_percent']:.2f} ({TABLE_IV[rank].params_cr:.2f})",
         "NMSE mean / total": lambda rank: (
-            f"{cells[rank]['nmse_mean']:.4f} / {cells[rank]['nmse_total']:.4f} ({PAPER[rank][2]:.4f})"
+            f"{cells[rank]['nmse_mean']:.4f} / {cells[rank]['nmse_total']:.4f} ({TABLE_IV[rank].nmse:.4f})"
         ),
-        "As decomposed %": lambda rank: f"{percent(cells[rank]['top1_compressed'])} ({PAPER[rank][3]:.2f})",
+        "As decomposed %": lambda rank: (
+            f"{percent(cells[rank]['top1_compressed'])} ({TABLE_IV[rank].top1_decomposed:.2f})"
+        ),
         "BatchNorm re-estimated %": lambda rank: percent(cells[rank]["top1_reestimated"]),
-        tuned_title: lambda rank: f"{percent(cells[rank]['top1_fine_tuned'])} ({PAPER[rank][4]:.2f})",
+        tuned_title: lambda rank: f"{percent(cells[rank]['top1_fine_tuned'])} ({TABLE_IV[rank].top1_fine_tuned:.2f})",
     }
     caption = (
         f"{settings['architecture']}, dense {percent(dense['top1'])} % on {settings['test_images']} images; "
         f"{fine_tuning(settings)}"
     )
     table = tabulate(caption, cells, columns)
-    first = ("dense", "0.00", "0.00", "0", f"{percent(dense['top1'])} ({PAPER_DENSE})", "-", tuned)
+    first = ("dense", "0.00", "0.00", "0", f"{percent(dense['top1'])} ({DENSE_TOP1})", "-", tuned)
     return Table(table.header, (first, *table.rows), caption)
 
 
@@ -126,13 +117,18 @@ def plot(dense: dict[str, Any], cells: dict[int, dict[str, Any]], path: Path) ->
     )
     for key, label, colour in series:
         left.plot(ranks, [100 * (cells[rank][key] or 0) for rank in ranks], "o-", color=colour, label=label)
-    for column, label, colour in ((3, "paper, as decomposed", "tab:red"), (4, "paper, fine-tuned", "tab:blue")):
-        left.plot(ranks, [PAPER[rank][column] for rank in ranks], "x--", color=colour, alpha=0.5, label=label)
+    for column, label, colour in (
+        ("top1_decomposed", "paper, as decomposed", "tab:red"),
+        ("top1_fine_tuned", "paper, fine-tuned", "tab:blue"),
+    ):
+        left.plot(
+            ranks, [getattr(TABLE_IV[rank], column) for rank in ranks], "x--", color=colour, alpha=0.5, label=label
+        )
     left.axhline(100 * dense["top1"], color="grey", linewidth=1, label="dense")
     left.set(xlabel="rank", ylabel="top-1 (%)", xticks=ranks, ylim=(0, 100))
     for key, label in (("nmse_mean", "mean over layers"), ("nmse_total", "total")):
         right.plot(ranks, [cells[rank][key] for rank in ranks], "o-", label=label)
-    right.plot(ranks, [PAPER[rank][2] for rank in ranks], "x--", color="grey", label="paper")
+    right.plot(ranks, [TABLE_IV[rank].nmse for rank in ranks], "x--", color="grey", label="paper")
     right.set(xlabel="rank", ylabel="NMSE", xticks=ranks, ylim=(0, None))
     for axes in (left, right):
         axes.legend(fontsize=8)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="DataclassInstance")
 Cell = dict[str, Any]
+CONFIGS = Path("configs")
+PLANS = CONFIGS / "plans"
+"""Of the repository, in whose root folder benchmarks run."""
 RESULTS = Path(__file__).parents[1] / "results"
 
 

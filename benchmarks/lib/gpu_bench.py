@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from benchmarks.lib.cells import PLANS
 from norton_deploy.compression.calibration import calibrate_random_detector
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.compression.lowering import Form, lower_model
@@ -30,7 +31,6 @@ from norton_deploy.models.detector_parts import ImageSettings, RoiSettings, RpnS
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.structures import TASKS, Task
 
-PLANS = Path(__file__).parents[2] / "configs" / "plans"
 Precision = Literal["fp32", "tf32", "fp16"]
 Layout = Literal["NCHW", "NHWC"]
 Outputs = dict[str, Tensor]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from benchmarks.lib.cells import PLANS
 from norton_deploy.compression.compress import compress
 from norton_deploy.cost.complexity import Complexity, count_complexity
 from norton_deploy.cost.turns import time_in_turns
@@ -27,7 +28,6 @@ from norton_deploy.search.form_tuning import TimingTable
 from norton_deploy.search.latency_budget import Workload
 from norton_deploy.structures import Categories, Task
 
-PLANS = Path("configs/plans")
 SYNTHETIC_IMAGES = 8
 SGEMM_SIDE, SGEMM_CALLS = 2048, 6
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from benchmarks.lib.cells import CONFIGS
 from norton_deploy.config import from_mapping, read_yaml
 from norton_deploy.errors import UserError
 from norton_deploy.files import atomic_write
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 S = TypeVar("S", bound="DataclassInstance")
-CONFIGS = Path("configs")
 LAST = "last.safetensors"
 PRECISION_NAMES = {"no": "float32", "bf16": "mixed with bfloat16"}
 """A training's `precision` -> what tables call it."""

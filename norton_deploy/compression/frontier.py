@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from norton_deploy.compression.channel_groups import is_detector
+from norton_deploy.models.detector_parts import STAGES
 
 LARGE = 2**20
 """Numbers in a map from which on it is kept in half precision; smaller ones stay as they are."""
 LARGEST_HALF = 6e4
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 POOLS = ("box_roi_pool", "mask_roi_pool", "keypoint_roi_pool")
 
 

@@ -16,12 +16,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from norton_deploy.errors import UserError
+from norton_deploy.method.filter_selection import column_spaces
 from norton_deploy.method.layer_factors import leading_left
 
 ROUNDS = 20
 STARTS, CONTINUED = 12, 3
-# Singular values below this fraction of the largest are no direction of a filter.
-RANK_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,7 @@ def _assign(cost: Tensor, clusters: int) -> Tensor:
 
 def _subspace_distance(unfolded: Tensor, rank: int) -> Tensor:
     """Sum of the squared sines of the principal angles between the filters' channel subspaces, [O, O]."""
-    left, singular, _ = torch.linalg.svd(unfolded, full_matrices=False)
-    present = singular > RANK_TOLERANCE * singular[:, :1]
-    basis = (left * present[:, None])[:, :, :rank]
+    basis = column_spaces(unfolded)[0][:, :, :rank]
     count, channels, directions = basis.shape
     wide = basis.transpose(0, 1).reshape(channels, count * directions)
     cosines = torch.cat(  # some filters at a time, which bounds the memory

@@ -112,7 +112,19 @@ def _orthonormal_bases(factor: Tensor) -> tuple[Tensor, Tensor]:
     columns = factor.detach().double()
     # The lengths of the columns say nothing about their span, so they must not decide what counts as noise.
     length = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
-    columns = columns / torch.where(length > 0, length, 1)
+    return column_spaces(columns / torch.where(length > 0, length, 1))
+
+
+def column_spaces(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of the column spaces of a stack of matrices.
+
+    Args:
+        columns: [N, n, m].
+
+    Returns:
+        The left singular vectors [N, n, min(n, m)] by falling singular value, zero where that is noise; their number
+        without those, [N].
+    """
     left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
     present = singular > RANK_TOLERANCE * singular[:, :1]
     return left * present[:, None], present.sum(dim=1)

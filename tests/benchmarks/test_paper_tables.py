@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks import loading, recipes, rivals, shared_factors, table1_cifar, table4_rank
 from benchmarks.lib.classifier_recovery import Recovery, RecoverySettings, network_nmse
+from benchmarks.lib.paper_tables import TABLE_I
 from benchmarks.lib.rival_layers import chain, chain_macs, map_sizes
 from norton_deploy.checkpoints.checkpoint import CheckpointHeader, class_categories, read_header, save_checkpoint
 from norton_deploy.compression.compress import apply_structure
@@ -39,7 +40,7 @@ def stand_in(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("level", [77, 88, 96, 99])
 def test_plans_of_table_1_meet_its_macs_and_parameters(level: int) -> None:
-    paper_macs, _, paper_params, _ = table1_cifar.PAPER[f"vgg16_{level}"]
+    paper_macs, _, paper_params, _ = TABLE_I[f"vgg16_{level}"]
     dense = VGG.build()
     before = count_complexity(dense, (32, 32)).macs
     plan = CompressionPlan.load(ROOT / "configs" / "plans" / f"vgg16_{level}.yaml")
