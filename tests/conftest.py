@@ -5,6 +5,8 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
+import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torchvision.models import resnet
 
 from norton_deploy.data.synthetic import write_dataset
@@ -55,6 +58,22 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
         return path
 
     return path_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def onnx_operators_read_once() -> Iterator[None]:
+    """torch reads the definitions of all ONNX operators again for every export, which is most of a small one's time."""
+    read = ONNXRegistry.from_torchlib
+    first = functools.cache(read)
+
+    def copied(*arguments: Any, **named: Any) -> ONNXRegistry:
+        registry = copy.copy(first(*arguments, **named))
+        registry.functions = {name: list(forms) for name, forms in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(scope="session")
