@@ -32,6 +32,7 @@ SECTIONS = {
     "table3_accuracy": "Table III: accuracy on the embedded data",
     "table3_accuracy_long": "Table III: accuracy after longer fine-tuning",
     "table3_mixed": "Table III: accuracy of a plan that mixes forms",
+    "table3_full_width": "Table III: accuracy at torchvision's widths",
     "packaged": "Detectors in the package",
     "memorise_real": "Real photographs learnt by heart",
     "whole_detector": "Plans over the whole detector",

@@ -21,6 +21,7 @@ MODULES = {
     "recovery_shared": "benchmarks.recovery",
     "table1_cifar_long": "benchmarks.table1_cifar",
     "table3_accuracy_long": "benchmarks.table3_accuracy",
+    "table3_full_width": "benchmarks.table3_accuracy",
     "table3_mixed": "benchmarks.table3_accuracy",
     "whole_detector_mixed": "benchmarks.whole_detector",
 }
