@@ -93,8 +93,8 @@ class Settings:
     batch_size: int = 4
     """Images in a step of a detector."""
     sampled_rois: int | None = None
-    """Proposals per image that the heads learn from, instead of the detector's own (128; at --full-width 512): fewer take
-    less time on a CPU. The widths, and what is evaluated, stay the same."""
+    """Proposals per image that the heads learn from, instead of the detector's own (128; at --full-width 512): fewer
+    take less time on a CPU. The widths, and what is evaluated, stay the same."""
     workers: int = 1
     """Processes that read images."""
     device: Literal["auto", "cpu"] = "auto"

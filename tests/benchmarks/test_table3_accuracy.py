@@ -113,17 +113,18 @@ def with_the_structure(dense: Checkpoint, source: Path, plan: CompressionPlan, i
 def test_full_width_is_torchvisions_and_what_is_done_stays(tmp_path, monkeypatch) -> None:
     settings = Settings(
         tasks=("box",), plans=("table3",), seeds=(0,), train_images=24, val_images=2, pretrain_steps=1,
-        detector_steps=1, finetune_steps=1, full_width=64, batch_size=2, workers=0, device="cpu", latency_rounds=0,
-        recovery="none", distillation_weights=(), out=tmp_path / "full.json", work=tmp_path / "work",
+        detector_steps=1, finetune_steps=1, full_width=64, batch_size=2, workers=0, device="cpu", sampled_rois=16,
+        recovery="none", distillation_weights=(), latency_rounds=0, out=tmp_path / "full.json", work=tmp_path / "work",
     )  # fmt: skip
     monkeypatch.setattr(table3_accuracy, "compress_narrow", with_the_structure)
     assert table3_accuracy.main(settings) == 0
     found = json.loads((tmp_path / "full.json").read_text())
     assert found["settings"]["full_width"] == 64 and found["settings"]["batch_size"] == 2
-    assert "torchvision's widths, 64 px; training and fine-tuning in steps of 2" in (tmp_path / "full.md").read_text()
+    assert "64 px; training and fine-tuning in steps of 2 images, 16 sampled" in (tmp_path / "full.md").read_text()
     dense, small = (found["cells"][f"seed0/box-{name}-1-lr-0.0015"] for name in ("dense", "table3"))
-    header = read_header(tmp_path / "work/full_width64-batch_size2/seed0/box-trained/last.safetensors").detector
-    assert header.roi == replace(DetectorSettings().roi, canonical_scale=18)
+    trained = tmp_path / "work/full_width64-batch_size2-sampled_rois16/seed0/box-trained"
+    header = read_header(trained / "last.safetensors").detector
+    assert header.roi == replace(DetectorSettings().roi, canonical_scale=18, batch_per_image=16)
     assert header.rpn == replace(DetectorSettings().rpn, anchor_sizes=(3, 5, 10, 20, 41))
     assert dense["params"] > 41e6 > small["params"]
     monkeypatch.setattr(table3_accuracy, "train_once", lambda settings: {"steps": 0, "metrics": {}})
