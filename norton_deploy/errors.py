@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and the exit status of an interruption."""
 
 import re
 import reprlib
@@ -8,6 +8,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+INTERRUPTED = 130
+"""Exit status, as a shell gives it for SIGINT."""
 LONGEST_MESSAGE = 1500
 """Characters."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")

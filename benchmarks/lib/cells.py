@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from norton_deploy.commands import INTERRUPTED
 from norton_deploy.config import parse_settings
-from norton_deploy.errors import UserError
+from norton_deploy.errors import INTERRUPTED, UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.provenance import provenance
 from norton_deploy.reporting.report import Report, Table

@@ -17,12 +17,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from norton_deploy.errors import UserError
+from norton_deploy.errors import INTERRUPTED, UserError
 from norton_deploy.files import atomic_write
 from norton_deploy.option_help import first_sentence, help_text
 
-INTERRUPTED, READER_GONE = 130, 141
-"""Exit statuses, as a shell gives them for SIGINT and SIGPIPE."""
+READER_GONE = 141
+"""Exit status, as a shell gives it for SIGPIPE."""
 
 
 @dataclass(frozen=True, kw_only=True)

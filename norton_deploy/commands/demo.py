@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from norton_deploy.commands import INTERRUPTED, command_line, run, write_json
+from norton_deploy.commands import command_line, run, write_json
 from norton_deploy.config import from_mapping, parse_settings
-from norton_deploy.errors import UserError
+from norton_deploy.errors import INTERRUPTED, UserError
 from norton_deploy.files import read_json, sha256_of
 from norton_deploy.reporting.demo import write_demo_report
 from norton_deploy.structures import Task

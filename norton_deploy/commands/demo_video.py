@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from norton_deploy.commands import INTERRUPTED, Output, write_json
+from norton_deploy.commands import Output, write_json
 from norton_deploy.config import parse_settings
 from norton_deploy.data.category_list import lists_of_files
-from norton_deploy.errors import UserError, require_least
+from norton_deploy.errors import INTERRUPTED, UserError, require_least
 from norton_deploy.files import check_output_file, refuse_same_file
 from norton_deploy.inference.loading import PackagedTask, load_predictor, packaged_detector
 from norton_deploy.video.pipeline import VideoPipeline

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lib.cells import ResultCells, page, run, settings_of, tabulate
-from norton_deploy.commands import INTERRUPTED
-from norton_deploy.errors import UserError
+from norton_deploy.errors import INTERRUPTED, UserError
 from norton_deploy.reporting.report import Paragraph, Report
 
 
