@@ -3,7 +3,8 @@
 One ResNet-50 per seed is pretrained on object crops. Per task and seed, a dense detector starts from it and is
 trained for --detector-steps. Every plan then compresses that trained detector, which is fine-tuned for
 --finetune-steps, with and without distillation. The control is the dense detector trained on for --finetune-steps
-with the same recipe and learning rate: it has seen as many images as each compressed one, and it is the teacher.
+with the same recipe and learning rate: it has seen as many images as each compressed one. The teacher is whichever of
+the two dense detectors has the higher AP.
 
 Runs are in folders under --work; whatever is done already is not done again, so the benchmark may be stopped at any
 time, and --tasks, --plans, --seeds, --finetune-steps, --finetune-lr, --distillation-weights and --distill may be worked
@@ -39,6 +40,7 @@ from norton_deploy.data.classification import write_crops
 from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
+from norton_deploy.evaluation.coco_metrics import table3_scores
 from norton_deploy.inference.loading import load_predictor
 from norton_deploy.method.plan import CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings
@@ -120,6 +122,7 @@ class Cell:
         finetune_lr: None before any fine-tuning.
         distillation_weight: None without distillation.
         distill: what is imitated; None without distillation.
+        teacher: DENSE or TRAINED; None without distillation.
     """
 
     task: Task
@@ -129,6 +132,7 @@ class Cell:
     finetune_lr: float | None = None
     distillation_weight: float | None = None
     distill: Distill | None = None
+    teacher: str | None = None
 
 
 def main(settings: Settings) -> int:
@@ -202,6 +206,8 @@ class Experiment:
         recipe = (s.finetune_steps, s.finetune_lr)
         dense = self.finetuned(task, seed, DENSE)
         self.detector(Cell(task, seed, DENSE, *recipe), dense, trained)
+        scores = {out: self.results.cells[self.name_of(out)]["metrics"] for out in (trained, dense)}
+        teacher = max(scores, key=lambda out: table3_scores(task, scores[out])[0])
         for plan in s.plans:
             small, out = trained.with_name(f"{task}-{plan}-start"), self.finetuned(task, seed, plan)
             self.compress(trained / LAST, plan, small / LAST)
@@ -209,7 +215,12 @@ class Experiment:
             for weight, distill in product(s.distillation_weights, s.distill):
                 part = "" if distill == "pyramid" else f"-{distill}"
                 taught = out.with_name(f"{out.name}-distilled-{weight:g}{part}")
-                self.detector(Cell(task, seed, plan, *recipe, weight, distill), taught, small, teacher=dense / LAST)
+                cell = Cell(task, seed, plan, *recipe, weight, distill, TRAINED if teacher == trained else DENSE)
+                self.detector(cell, taught, small, teacher=teacher / LAST)
+
+    def name_of(self, out: Path) -> str:
+        """A detector's cell in the results file."""
+        return out.relative_to(self.root).as_posix()
 
     def finetuned(self, task: Task, seed: int, model: str) -> Path:
         """Folder of a detector's fine-tuning without distillation."""
@@ -243,7 +254,7 @@ class Experiment:
             size = {"macs": counts.macs, "params": counts.params}
             return {**asdict(cell), **figures, "precision": s.precision, "images": s.val_images, **size}
 
-        self.results.measure(out.relative_to(self.root).as_posix(), described)
+        self.results.measure(self.name_of(out), described)
 
     def compress(self, trained: Path, plan: str, out: Path) -> None:
         """Compress a trained detector by a plan in its widths, with the recovery of the settings."""

@@ -22,9 +22,9 @@ class. One ResNet-50 per seed is pretrained on object crops and starts every det
 of a task is trained ("dense before"); compressed detectors are compressed from it, recovered without labels (refit: \
 least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither) and fine-tuned, and the \
 dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
-many images as the others with its number of steps. With distillation "dense" is the teacher (the column is the weight \
-of the pyramid's imitation, "heads" that of the heads' answers). Retention is a row's AP over that of the best "dense" \
-with as many steps, seed by seed. \
+many images as the others with its number of steps. With distillation the better of the two is the teacher (the \
+column is the weight of the pyramid's imitation, "heads" that of the heads' answers). Retention is a row's AP over \
+that of the best dense detector, before or with as many steps, seed by seed. \
 With more than one seed a figure is the mean, the seeds' own in brackets. \
 Plans are brought to the detectors' widths: equal shares of filters. FPS: ONNX Runtime, one image at a time, all \
 models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median of \
@@ -86,17 +86,25 @@ def accuracy_table(cells: Sequence[Cell], latency: Mapping[str, Any], task: Task
     return Table((*training, *figures), tuple(rows), caption)
 
 
+def best_dense(cells: Sequence[Cell], seed: int, steps: int) -> Cell:
+    """Of a task's cells the seed's dense detector of highest AP: before any fine-tuning, or after so many steps."""
+    forms = ((TRAINED, 0), (DENSE, steps))
+    dense = [cell for cell in cells if cell["seed"] == seed and (cell["model"], cell["finetune_steps"]) in forms]
+    return max(dense, key=lambda cell: table3_scores(cell["task"], cell["metrics"])[0])
+
+
 def _way(cell: Cell) -> Way:
     """How a detector came about, whatever its seed: model, fine-tuning steps and rate, distillation."""
     return cell["model"], cell["finetune_steps"], cell["finetune_lr"], _taught(cell)
 
 
 def _taught(cell: Cell) -> str:
-    """What was imitated: the pyramid by its weight, the heads by name; "-" for nothing."""
+    """What was imitated: the pyramid by its weight, the heads by name, whose if not the control's; "-" for nothing."""
     if cell["distillation_weight"] is None:
         return "-"
     weight = f"{cell['distillation_weight']:g}"
-    return {"pyramid": weight, "heads": "heads", "both": f"{weight} and heads"}[cell.get("distill") or "pyramid"]
+    part = {"pyramid": weight, "heads": "heads", "both": f"{weight} and heads"}[cell.get("distill") or "pyramid"]
+    return f"{part}, by {TRAINED}" if cell.get("teacher") == TRAINED else part
 
 
 def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, bool, str]:
@@ -109,10 +117,8 @@ def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, b
 def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> tuple[str, ...]:
     model, steps, lr, taught = _way(own[0])
     scores = {cell["seed"]: table3_scores(task, cell["metrics"]) for cell in own}
-    best: dict[int, float] = {}
-    for cell in cells:
-        if (cell["model"], cell["finetune_steps"]) == (DENSE, steps):
-            best[cell["seed"]] = max(best.get(cell["seed"], 0.0), table3_scores(task, cell["metrics"])[0])
+    controls = {cell["seed"] for cell in cells if (cell["model"], cell["finetune_steps"]) == (DENSE, steps)}
+    best = {seed: table3_scores(task, best_dense(cells, seed, steps)["metrics"])[0] for seed in controls}
     kept = [ap / best[seed] for seed, (ap, _) in scores.items() if best.get(seed, 0.0) > 0]
     boxes = [_mean([cell["metrics"]["bbox"][measure] for cell in own]) for measure in ("AP", "AP50")]
     large = max(cells, key=lambda cell: cell["macs"])

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import table3_accuracy
 from benchmarks.lib.cells import ResultCells
 from benchmarks.lib.table3_accuracy_report import accuracy_table
-from benchmarks.table3_accuracy import SHARED, Experiment, Settings, report
+from benchmarks.table3_accuracy import SHARED, Cell, Experiment, Settings, report
 from norton_deploy.checkpoints.checkpoint import Checkpoint, read_header
 from norton_deploy.compression.compress import apply_structure
 from norton_deploy.errors import UserError
@@ -62,14 +62,22 @@ def test_retention_is_taken_seed_by_seed_at_equal_steps() -> None:
     assert [row[7] for row in paper] == ["1.00", "0.86"]  # 0.32 / 0.37
 
 
+def test_retention_is_of_the_dense_detector_before_where_its_fine_tuning_harms_it() -> None:
+    harmed = [cell(0, "dense before", 0, 0.5), *CELLS[1:]]
+    before, dense, _, fast, *_ = accuracy_table(harmed, LATENCY, "box").rows
+    assert before[7] == "-" and dense[7] == "0.90 (0.80, 1.00)" and fast[7] == "0.75 (0.60, 0.90)"
+
+
 def test_what_was_imitated_is_said() -> None:
     heads = {**cell(0, "fast", 6, 0.39, 0.5), "distill": "heads"}
     both = {**cell(0, "fast", 6, 0.395, 0.5), "distill": "both"}
-    rows = accuracy_table([*CELLS, heads, both], LATENCY, "box").rows
+    other = {**cell(0, "fast", 6, 0.39, 0.5), "distill": "both", "teacher": "dense before"}
+    rows = accuracy_table([*CELLS, heads, both, other], LATENCY, "box").rows
     assert [row[3] for row in rows if row[:3] == ("fast", "6 steps", "0.001")] == [
         "-",
         "0.5",
         "0.5 and heads",
+        "0.5 and heads, by dense before",
         "heads",
     ]
 
@@ -102,6 +110,24 @@ def test_a_seed_of_a_task_has_one_precision(tmp_path: Path) -> None:
     settings.out.write_text(json.dumps({**RESULTS, "settings": shared}))
     with pytest.raises(UserError, match=r"results\.json: its cell '0' was trained with another precision than bf16"):
         Experiment(settings).run_task("box", 0, tmp_path / "pretrain")
+
+
+@pytest.mark.parametrize(("before", "after", "teacher"), [(0.3, 0.4, "dense"), (0.4, 0.3, "dense before")])
+def test_the_better_dense_detector_teaches(tmp_path, monkeypatch, before, after, teacher) -> None:
+    taught = {}
+
+    def record(experiment: Experiment, cell: Cell, out: Path, init: Path, teacher: Path | None = None) -> None:
+        taught[out.name] = (cell.teacher, teacher and teacher.parent.name)
+        ap = {"dense before": before, "dense": after}.get(cell.model, 0.1)
+        experiment.results.cells[experiment.name_of(out)] = {"metrics": {"bbox": {"AP": ap, "AR100": ap}}}
+
+    monkeypatch.setattr(Experiment, "detector", record)
+    monkeypatch.setattr(Experiment, "compress", lambda *_: None)
+    settings = Settings(plans=("fast",), finetune_steps=6, out=tmp_path / "results.json", work=tmp_path)
+    Experiment(settings).run_task("box", 0, tmp_path / "pretrain")
+    folder = {"dense": "box-dense-6-lr-0.0015", "dense before": "box-trained"}[teacher]
+    assert taught.pop("box-fast-6-lr-0.0015-distilled-0.5") == (teacher, folder)
+    assert set(taught.values()) == {(None, None)} and len(taught) == 3
 
 
 def with_the_structure(dense: Checkpoint, source: Path, plan: CompressionPlan, images: Path, **_: object) -> Checkpoint:
