@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.lib.cells import RESULTS, run
+from norton_deploy.config import read_yaml
 from norton_deploy.files import atomic_write
 from norton_deploy.reporting.deployment import Deployment
 from norton_deploy.reporting.deployment_report import models_table
@@ -77,7 +76,7 @@ SECTIONS = {
     "gradcam": "Feature preservation: Grad-CAM",
 }
 """Result file -> heading, in the order of the document."""
-NOTES: dict[str, str] = yaml.safe_load((ROOT / "benchmarks" / "notes.yaml").read_text())
+NOTES: dict[str, str] = read_yaml(ROOT / "benchmarks" / "notes.yaml")
 """Result file -> what a reader must know of it that it does not say."""
 MACHINE_TABLE = re.compile(r"(?:## )?Machine and versions\n\n(?:Machine and versions\n\n)?(?:\|.*\n)+\n*")
 """The table of versions that some results end with: `origin` says the same."""

@@ -20,17 +20,34 @@ S = TypeVar("S", bound="DataclassInstance")
 FINITE = ConfigDict(allow_inf_nan=False)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only; a key that stands twice in a mapping is an error, of which PyYAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
+            if name in seen:
+                problem = f"{shown(key.value)} stands there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(name)
+        return node
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; an empty file is an empty one.
 
     Raises:
-        UserError: the file is missing, is not YAML, is not a mapping, or grows too large through its aliases.
+        UserError: the file is missing, is not YAML or not a mapping, has a key twice, or grows too large through its
+            aliases.
     """
     text = read_text(path, "a YAML file of settings")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible dates, endless integers
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise UserError(f"{path}: not valid YAML: {reason}") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(content).__name__}")

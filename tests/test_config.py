@@ -45,6 +45,7 @@ def test_command_line_wins_over_file_over_default(tmp_path: Path) -> None:
         ("task: box\nimage_size: [a, 2]", "field 'image_size.0'"),
         ("- 1", "expected a mapping"),
         ("task: [", "not valid YAML"),
+        ("task: box\ninner: {width: 1, 'width': 2}", "'width' stands there twice in line 2, column 19"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
