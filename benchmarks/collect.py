@@ -41,6 +41,7 @@ SECTIONS = {
     "plan_int8": "A plan made for 8 bits",
     "plan_packaged": "The plan of the packaged mask detector",
     "pareto": "What speed costs: plans by form",
+    "pareto_coupled": "What speed costs: coupled filters",
     "pareto_keypoint": "What speed costs a keypoint detector",
     "pareto_precision": "What speed costs in each precision",
     "make_plans": "Plans that mix forms, for torchvision's widths",

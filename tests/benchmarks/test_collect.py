@@ -16,6 +16,7 @@ MODULES = {
     "faults": "tests.faults.kill_runs",
     "fuzz": "tests.fuzz.run",
     "packaged": "benchmarks.package_weights",
+    "pareto_coupled": "benchmarks.pareto",
     "pareto_keypoint": "benchmarks.pareto",
     "recovery_rank1": "benchmarks.recovery",
     "recovery_shared": "benchmarks.recovery",
