@@ -136,3 +136,8 @@ def set_distance(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]
 def quantile(values: npt.NDArray[np.floating[Any]], share: float) -> float:
     """The value that `share` of the values do not exceed: the largest for 1; 0 for no values."""
     return float(np.quantile(values, share)) if values.size else 0.0
+
+
+def mean(values: npt.NDArray[np.floating[Any]]) -> float:
+    """0 for no values."""
+    return float(values.mean()) if values.size else 0.0

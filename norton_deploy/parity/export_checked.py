@@ -37,6 +37,8 @@ from norton_deploy.structures import Categories, Task
 
 RANDOM_SIZE = (800, 800)
 """Of random detectors, as in the paper's Table III."""
+MOST_DRAWN = 10
+"""So many times as many scenes as are asked for are drawn at most; on a tiny one nothing may be visible."""
 FAR = 2.0
 """A graph whose short side differs by more than this factor from the model's own is remarked upon."""
 SCENES = 4
@@ -135,7 +137,7 @@ def export_checked(
     if options.precision == "tf32" and options.target != "tensorrt":
         raise UserError("--precision tf32: a choice of TensorRT's builder; for this target it is fp32 or fp16")
     image_size = graph_size(model, options.image_size, report)
-    compared_on = images or [draw_scene(seed, options.input_size or image_size).image for seed in range(scenes)]
+    compared_on = images or drawn_scenes(task, scenes, options.input_size or image_size)
     adaptive = is_adaptive(model)
     fixed = fix_sampling(model) if adaptive else model
     unchecked = out.with_suffix(".unchecked.onnx")
@@ -192,6 +194,18 @@ def export_checked(
         f"export {result.export_s:.0f} s, comparison {result.parity_s:.0f} s"
     )
     return result
+
+
+def drawn_scenes(task: Task, count: int, size: tuple[int, int]) -> list[Image]:
+    """Scenes of (height, width), rather those in which there is something for the task: for keypoints, people."""
+    needed, found, others = "num_keypoints" if task == "keypoint" else "area", list[Image](), list[Image]()
+    for seed in range(MOST_DRAWN * count):
+        scene = draw_scene(seed, size)
+        kept = found if any(entry.get(needed) for entry in scene.annotations) else others
+        kept.append(scene.image)
+        if len(found) == count:
+            break
+    return (found + others)[:count]
 
 
 def static_detector(model: GeneralizedRCNN, options: ExportOptions, image_size: tuple[int, int]) -> StaticRCNN:

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from norton_deploy.parity.comparison import mask_iou, pair_detections, quantile
+from norton_deploy.parity.comparison import mask_iou, mean, pair_detections, quantile
 from norton_deploy.parity.keypoint_loss import KeypointLoss, keypoint_loss
-from norton_deploy.parity.report import ParityReport, Tolerances
+from norton_deploy.parity.report import ParityReport, Tolerances, Values
 from norton_deploy.structures import Detections
 
 SAMPLE = 32
@@ -65,7 +66,7 @@ def compare_detections(
 
     Unmatched ones are excused where they lie at the cuts: the model's threshold, and the last place of a full list.
     """
-    share = limits.share
+    worst = partial(quantile, share=limits.share)
     for reference, theirs in zip(expected, found, strict=True):
         ours = reference.detections
         pairing = pair_detections(
@@ -76,10 +77,11 @@ def compare_detections(
             score_tolerance=limits.score,
         )
         report.count("boxes", len(pairing.pairs))
-        unexplained = (pairing.unmatched - pairing.borderline) / max(len(ours) + len(theirs), 1)
-        report.record(name, "share of unmatched detections", unexplained, limits.unmatched)
-        report.record(name, "box distance, px", quantile(pairing.box_px, share), limits.box_px)
-        report.record(name, "score difference", quantile(pairing.score, share), limits.score)
+        unexplained = np.zeros(len(ours) + len(theirs), np.float32)
+        unexplained[: pairing.unmatched - pairing.borderline] = 1.0
+        report.pool(name, "share of unmatched detections", unexplained, limits.unmatched, mean)
+        report.pool(name, "box distance, px", pairing.box_px, limits.box_px, worst)
+        report.pool(name, "score difference", pairing.score, limits.score, worst)
         first, second = pairing.pairs[np.isin(pairing.pairs[:, 0], reference.sample)].T
         place = np.searchsorted(reference.sample, first)
         if reference.masks is not None and theirs.masks is not None:
@@ -108,8 +110,12 @@ def record_masks(
     either = ours | theirs
     area, judged = (part.sum(axis=(1, 2)) for part in (either, either & ~left_out))
     report.count("masks", int(((judged > 0) | (area == 0)).sum()))
-    lowest = 1.0 - quantile(1.0 - mask_iou(ours & ~left_out, theirs & ~left_out), limits.share)
-    report.record(name, "mask IoU", lowest, limits.mask_iou, is_lower_bound=True)
+    iou = mask_iou(ours & ~left_out, theirs & ~left_out)
+
+    def lowest(values: Values) -> float:
+        return 1.0 - quantile(1.0 - values, limits.share)
+
+    report.pool(name, "mask IoU", iou, limits.mask_iou, lowest, is_lower_bound=True)
     report.record(name, "share of a mask left out", quantile(1 - judged / np.maximum(area, 1), 1.0), None)
 
 
@@ -125,7 +131,8 @@ def record_keypoints(
     report.count("keypoints", len(scores))
     expected, spread = (np.exp(judged.value), 1.0) if by_probability else (judged.value, judged.spread)
     difference = np.abs(scores - expected) / spread
-    report.record(name, "heatmap loss at keypoint", quantile(judged.loss, limits.share), limits.keypoint_loss)
-    report.record(name, "keypoint off its grid, px", quantile(judged.off_grid_px, limits.share), GRID_PX)
-    report.record(name, "keypoint score difference", quantile(difference, limits.share), limits.keypoint_loss)
+    worst = partial(quantile, share=limits.share)
+    report.pool(name, "heatmap loss at keypoint", judged.loss.ravel(), limits.keypoint_loss, worst)
+    report.pool(name, "keypoint off its grid, px", judged.off_grid_px.ravel(), GRID_PX, worst)
+    report.pool(name, "keypoint score difference", difference.ravel(), limits.keypoint_loss, worst)
     report.record(name, "keypoint to maximum, px", quantile(judged.distance_px, 1.0), None)

@@ -1,13 +1,16 @@
 """What the parity gate allows, and what it found: limits by precision, the worst value of each stage."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from norton_deploy.errors import UserError
 from norton_deploy.export.contract import Precision
 
+Values = npt.NDArray[np.floating[Any]]
 ENOUGH = 20
 """How many of an output's values must have been compared at least; a gate that compared nothing has not passed."""
 
@@ -23,8 +26,8 @@ class Tolerances:
         box_px, score, mask_iou, mask_probability: for pairs of detections, pixels of box-local masks.
         keypoint_loss: how far the heatmap's value at a keypoint may be below its maximum, and the keypoint's score
             from that value, relative to the heatmap's range.
-        share: of the pairs (or pixels) of an image, how many must be within these limits.
-        unmatched: share of detections that may lack a partner (those at a cut are not counted).
+        share: of the pairs of all images, or of a batch's mask pixels, how many must be within these limits.
+        unmatched: share of all images' detections that may lack a partner (those at a cut are not counted).
     """
 
     tensor: float
@@ -65,7 +68,7 @@ class StageResult:
         name: resize, backbone, fpn, rpn, proposals, boxes, detections, masks, heatmaps, keypoints, final or compared;
             "given" before it: on tensors that the gate made itself.
         measure: what is compared, with its unit.
-        worst: over all images.
+        worst: over all images; of a share of the detections, what that share of all images' does not exceed.
         limit, is_lower_bound: what is allowed; a lower bound for IoU and counts, an upper bound for everything else;
             None for what is reported and not judged.
     """
@@ -102,6 +105,7 @@ class ParityReport:
     stages: list[StageResult] = field(default_factory=list)
     compared: dict[str, int] = field(default_factory=dict)
     inexact: dict[str, int] = field(default_factory=lambda: {"nms_converged": 0, "candidates_complete": 0})
+    _pooled: dict[tuple[str, str], Values] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def first_failure(self) -> StageResult | None:
@@ -115,12 +119,36 @@ class ParityReport:
 
     def record(self, name: str, measure: str, value: float, limit: float | None, is_lower_bound: bool = False) -> None:
         """Add a value to a stage; the worst is kept."""
+        stage = self._stage(name, measure, value, limit, is_lower_bound)
+        worse = min(stage.worst, value) if is_lower_bound else max(stage.worst, value)
+        stage.worst = float("nan") if np.isnan([stage.worst, value]).any() else worse
+
+    def pool(
+        self,
+        name: str,
+        measure: str,
+        values: Values,
+        limit: float | None,
+        judge: Callable[[Values], float],
+        *,
+        is_lower_bound: bool = False,
+    ) -> None:
+        """Add the values of an image's detections to those of the other images; what `judge` makes of all is kept.
+
+        A share of the detections means little in one image: of eight, nine tenths are all.
+        """
+        pooled = np.concatenate([self._pooled.get((name, measure), values[:0]), values])
+        self._pooled[name, measure] = pooled
+        value = judge(pooled)
+        self._stage(name, measure, value, limit, is_lower_bound).worst = value
+
+    def _stage(self, name: str, measure: str, value: float, limit: float | None, is_lower_bound: bool) -> StageResult:
+        """The stage of that name and measure; a new one has the value."""
         for stage in self.stages:
             if (stage.name, stage.measure) == (name, measure):
-                worse = min(stage.worst, value) if is_lower_bound else max(stage.worst, value)
-                stage.worst = float("nan") if np.isnan([stage.worst, value]).any() else worse
-                return
+                return stage
         self.stages.append(StageResult(name, measure, value, limit, is_lower_bound))
+        return self.stages[-1]
 
     def count(self, output: str, pairs: int) -> None:
         """Add to what was compared of an output."""
@@ -150,7 +178,8 @@ class ParityReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         stages = [asdict(stage) | {"passed": stage.passed} for stage in self.stages]
-        return asdict(self) | {"stages": stages, "passed": self.passed}
+        own = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        return own | {"stages": stages, "passed": self.passed}
 
     def table(self) -> str:
         """One line per stage, for people."""

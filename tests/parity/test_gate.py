@@ -1,11 +1,13 @@
 """Pairing of detections and the parity report; whole graphs are compared in tests/export/test_onnx_export.py."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from norton_deploy.errors import UserError
+from norton_deploy.export.contract import Precision
 from norton_deploy.parity.comparison import (
     Pairing,
     box_iou,
@@ -119,3 +121,48 @@ def test_masks_are_judged_where_rounding_does_not_decide() -> None:
     assert report.passed and report.compared["masks"] == 1
     assert next(stage.worst for stage in report.stages if "left out" in stage.measure) == pytest.approx(0.2)
     assert masks_report(slice(10, 20), slice(10, 20)).compared["masks"] == 0
+
+
+def shifted_report(precision: Precision, moved: Sequence[int], per_image: Sequence[int]) -> ParityReport:
+    """Images of so many boxes each, of which so many lie 4 px off in the second run."""
+    report = ParityReport("m.onnx", precision)
+    for wrong, count in zip(moved, per_image, strict=True):
+        first = detections(
+            [[30.0 * index, 10, 30.0 * index + 20, 40] for index in range(count)], [0.9] * count, [1] * count
+        )
+        boxes = first.boxes.copy()
+        boxes[:wrong, 1] += 4.0
+        compare_detections(
+            report, "final", [Reference(first, np.zeros(0, np.int64))], [replace(first, boxes=boxes)],
+            TOLERANCES[precision], score_threshold=0.05, max_detections=100,
+        )  # fmt: skip
+    return report
+
+
+def test_a_share_of_the_detections_is_that_of_all_images() -> None:
+    assert shifted_report("fp16", [1, 0, 0], [8, 6, 7]).passed  # one of eight in one image, one of 21 in all
+    assert not shifted_report("fp16", [1, 1, 1], [8, 6, 7]).passed
+    assert not shifted_report("fp16", [0, 0, 3], [8, 6, 7]).passed
+    assert not shifted_report("fp32", [1, 0, 0], [80, 60, 70]).passed
+    report = shifted_report("fp16", [1, 0, 0], [8, 6, 7])
+    assert set(report.to_dict()) == {
+        "graph", "precision", "images", "detections", "stages", "compared", "inexact", "passed"
+    }  # fmt: skip
+
+
+def test_the_share_without_a_partner_is_that_of_all_images() -> None:
+    many, few = detections([A, B, C] * 10, [0.9] * 30, list(range(30))), detections([A], [0.9], [1])
+    nothing = detections([], [], [])
+
+    def verdict(*runs: tuple[Detections, Detections]) -> bool:
+        report = ParityReport("m.onnx", "fp16")
+        for ours, theirs in runs:
+            compare_detections(
+                report, "final", [Reference(ours, np.zeros(0, np.int64))], [theirs],
+                TOLERANCES["fp16"], score_threshold=0.05, max_detections=100,
+            )  # fmt: skip
+        return report.passed
+
+    assert verdict((many, many), (few, nothing))
+    assert not verdict((few, nothing))
+    assert not verdict((many, many), (many, nothing))
