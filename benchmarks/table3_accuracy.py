@@ -1,14 +1,14 @@
 """Table III's accuracy on the embedded data: dense and compressed detectors with equal training.
 
 One ResNet-50 per seed is pretrained on object crops. Per task and seed, a dense detector starts from it and is
-trained for --detector-steps. Every plan then compresses that trained detector, which is fine-tuned for
---finetune-steps, with and without distillation. The control is the dense detector trained on for --finetune-steps
-with the same recipe and learning rate: it has seen as many images as each compressed one. The teacher is whichever of
-the two dense detectors has the higher AP.
+trained for --detector-steps. Every plan then compresses that trained detector, which is evaluated as it is and
+fine-tuned for --finetune-steps, with and without distillation. The control is the dense detector trained on for
+--finetune-steps with the same recipe and learning rate: it has seen as many images as each compressed one. The teacher
+is whichever of the two dense detectors has the higher AP.
 
 Runs are in folders under --work; whatever is done already is not done again, so the benchmark may be stopped at any
-time, and --tasks, --plans, --seeds, --finetune-steps, --finetune-lr, --distillation-weights and --distill may be worked
-through in any order into one results file.
+time, and --tasks, --plans, --choose, --seeds, --finetune-steps, --finetune-lr, --distillation-weights and --distill
+may be worked through in any order into one results file.
 
 --full-width 800 makes detectors as torchvision publishes them, for one GPU of 40 GiB or more. Where a command may take
 only nine minutes run the line twice. It was written for torch 2.11 and torchvision 0.26 without network; beside what an
@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.lib.cells import PLANS, RESULTS, ResultCells, run
+from benchmarks.lib.cells import PLANS, RESULTS, ResultCells, run, settings_of
 from benchmarks.lib.narrow_plan import compress_narrow
 from benchmarks.lib.table3_accuracy_report import DENSE, LATENCY, TRAINED, accuracy_report
 from benchmarks.lib.training_runs import LAST, read_recipe, train_once
@@ -41,8 +41,9 @@ from norton_deploy.data.image_folder import find_images
 from norton_deploy.data.synthetic import write_dataset
 from norton_deploy.errors import UserError
 from norton_deploy.evaluation.coco_metrics import table3_scores
+from norton_deploy.evaluation.evaluate import evaluate_file
 from norton_deploy.inference.loading import load_predictor
-from norton_deploy.method.plan import CompressionPlan
+from norton_deploy.method.plan import Choice, CompressionPlan
 from norton_deploy.models.detector_parts import ImageSettings
 from norton_deploy.models.detectors import DetectorSettings
 from norton_deploy.parity.export_checked import ExportOptions, export_checked, open_detector
@@ -56,7 +57,9 @@ FINETUNE_SEED = 1000
 SHARED = ("train_images", "val_images", "pretrain_steps", "recovery")
 """Settings that all cells of a results file have in common."""
 SCALE = ("full_width", "batch_size", "sampled_rois")
-"""The same; a file that does not name them has the defaults."""
+"""The same; a file that does not name them has the defaults. They name the folder of the runs as well."""
+DENSE_TRAINING = ("start", "detector_lr")
+"""Of the dense detectors' training, the same for all cells; a file that does not name them has the defaults."""
 NARROW_SIDE = 192
 """Short side of the demo's detectors, px."""
 
@@ -69,6 +72,8 @@ class Settings:
     """Which detectors."""
     plans: tuple[str, ...] = ("table3", "balanced", "fast")
     """Which plans of configs/plans/."""
+    choose: Choice | None = None
+    """Which filters survive, in place of what the plans say: angles, or harm on the images of the refit."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of the training; the data are the same for all."""
     train_images: int = 4000
@@ -79,6 +84,8 @@ class Settings:
     """Steps of 32 object crops that pretrain the ResNet-50, the stand-in for ImageNet."""
     detector_steps: int = 1200
     """Steps of --batch-size images that train the dense detector of a task; keypoints need more than boxes."""
+    detector_lr: float | None = None
+    """Peak learning rate of these steps, instead of the recipe's, which is for narrow detectors."""
     finetune_steps: int = 600
     """Steps of --batch-size images for every compressed detector, and for the dense one once more."""
     finetune_lr: float = 0.0015
@@ -97,6 +104,9 @@ class Settings:
     sampled_rois: int | None = None
     """Proposals per image that the heads learn from, instead of the detector's own (128; at --full-width 512): fewer
     take less time on a CPU. The widths, and what is evaluated, stay the same."""
+    start: Path | None = None
+    """A trained detector whose backbone and pyramid start the dense ones, or a classifier, instead of the ResNet-50
+    that --pretrain-steps make: the heads alone begin at random."""
     workers: int = 1
     """Processes that read images."""
     device: Literal["auto", "cpu"] = "auto"
@@ -117,8 +127,8 @@ class Cell:
     """What a trained detector is.
 
     Attributes:
-        model: DENSE, TRAINED or the name of a plan.
-        finetune_steps: 0 before any fine-tuning.
+        model: DENSE, TRAINED or the name of a plan, with "-angles" or "-harm" after it where that was chosen.
+        finetune_steps: 0 before any fine-tuning; of a plan: compressed and recovered only.
         finetune_lr: None before any fine-tuning.
         distillation_weight: None without distillation.
         distill: what is imitated; None without distillation.
@@ -142,17 +152,15 @@ def main(settings: Settings) -> int:
     if not data.is_dir():
         smallest, largest = (round(side * experiment.side / NARROW_SIDE) for side in (160, 224))
         write_dataset(data, settings.train_images, settings.val_images, image_sizes=(smallest, largest))
-    if not crops.is_dir():
+    if settings.start is None and not crops.is_dir():
         write_crops(data, crops)
     for seed in settings.seeds:
-        body = experiment.root / f"seed{seed}" / "pretrain"
-        given = {"data": crops, "steps": settings.pretrain_steps, "seed": seed, **experiment.computing()}
-        train_once(read_recipe(ClassifierTrainingSettings, "demo_cls", out=body, **given))
+        start = settings.start or experiment.pretrained(crops, seed)
         for task in settings.tasks:
-            experiment.run_task(task, seed, body)
+            experiment.run_task(task, seed, start)
     for task in settings.tasks if settings.latency_rounds else ():
         known = experiment.results.cells.get(f"{LATENCY}{task}", {}).get("models", {})
-        models = list(dict.fromkeys((DENSE, *known, *settings.plans)))
+        models = list(dict.fromkeys((DENSE, *known, *map(experiment.compressed, settings.plans))))
         measure = partial(experiment.latency, task, settings.seeds[0], models)
         experiment.results.measure(f"{LATENCY}{task}", measure, again=len(models) > len(known))
     return experiment.results.measure_all({})
@@ -163,11 +171,12 @@ class Experiment:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        defaults = {name: getattr(Settings, name) for name in SCALE}
-        scale = {name: getattr(settings, name) for name in SCALE if getattr(settings, name) != defaults[name]}
-        self.results = ResultCells(
-            settings.out, {**{name: getattr(settings, name) for name in SHARED}, **scale}, report
+        told = settings_of(settings)
+        scale, dense = (
+            {name: told[name] for name in names if told[name] != getattr(Settings, name)}
+            for names in (SCALE, DENSE_TRAINING)
         )
+        self.results = ResultCells(settings.out, {**{name: told[name] for name in SHARED}, **scale, **dense}, report)
         self.side = settings.full_width or NARROW_SIDE
         self.root = settings.work / "-".join(f"{name}{value}" for name, value in scale.items())
 
@@ -191,8 +200,15 @@ class Experiment:
         detector = {"image": sizes, "rpn": {**asdict(own.rpn), "anchor_sizes": anchors}, "roi": roi}
         return {"detector": {**detector, "backbone": {"fpn_channels": own.backbone.fpn_channels}}}
 
-    def run_task(self, task: Task, seed: int, body: Path) -> None:
-        """The dense detector of a task, then all its compressed forms."""
+    def pretrained(self, crops: Path, seed: int) -> Path:
+        """The seed's ResNet-50, trained on object crops."""
+        out = self.root / f"seed{seed}" / "pretrain"
+        given = {"data": crops, "steps": self.settings.pretrain_steps, "seed": seed, **self.computing()}
+        train_once(read_recipe(ClassifierTrainingSettings, "demo_cls", out=out, **given))
+        return out / LAST
+
+    def run_task(self, task: Task, seed: int, start: Path) -> None:
+        """The dense detector of a task, whose backbone starts from a file, then all its compressed forms."""
         s = self.settings
         for name, cell in self.results.cells.items():
             is_own = not name.startswith(LATENCY) and (cell["task"], cell["seed"]) == (task, seed)
@@ -202,21 +218,27 @@ class Experiment:
                     "give that one with --precision, or choose another seed"
                 )
         trained = self.root / f"seed{seed}" / f"{task}-trained"
-        self.detector(Cell(task, seed, TRAINED), trained, body)
+        self.detector(Cell(task, seed, TRAINED), trained, start)
         recipe = (s.finetune_steps, s.finetune_lr)
         dense = self.finetuned(task, seed, DENSE)
-        self.detector(Cell(task, seed, DENSE, *recipe), dense, trained)
+        self.detector(Cell(task, seed, DENSE, *recipe), dense, trained / LAST)
         scores = {out: self.results.cells[self.name_of(out)]["metrics"] for out in (trained, dense)}
         teacher = max(scores, key=lambda out: table3_scores(task, scores[out])[0])
         for plan in s.plans:
-            small, out = trained.with_name(f"{task}-{plan}-start"), self.finetuned(task, seed, plan)
-            self.compress(trained / LAST, plan, small / LAST)
-            self.detector(Cell(task, seed, plan, *recipe), out, small)
+            name = self.compressed(plan)
+            small, out = trained.with_name(f"{task}-{name}-start") / LAST, self.finetuned(task, seed, name)
+            self.compress(trained / LAST, plan, small)
+            self.recovered(Cell(task, seed, name), small)
+            self.detector(Cell(task, seed, name, *recipe), out, small)
             for weight, distill in product(s.distillation_weights, s.distill):
                 part = "" if distill == "pyramid" else f"-{distill}"
                 taught = out.with_name(f"{out.name}-distilled-{weight:g}{part}")
-                cell = Cell(task, seed, plan, *recipe, weight, distill, TRAINED if teacher == trained else DENSE)
+                cell = Cell(task, seed, name, *recipe, weight, distill, TRAINED if teacher == trained else DENSE)
                 self.detector(cell, taught, small, teacher=teacher / LAST)
+
+    def compressed(self, plan: str) -> str:
+        """What detectors that are compressed by a plan are called."""
+        return plan if self.settings.choose is None else f"{plan}-{self.settings.choose}"
 
     def name_of(self, out: Path) -> str:
         """A detector's cell in the results file."""
@@ -230,7 +252,8 @@ class Experiment:
     def detector(self, cell: Cell, out: Path, init: Path, teacher: Path | None = None) -> None:
         """Train one detector and record its accuracy."""
         s = self.settings
-        given: dict[str, Any] = {} if cell.finetune_lr is None else {"lr": cell.finetune_lr}
+        lr = cell.finetune_lr or s.detector_lr
+        given: dict[str, Any] = {} if lr is None else {"lr": lr}
         if teacher is not None:
             given |= {"teacher": teacher, "distillation_weight": cell.distillation_weight, "distill": cell.distill}
         recipe = read_recipe(
@@ -238,7 +261,7 @@ class Experiment:
             f"demo_{cell.task}",
             out=out,
             data=self.root / "data",
-            init=init / LAST,
+            init=init,
             steps=cell.finetune_steps or s.detector_steps,
             batch_size=s.batch_size,
             seed=cell.seed + (FINETUNE_SEED if cell.finetune_steps else 0),
@@ -247,14 +270,25 @@ class Experiment:
             **given,
         )
         figures = train_once(recipe)
+        self.results.measure(self.name_of(out), lambda: self.described(cell, out / LAST, figures))
 
-        def described() -> dict[str, Any]:
-            loaded = load_checkpoint(out / LAST)
-            counts = complexity_of(loaded.model, loaded.header.settings)
-            size = {"macs": counts.macs, "params": counts.params}
-            return {**asdict(cell), **figures, "precision": s.precision, "images": s.val_images, **size}
+    def recovered(self, cell: Cell, file: Path) -> None:
+        """Record the accuracy of a compressed detector that is not fine-tuned."""
 
-        self.results.measure(self.name_of(out), described)
+        def evaluated() -> dict[str, Any]:
+            workers = self.settings.workers
+            found = evaluate_file(file, self.root / "data", cell.task, workers=workers, progress=False).to_dict()
+            return self.described(cell, file, {"steps": 0, "metrics": found["metrics"]})
+
+        self.results.measure(self.name_of(file.parent), evaluated)
+
+    def described(self, cell: Cell, file: Path, figures: dict[str, Any]) -> dict[str, Any]:
+        """What the results file says of a detector; `figures` are its steps and metrics."""
+        loaded = load_checkpoint(file)
+        counts = complexity_of(loaded.model, loaded.header.settings)
+        size = {"macs": counts.macs, "params": counts.params}
+        told = {"precision": self.settings.precision, "images": self.settings.val_images}
+        return {**asdict(cell), **figures, **told, **size}
 
     def compress(self, trained: Path, plan: str, out: Path) -> None:
         """Compress a trained detector by a plan in its widths, with the recovery of the settings."""
@@ -269,6 +303,7 @@ class Experiment:
             self.root / "data" / "train2017",
             refit=refit,
             reestimate=reestimate,
+            choose=self.settings.choose,
         )
         save_checkpoint(out, small.model, small.header)
 

@@ -68,6 +68,12 @@ def test_retention_is_of_the_dense_detector_before_where_its_fine_tuning_harms_i
     assert before[7] == "-" and dense[7] == "0.90 (0.80, 1.00)" and fast[7] == "0.75 (0.60, 0.90)"
 
 
+def test_what_a_plan_keeps_without_fine_tuning_is_of_the_dense_detector_before() -> None:
+    before, recovered, *_ = accuracy_table([cell(0, "fast", 0, 0.27), *CELLS], LATENCY, "box").rows
+    assert before[1] == "- (trained for 12)" and before[7] == "-"
+    assert recovered[:4] == ("fast", "none", "-", "-") and recovered[7] == "0.75"  # 0.27 / 0.36
+
+
 def test_what_was_imitated_is_said() -> None:
     heads = {**cell(0, "fast", 6, 0.39, 0.5), "distill": "heads"}
     both = {**cell(0, "fast", 6, 0.395, 0.5), "distill": "both"}
@@ -123,11 +129,47 @@ def test_the_better_dense_detector_teaches(tmp_path, monkeypatch, before, after,
 
     monkeypatch.setattr(Experiment, "detector", record)
     monkeypatch.setattr(Experiment, "compress", lambda *_: None)
+    monkeypatch.setattr(Experiment, "recovered", lambda *_: None)
     settings = Settings(plans=("fast",), finetune_steps=6, out=tmp_path / "results.json", work=tmp_path)
     Experiment(settings).run_task("box", 0, tmp_path / "pretrain")
     folder = {"dense": "box-dense-6-lr-0.0015", "dense before": "box-trained"}[teacher]
     assert taught.pop("box-fast-6-lr-0.0015-distilled-0.5") == (teacher, folder)
     assert set(taught.values()) == {(None, None)} and len(taught) == 3
+
+
+def test_filters_may_be_chosen_in_another_way_than_the_plan_says(tmp_path, monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(table3_accuracy, "load_checkpoint", lambda path: path)
+    monkeypatch.setattr(table3_accuracy, "compress_narrow", lambda *_, **given: told.append(given["choose"]) or dense)
+    monkeypatch.setattr(table3_accuracy, "save_checkpoint", lambda *_: None)
+    dense = Checkpoint(None, None)  # type: ignore[arg-type]
+    for choose, name in ((None, "table3"), ("harm", "table3-harm")):
+        experiment = Experiment(Settings(choose=choose, out=tmp_path / "results.json", work=tmp_path))
+        experiment.compress(tmp_path / "dense", "table3", tmp_path / "small.safetensors")
+        assert told.pop() == choose and experiment.compressed("table3") == name
+
+
+def test_the_dense_detector_may_start_from_a_file_at_another_rate(tmp_path, monkeypatch) -> None:
+    recipes = []
+    monkeypatch.setattr(table3_accuracy, "train_once", lambda recipe: recipes.append(recipe) or {"steps": 1})
+    monkeypatch.setattr(table3_accuracy, "write_dataset", lambda *_, **__: None)
+    monkeypatch.setattr(table3_accuracy, "write_crops", lambda *_: pytest.fail("crops are for the classifier"))
+    monkeypatch.setattr(ResultCells, "measure", lambda self, name, _: self.cells.setdefault(name, {"metrics": {}}))
+    monkeypatch.setattr(ResultCells, "measure_all", lambda *_: 0)
+    monkeypatch.setattr(table3_accuracy, "table3_scores", lambda *_: (0.5, 0.5))
+    settings = Settings(
+        tasks=("box",), plans=(), seeds=(3,), finetune_steps=6, latency_rounds=0, detector_lr=0.0001,
+        start=tmp_path / "own.safetensors", out=tmp_path / "results.json", work=tmp_path,
+    )  # fmt: skip
+    assert table3_accuracy.main(settings) == 0
+    trained, control = recipes
+    assert (trained.init, trained.lr, trained.steps) == (settings.start, 0.0001, 1200)
+    assert (control.init, control.lr, control.steps) == (trained.out / "last.safetensors", 0.0015, 6)
+    told = Experiment(settings).results.settings
+    text = text_of({**RESULTS, "settings": told}, settings.out)
+    assert "own.safetensors, not from a ResNet-50" in text and "dense detectors' training: 0.0001;" in text
+    with pytest.raises(UserError, match="start"):
+        Experiment(replace(settings, start=None))
 
 
 def with_the_structure(dense: Checkpoint, source: Path, plan: CompressionPlan, images: Path, **_: object) -> Checkpoint:
@@ -152,7 +194,9 @@ def test_full_width_is_torchvisions_and_what_is_done_stays(tmp_path, monkeypatch
     header = read_header(trained / "last.safetensors").detector
     assert header.roi == replace(DetectorSettings().roi, canonical_scale=18, batch_per_image=16)
     assert header.rpn == replace(DetectorSettings().rpn, anchor_sizes=(3, 5, 10, 20, 41))
-    assert dense["params"] > 41e6 > small["params"]
+    recovered = found["cells"]["seed0/box-table3-start"]
+    assert (recovered["steps"], recovered["finetune_lr"], recovered["images"]) == (0, None, 2)
+    assert dense["params"] > 41e6 > small["params"] == recovered["params"]
     monkeypatch.setattr(table3_accuracy, "train_once", lambda settings: {"steps": 0, "metrics": {}})
     monkeypatch.setattr(table3_accuracy, "load_checkpoint", lambda path: pytest.fail(f"{path} was measured again"))
     assert table3_accuracy.main(settings) == 0
