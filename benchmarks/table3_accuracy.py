@@ -58,8 +58,6 @@ SHARED = ("train_images", "val_images", "pretrain_steps", "recovery")
 """Settings that all cells of a results file have in common."""
 SCALE = ("full_width", "batch_size", "sampled_rois")
 """The same; a file that does not name them has the defaults. They name the folder of the runs as well."""
-DENSE_TRAINING = ("start", "detector_lr")
-"""Of the dense detectors' training, the same for all cells; a file that does not name them has the defaults."""
 NARROW_SIDE = 192
 """Short side of the demo's detectors, px."""
 
@@ -84,8 +82,6 @@ class Settings:
     """Steps of 32 object crops that pretrain the ResNet-50, the stand-in for ImageNet."""
     detector_steps: int = 1200
     """Steps of --batch-size images that train the dense detector of a task; keypoints need more than boxes."""
-    detector_lr: float | None = None
-    """Peak learning rate of these steps, instead of the recipe's, which is for narrow detectors."""
     finetune_steps: int = 600
     """Steps of --batch-size images for every compressed detector, and for the dense one once more."""
     finetune_lr: float = 0.0015
@@ -104,9 +100,6 @@ class Settings:
     sampled_rois: int | None = None
     """Proposals per image that the heads learn from, instead of the detector's own (128; at --full-width 512): fewer
     take less time on a CPU. The widths, and what is evaluated, stay the same."""
-    start: Path | None = None
-    """A trained detector whose backbone and pyramid start the dense ones, or a classifier, instead of the ResNet-50
-    that --pretrain-steps make: the heads alone begin at random."""
     workers: int = 1
     """Processes that read images."""
     device: Literal["auto", "cpu"] = "auto"
@@ -152,10 +145,10 @@ def main(settings: Settings) -> int:
     if not data.is_dir():
         smallest, largest = (round(side * experiment.side / NARROW_SIDE) for side in (160, 224))
         write_dataset(data, settings.train_images, settings.val_images, image_sizes=(smallest, largest))
-    if settings.start is None and not crops.is_dir():
+    if not crops.is_dir():
         write_crops(data, crops)
     for seed in settings.seeds:
-        start = settings.start or experiment.pretrained(crops, seed)
+        start = experiment.pretrained(crops, seed)
         for task in settings.tasks:
             experiment.run_task(task, seed, start)
     for task in settings.tasks if settings.latency_rounds else ():
@@ -172,11 +165,8 @@ class Experiment:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         told = settings_of(settings)
-        scale, dense = (
-            {name: told[name] for name in names if told[name] != getattr(Settings, name)}
-            for names in (SCALE, DENSE_TRAINING)
-        )
-        self.results = ResultCells(settings.out, {**{name: told[name] for name in SHARED}, **scale, **dense}, report)
+        scale = {name: told[name] for name in SCALE if told[name] != getattr(Settings, name)}
+        self.results = ResultCells(settings.out, {**{name: told[name] for name in SHARED}, **scale}, report)
         self.side = settings.full_width or NARROW_SIDE
         self.root = settings.work / "-".join(f"{name}{value}" for name, value in scale.items())
 
@@ -252,8 +242,7 @@ class Experiment:
     def detector(self, cell: Cell, out: Path, init: Path, teacher: Path | None = None) -> None:
         """Train one detector and record its accuracy."""
         s = self.settings
-        lr = cell.finetune_lr or s.detector_lr
-        given: dict[str, Any] = {} if lr is None else {"lr": lr}
+        given: dict[str, Any] = {} if cell.finetune_lr is None else {"lr": cell.finetune_lr}
         if teacher is not None:
             given |= {"teacher": teacher, "distillation_weight": cell.distillation_weight, "distill": cell.distill}
         recipe = read_recipe(

@@ -20,12 +20,12 @@ METHOD = """\
 Embedded data, drawn by a program; not COCO: outline, inner drawing and, nine times in ten, a favourite hue carry the \
 class. One ResNet-50 per seed is pretrained on object crops and starts every detector of that seed. The dense detector \
 of a task is trained ("dense before"); compressed detectors are compressed from it, recovered without labels (refit: \
-least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither; "none" is that alone) \
-and fine-tuned, and the dense one is trained on for as many steps with the same recipe ("dense"), so it has seen as \
-many images as the others with its number of steps. With distillation the better of the two is the teacher (the \
-column is the weight of the pyramid's imitation, "heads" that of the heads' answers). Retention is a row's AP over \
-that of the best dense detector, before or with as many steps, seed by seed. \
-With more than one seed a figure is the mean, the seeds' own in brackets. \
+least squares on 64 training images; re-estimation: BatchNorm on 256; the paper does neither; rows with fine-tuning \
+"none" stop there) and fine-tuned, and the dense one is trained on for as many steps with the same recipe ("dense"), \
+so it has seen as many images as the others with its number of steps. With distillation the better of the two is the \
+teacher (the column is the weight of the pyramid's imitation, "heads" that of the heads' answers). Retention is a \
+row's AP over that of the best dense detector, before or with as many steps, seed by seed. With more than one seed a \
+figure is the mean, the seeds' own in brackets. \
 Plans are brought to the detectors' widths: equal shares of filters; after "-harm" the filters that survive are \
 chosen by what the next layers lose on the refit's images, not by the plan. FPS: ONNX Runtime, one image at a time, \
 all models of a task in turn on the same images; a distilled detector is the same graph as its twin. Speed-up: median \
@@ -40,7 +40,7 @@ def accuracy_report(results: ResultCells) -> Report:
     report.blocks += [
         Paragraph(METHOD),
         Paragraph(
-            f"{settings['train_images']} training images; {_start(settings)}; "
+            f"{settings['train_images']} training images; {settings['pretrain_steps']} steps of 32 crops; "
             f"{_scale(settings)}recovery: {settings['recovery']}; "
             f"precision of the training: {_precisions(trained)}."
         ),
@@ -50,14 +50,6 @@ def accuracy_report(results: ResultCells) -> Report:
             latency = results.cells.get(f"{LATENCY}{task}", {}).get("models", {})
             report.blocks += [Heading(name), accuracy_table(own, latency, task)]
     return report
-
-
-def _start(settings: Mapping[str, Any]) -> str:
-    given, lr = settings.get("start"), settings.get("detector_lr")
-    rate = "" if lr is None else f"; peak learning rate of the dense detectors' training: {lr:g}"
-    if given is None:
-        return f"{settings['pretrain_steps']} steps of 32 crops{rate}"
-    return f"the dense detectors' backbones start from {given}, not from a ResNet-50 trained on crops{rate}"
 
 
 def _scale(settings: Mapping[str, Any]) -> str:

@@ -149,29 +149,6 @@ def test_filters_may_be_chosen_in_another_way_than_the_plan_says(tmp_path, monke
         assert told.pop() == choose and experiment.compressed("table3") == name
 
 
-def test_the_dense_detector_may_start_from_a_file_at_another_rate(tmp_path, monkeypatch) -> None:
-    recipes = []
-    monkeypatch.setattr(table3_accuracy, "train_once", lambda recipe: recipes.append(recipe) or {"steps": 1})
-    monkeypatch.setattr(table3_accuracy, "write_dataset", lambda *_, **__: None)
-    monkeypatch.setattr(table3_accuracy, "write_crops", lambda *_: pytest.fail("crops are for the classifier"))
-    monkeypatch.setattr(ResultCells, "measure", lambda self, name, _: self.cells.setdefault(name, {"metrics": {}}))
-    monkeypatch.setattr(ResultCells, "measure_all", lambda *_: 0)
-    monkeypatch.setattr(table3_accuracy, "table3_scores", lambda *_: (0.5, 0.5))
-    settings = Settings(
-        tasks=("box",), plans=(), seeds=(3,), finetune_steps=6, latency_rounds=0, detector_lr=0.0001,
-        start=tmp_path / "own.safetensors", out=tmp_path / "results.json", work=tmp_path,
-    )  # fmt: skip
-    assert table3_accuracy.main(settings) == 0
-    trained, control = recipes
-    assert (trained.init, trained.lr, trained.steps) == (settings.start, 0.0001, 1200)
-    assert (control.init, control.lr, control.steps) == (trained.out / "last.safetensors", 0.0015, 6)
-    told = Experiment(settings).results.settings
-    text = text_of({**RESULTS, "settings": told}, settings.out)
-    assert "own.safetensors, not from a ResNet-50" in text and "dense detectors' training: 0.0001;" in text
-    with pytest.raises(UserError, match="start"):
-        Experiment(replace(settings, start=None))
-
-
 def with_the_structure(dense: Checkpoint, source: Path, plan: CompressionPlan, images: Path, **_: object) -> Checkpoint:
     """Stands in for `compress_narrow`: random weights, in no time."""
     return Checkpoint(apply_structure(dense.model, plan), dense.header.made_by("test", source, plan=plan))
