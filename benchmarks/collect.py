@@ -34,6 +34,7 @@ SECTIONS = {
     "table3_full_width": "Table III: accuracy at torchvision's widths",
     "packaged": "Detectors in the package",
     "memorise_real": "Real photographs learnt by heart",
+    "memorise_real_mixed": "Real photographs learnt by heart: a plan of mixed forms",
     "whole_detector": "Plans over the whole detector",
     "whole_detector_mixed": "A plan that mixes forms over the whole detector",
     "against": "Graphs of an older commit beside today's",

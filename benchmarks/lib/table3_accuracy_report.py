@@ -108,11 +108,12 @@ def _taught(cell: Cell) -> str:
     return f"{part}, by {TRAINED}" if cell.get("teacher") == TRAINED else part
 
 
-def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, float, bool, str]:
-    """Order of the rows: by steps of fine-tuning, larger models first, by learning rate, without distillation first."""
+def _place(way: Way, cells: Sequence[Cell]) -> tuple[int, float, float, str, float, bool, str]:
+    """Order of the rows: by steps of fine-tuning, larger models first, then by name, by learning rate, without
+    distillation first."""
     model, steps, lr, taught = way
     first = next(cell for cell in cells if cell["model"] == model)
-    return steps, -first["macs"], -first["params"], lr or 0.0, taught != "-", taught
+    return steps, -first["macs"], -first["params"], model, lr or 0.0, taught != "-", taught
 
 
 def _row(own: Sequence[Cell], cells: Sequence[Cell], latency: Mapping[str, Any], task: Task) -> tuple[str, ...]:

@@ -74,6 +74,12 @@ def test_what_a_plan_keeps_without_fine_tuning_is_of_the_dense_detector_before()
     assert recovered[:4] == ("fast", "none", "-", "-") and recovered[7] == "0.75"  # 0.27 / 0.36
 
 
+def test_models_of_one_size_stand_by_name() -> None:
+    alike = [cell(0, f"plan {letter}", 6, 0.3) for letter in "ecabd"]
+    rows = accuracy_table([*alike, cell(0, "plan", 6, 0.3)], {}, "box").rows
+    assert [row[0] for row in rows[:6]] == ["plan", "plan a", "plan b", "plan c", "plan d", "plan e"]
+
+
 def test_what_was_imitated_is_said() -> None:
     heads = {**cell(0, "fast", 6, 0.39, 0.5), "distill": "heads"}
     both = {**cell(0, "fast", 6, 0.395, 0.5), "distill": "both"}
