@@ -16,6 +16,7 @@ from norton_deploy.data.resident_images import Augmentation, ResidentImages
 from norton_deploy.data.transforms import to_unit_range
 from norton_deploy.errors import UserError, one_line_errors
 from norton_deploy.training.settings import TrainingSettings
+from norton_deploy.training.stop_signals import outlive_one_stop
 
 # Width : height from 1:2 to 2:1 in six equal steps of its logarithm, as in torchvision's reference training.
 ASPECT_EDGES = 2.0 ** np.linspace(-1.0, 1.0, 7)
@@ -195,6 +196,7 @@ class SampledBatches:
             collate_fn=self.collate,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=outlive_one_stop,
         )
         yield from one_line_errors(loader)
 

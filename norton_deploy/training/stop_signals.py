@@ -5,13 +5,11 @@ import sys
 import threading
 from typing import Any
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopSignals:
-    """While it is entered, the first SIGINT or SIGTERM only sets `received`; a second one acts as ever.
-
-    Processes forked meanwhile (those that read data) do the same, so that Ctrl-C in a terminal, which reaches them
-    too, does not end them before the step is done.
-    """
+    """While it is entered, the first SIGINT or SIGTERM only sets `received`; a second one acts as ever."""
 
     def __init__(self, *, enabled: bool) -> None:
         """With `enabled` False, or outside the main thread, signals act as ever."""
@@ -21,7 +19,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if self._enabled:
-            self._previous = {one: signal.signal(one, self._receive) for one in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {one: signal.signal(one, self._receive) for one in STOPS}
         return self
 
     def _receive(self, _signal: int, _frame: object) -> None:
@@ -36,3 +34,18 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+
+def outlive_one_stop(_worker: int = 0) -> None:
+    """Make this process, which reads data for a training, ignore the first SIGINT or SIGTERM; a second one ends it.
+
+    A terminal sends Ctrl-C, and a service or batch manager its stop, to the readers too; the step that is being done
+    needs their data. Called in the reader itself: torch gives readers a handler of SIGTERM that ends them.
+    """
+
+    def ignored(_signal: int, _frame: object) -> None:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in STOPS:
+        signal.signal(number, ignored)

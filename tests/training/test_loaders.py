@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import signal
+
 import pytest
 import torch
 
@@ -69,6 +73,17 @@ def test_a_bad_file_is_one_line_whoever_reads_it(workers):
     with pytest.raises(UserError) as error:
         list(loader.batches(0, 0))
     assert str(error.value) == "/data/7.jpg: truncated; repair it"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_readers_outlive_a_stop_that_reaches_them_too(stop):
+    others = multiprocessing.active_children()
+    batches = SampledBatches(Numbers(), GroupedBatchSampler(10, 2), collate_classes, 1).batches(0, 0)
+    next(batches)
+    (reader,) = set(multiprocessing.active_children()) - set(others)
+    os.kill(reader.pid, stop)
+    assert len(list(batches)) == 4
+    assert not reader.is_alive()
 
 
 def test_bytes_cross_from_pinned_memory_and_are_divided_on_the_device(monkeypatch):
