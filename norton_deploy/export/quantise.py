@@ -157,6 +157,7 @@ def quantised(
     if symmetric:
         rounded = [node for node in rounded if node.op_type in LAYERS]
     result = with_rounding(model, ranges, rounded, cpu=cpu, symmetric=symmetric)
+    _name_what_is_read(result)
     known = {value.name for value in result.graph.value_info}
     stages = [v for v in model.graph.value_info if v.name.startswith(STAGE_PREFIX) and v.name not in known]
     result.graph.value_info.extend(stages)
@@ -179,8 +180,7 @@ def with_rounding(model: Any, ranges: Ranges, nodes: Sequence[Any], *, cpu: Cpu,
     changed = copy.deepcopy(model)
     if not nodes:  # to the quantizer no nodes mean all nodes
         return changed
-    if not symmetric:
-        _own_biases(changed, {node.name for node in nodes if node.op_type in LAYERS})
+    _own_biases(changed, {node.name for node in nodes if node.op_type in LAYERS})
     found = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     quantizer = QDQQuantizer(
         changed,
@@ -261,9 +261,32 @@ def _tensors(node: Any) -> list[str]:
     return [*inputs, *node.output]
 
 
+def _name_what_is_read(model: Any) -> None:
+    """Give a stage's name to the rounded tensor, which is what the next stage reads.
+
+    The quantizer folds a ReLU into the rounding of its input, whose lowest level is 0, and calls that input by the
+    ReLU's name: what had the stage's name would be below 0 too.
+    """
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for writer in list(model.graph.node):
+        for place, stage in enumerate(writer.output):
+            rounding = readers.get(stage, [])
+            if not stage.startswith(STAGE_PREFIX) or [node.op_type for node in rounding] != ["QuantizeLinear"]:
+                continue
+            (restored,) = readers[rounding[0].output[0]]
+            for node in readers[restored.output[0]]:
+                node.input[:] = [stage if name == restored.output[0] else name for name in node.input]
+            writer.output[place] = rounding[0].input[0] = f"unrounded/{stage}"
+            restored.output[0] = stage
+
+
 def _own_biases(model: Any, nodes: Collection[str]) -> None:
     """Give every node that shares its bias with another one of its own, since a bias is rounded to its input's scale;
-    a bias of zeros goes."""
+    a bias of zeros goes. The quantizer would do so itself, and call the copy `val_365` beside a node that writes a
+    `val_365`."""
     from onnx import TensorProto, numpy_helper
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}

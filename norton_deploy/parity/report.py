@@ -21,8 +21,7 @@ class Tolerances:
 
     Attributes:
         tensor: difference of a feature map, logit or delta: the largest, relative to the largest value, or ...
-        by_mean_square: ... the root of the mean square, relative to the tensor's own; then the backbone's maps are
-            reported only: an image can leave the deepest one nearly empty, and what counts comes out of the pyramid.
+        by_mean_square: ... the root of the mean square, relative to the tensor's own.
         box_px, score, mask_iou, mask_probability: for pairs of detections, pixels of box-local masks.
         keypoint_loss: how far the heatmap's value at a keypoint may be below its maximum, and the keypoint's score
             from that value, relative to the heatmap's range.

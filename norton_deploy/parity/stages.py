@@ -41,8 +41,7 @@ def compare_layers(report: ParityReport, eager: EagerStages, canvas: Image, stag
 def record_tensors(report: ParityReport, name: str, expected: Arrays, found: Arrays, limits: Tolerances) -> None:
     """How far the tensors of a stage are apart."""
     if limits.by_mean_square:
-        limit = None if name == "backbone" else limits.tensor
-        report.record(name, "relative root mean square", relative_error(expected, found), limit)
+        report.record(name, "relative root mean square", relative_error(expected, found), limits.tensor)
     else:
         report.record(name, "largest relative difference", relative_difference(expected, found), limits.tensor)
 

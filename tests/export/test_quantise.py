@@ -12,6 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 from reduced_detectors import IMAGE_SIZE, blobs
 
+from norton_deploy.cost.session import make_session
 from norton_deploy.errors import UserError
 from norton_deploy.export.onnx_export import read_contract
 from norton_deploy.export.quantise import (
@@ -26,7 +27,9 @@ from norton_deploy.export.quantise import (
 from norton_deploy.export.quantise_sensitivity import HeadErrors
 from norton_deploy.export.tensorrt_build import build_engine
 from norton_deploy.inference.loading import load_predictor
+from norton_deploy.parity.comparison import relative_error
 from norton_deploy.parity.gate import check_parity
+from norton_deploy.parity.graph_parts import CuttableGraph
 from norton_deploy.search.latency_budget import Workload
 from norton_deploy.structures import Task
 
@@ -167,6 +170,49 @@ def test_an_int8_graph_becomes_an_rtx_engine(capability: str, calibrated: Callab
     write_quantised(model, read_contract(path), graph, ranges)
     manifest = build_engine(graph, engine, engine="tensorrt-rtx", compute_capability=capability)
     assert (manifest.compute_capability, manifest.contract.precision) == (capability, "int8")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_copied_bias_takes_no_name_that_is_taken(symmetric: bool) -> None:
+    weights = [numpy_helper.from_array(np.full((1, 1, 1, 1), 2.0, np.float32), f"detector.{name}.weight")
+               for name in "sab"]  # fmt: skip
+    bias = numpy_helper.from_array(np.ones(1, np.float32), "val")
+    nodes = [
+        helper.make_node("Conv", ["images", "detector.s.weight"], ["x"], "stem"),
+        helper.make_node("Conv", ["x", "detector.a.weight", "val"], ["a"], "a"),
+        helper.make_node("Conv", ["a", "detector.b.weight", "val"], ["b"], "b"),
+        *(helper.make_node("Neg", ["b"], [f"val{index}"], f"neg{index}") for index in range(3)),
+        helper.make_node("Sum", ["val0", "val1", "val2"], ["y"], "sum"),
+    ]
+    names = ("images", "x", "a", "b", "y", "val0", "val1", "val2")
+    info = [helper.make_tensor_value_info(name, 1, [1, 1, 1, 2]) for name in names]
+    graph = helper.make_graph(nodes, "g", info[:1], info[4:5], [*weights, bias], value_info=info)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    values = np.array([1.0, -1.0], np.float32).reshape(1, 1, 1, 2)
+    rounded = quantised(model, calibrate(model, [values]), symmetric=symmetric)
+    (found,) = make_session(rounded.SerializeToString(), "cpu").run(["y"], {"images": values})
+    np.testing.assert_allclose(found.ravel(), [-33.0, 15.0], atol=1.0)
+
+
+def test_a_stage_is_what_the_next_one_reads(calibrated: Callable, tmp_path: Path) -> None:
+    _, path, model, ranges = calibrated("onnxruntime")
+    out = tmp_path / "int8.onnx"
+    write_quantised(model, read_contract(path), out, ranges)
+    names = [f"body.{level}" for level in range(4)] + [f"fpn.{level}" for level in range(4)]
+    feed = {"images": batches()[0]}
+    expected, found = (CuttableGraph(file).part(names)(feed) for file in (path, out))
+    for name in names:
+        assert len(np.unique(found[name])) <= 256
+        assert (expected[name].min() < 0) == (found[name].min() < 0)
+        assert relative_error({name: expected[name]}, found) < 0.2
+
+
+def test_a_spoilt_layer_of_the_body_is_seen_there(calibrated: Callable, tmp_path: Path) -> None:
+    detector, path, model, ranges = calibrated("onnxruntime")
+    out, read = tmp_path / "int8.onnx", quantisable_layers(model)["backbone.body.layer4.0.conv2"][0].input[0]
+    write_quantised(model, read_contract(path), out, {**ranges, read: (0.0, 1e-3 * ranges[read][1])})
+    report = check_parity(detector, out, list(blobs(2, seed=5).numpy()), precision="int8")
+    assert report.first_failure is not None and report.first_failure.name == "backbone"
 
 
 def test_files_hold_nothing_that_can_be_computed(calibrated: Callable) -> None:
