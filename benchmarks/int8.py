@@ -30,6 +30,7 @@ from benchmarks.lib.stages import split_stages
 from norton_deploy.data.coco import CocoDetection
 from norton_deploy.data.image_file import read_image
 from norton_deploy.data.synthetic import draw_scene, write_dataset
+from norton_deploy.errors import UserError
 from norton_deploy.evaluation.evaluate import evaluate_detector
 from norton_deploy.export.equalise import equalised
 from norton_deploy.export.onnx_export import read_contract
@@ -62,6 +63,8 @@ class Settings(WorkSettings):
     """Which packaged detectors to evaluate."""
     checkpoints: tuple[Path, ...] = ()
     """More detectors to evaluate as the packaged ones, for example tuned by `train_det --quantise`."""
+    forms: tuple[str, ...] = tuple(FORMS)
+    """In which forms; bf16 needs a CPU that has it."""
     prepare: bool = False
     """Make the graphs only."""
     rounds: int = 6
@@ -82,6 +85,9 @@ class Settings(WorkSettings):
 
 def main(settings: Settings) -> int:
     """Make or measure what is missing."""
+    unknown = sorted(set(settings.forms) - set(FORMS))
+    if unknown:
+        raise UserError(f"--forms: no {', '.join(unknown)}; there are {', '.join(FORMS)}")
     models = RandomDetectors()
     if settings.prepare:
         for task in settings.tasks:
@@ -97,7 +103,7 @@ def main(settings: Settings) -> int:
         cells[f"AP packaged {packaged}"] = partial(measure_ap, packaged_detector(packaged), settings)
     for checkpoint in settings.checkpoints:
         cells[f"AP {checkpoint.stem}"] = partial(measure_ap, checkpoint, settings)
-    key = settings_of(settings, "tasks", "packaged", "checkpoints", "prepare")
+    key = settings_of(settings, "tasks", "packaged", "checkpoints", "forms", "prepare")
     return ResultCells(settings.out, key, report).measure_all(cells)
 
 
@@ -170,7 +176,8 @@ def measure_ap(checkpoint_file: Path, settings: Settings) -> dict[str, Any]:
     dataset = CocoDetection(data, "val", graphs.task, categories=graphs.categories)
     scenes = [draw_scene(GATE_SEED + index, graphs.contract.image_size).image for index in range(settings.gate_images)]
     scores, gate = {}, {}
-    for name, form in FORMS.items():
+    for name in settings.forms:
+        form = FORMS[name]
         precision = form[0]
         predictor = opened(graphs.files[precision], form)
         metrics = evaluate_detector(predictor, dataset, progress=False).metrics

@@ -23,6 +23,7 @@ class Pairing:
         borderline: those of them that lie at a cut, where rounding decides: their score is within the score
             tolerance of the score threshold or of the last place of a full list.
         box_px: [P], largest corner distance in pixels.
+        box_iou: [P].
         score: [P], difference of scores.
         mask_iou: [P], None without masks; two empty masks count as 1.
         keypoint_px: [P, K], distance in pixels; None without keypoints.
@@ -32,6 +33,7 @@ class Pairing:
     unmatched: int
     borderline: int
     box_px: npt.NDArray[np.float32]
+    box_iou: npt.NDArray[np.float32]
     score: npt.NDArray[np.float32]
     mask_iou: npt.NDArray[np.float32] | None
     keypoint_px: npt.NDArray[np.float32] | None
@@ -54,7 +56,8 @@ def pair_detections(
         score_tolerance: how far from a cut counts as borderline.
     """
     distance = np.abs(first.boxes[:, None] - second.boxes[None]).max(axis=2)
-    allowed = (first.labels[:, None] == second.labels[None]) & (box_iou(first.boxes, second.boxes) >= PAIRED_IOU)
+    overlap = box_iou(first.boxes, second.boxes)
+    allowed = (first.labels[:, None] == second.labels[None]) & (overlap >= PAIRED_IOU)
     distance = np.where(allowed, distance, np.inf)
     pairs: list[tuple[int, int]] = []
     free_rows, free_columns = np.ones(len(first), bool), np.ones(len(second), bool)
@@ -76,6 +79,7 @@ def pair_detections(
         unmatched=len(lonely),
         borderline=int(at_cut.sum()),
         box_px=np.abs(a.boxes - b.boxes).max(axis=1, initial=0.0),
+        box_iou=overlap[index[:, 0], index[:, 1]],
         score=np.abs(a.scores - b.scores),
         mask_iou=None if a.masks is None or b.masks is None else mask_iou(a.masks, b.masks),
         keypoint_px=None
@@ -136,6 +140,11 @@ def set_distance(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]
 def quantile(values: npt.NDArray[np.floating[Any]], share: float) -> float:
     """The value that `share` of the values do not exceed: the largest for 1; 0 for no values."""
     return float(np.quantile(values, share)) if values.size else 0.0
+
+
+def lower_quantile(values: npt.NDArray[np.floating[Any]], share: float) -> float:
+    """The value that `share` of the values reach: the smallest for 1; 1 for no values."""
+    return 1.0 - quantile(1.0 - values, share)
 
 
 def mean(values: npt.NDArray[np.floating[Any]]) -> float:

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from norton_deploy.parity.comparison import mask_iou, mean, pair_detections, quantile
+from norton_deploy.parity.comparison import lower_quantile, mask_iou, mean, pair_detections, quantile
 from norton_deploy.parity.keypoint_loss import KeypointLoss, keypoint_loss
-from norton_deploy.parity.report import ParityReport, Tolerances, Values
+from norton_deploy.parity.report import ParityReport, Tolerances
 from norton_deploy.structures import Detections
 
 SAMPLE = 32
@@ -66,7 +66,7 @@ def compare_detections(
 
     Unmatched ones are excused where they lie at the cuts: the model's threshold, and the last place of a full list.
     """
-    worst = partial(quantile, share=limits.share)
+    worst, lowest = partial(quantile, share=limits.share), partial(lower_quantile, share=limits.share)
     for reference, theirs in zip(expected, found, strict=True):
         ours = reference.detections
         pairing = pair_detections(
@@ -80,7 +80,10 @@ def compare_detections(
         unexplained = np.zeros(len(ours) + len(theirs), np.float32)
         unexplained[: pairing.unmatched - pairing.borderline] = 1.0
         report.pool(name, "share of unmatched detections", unexplained, limits.unmatched, mean)
-        report.pool(name, "box distance, px", pairing.box_px, limits.box_px, worst)
+        if limits.box_iou is None:
+            report.pool(name, "box distance, px", pairing.box_px, limits.box_px, worst)
+        else:
+            report.pool(name, "box IoU", pairing.box_iou, limits.box_iou, lowest, is_lower_bound=True)
         report.pool(name, "score difference", pairing.score, limits.score, worst)
         first, second = pairing.pairs[np.isin(pairing.pairs[:, 0], reference.sample)].T
         place = np.searchsorted(reference.sample, first)
@@ -111,10 +114,7 @@ def record_masks(
     area, judged = (part.sum(axis=(1, 2)) for part in (either, either & ~left_out))
     report.count("masks", int(((judged > 0) | (area == 0)).sum()))
     iou = mask_iou(ours & ~left_out, theirs & ~left_out)
-
-    def lowest(values: Values) -> float:
-        return 1.0 - quantile(1.0 - values, limits.share)
-
+    lowest = partial(lower_quantile, share=limits.share)
     report.pool(name, "mask IoU", iou, limits.mask_iou, lowest, is_lower_bound=True)
     report.record(name, "share of a mask left out", quantile(1 - judged / np.maximum(area, 1), 1.0), None)
 

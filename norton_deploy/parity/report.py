@@ -22,6 +22,7 @@ class Tolerances:
     Attributes:
         tensor: difference of a feature map, logit or delta: the largest, relative to the largest value, or ...
         by_mean_square: ... the root of the mean square, relative to the tensor's own.
+        box_iou: of pairs of detections, instead of box_px: what few bits do to a box's deltas grows with the box.
         box_px, score, mask_iou, mask_probability: for pairs of detections, pixels of box-local masks.
         keypoint_loss: how far the heatmap's value at a keypoint may be below its maximum, and the keypoint's score
             from that value, relative to the heatmap's range.
@@ -38,6 +39,7 @@ class Tolerances:
     share: float
     unmatched: float
     by_mean_square: bool = False
+    box_iou: float | None = None
 
     @property
     def mask_mean(self) -> float:
@@ -52,7 +54,7 @@ TOLERANCES: dict[Precision, Tolerances] = {
     "fp16": Tolerances(2e-2, 1.0, 0.02, 0.90, 0.05, 2e-2, share=0.9, unmatched=0.1),
     # A range that leaves tails out changes single values by any amount, hence mean squares; 0.3 is noise of a tenth of
     # the power, another layer's weights give 1 and more. Reasons and what was seen before: docs/decisions.md.
-    "int8": Tolerances(0.3, 4.0, 0.1, 0.80, 0.2, 0.2, share=0.8, unmatched=0.2, by_mean_square=True),
+    "int8": Tolerances(0.3, 4.0, 0.1, 0.80, 0.2, 0.2, share=0.8, unmatched=0.2, by_mean_square=True, box_iou=0.80),
 }
 TOLERANCES["tf32"] = TOLERANCES["fp16"]  # the same mantissa; it holds for engines, the graph itself is in fp32
 BF16 = Tolerances(5e-2, 4.0, 0.05, 0.85, 0.1, 5e-2, share=0.9, unmatched=0.1)

@@ -157,7 +157,7 @@ def test_graph_in_8_bits_detects_nearly_what_the_model_does(calibrated: Callable
         stages = {stage.name: stage for stage in report.stages if stage.measure == "relative root mean square"}
         assert 1e-4 < stages["rpn"].worst < 0.2 and 1e-4 < stages["boxes"].worst < 0.2
         final = {stage.measure: stage for stage in report.stages if stage.name == "final"}
-        assert final["share of unmatched detections"].passed and final["box distance, px"].passed
+        assert final["share of unmatched detections"].passed and final["box IoU"].passed
         assert final["score difference"].passed and report.detections > 30
 
 

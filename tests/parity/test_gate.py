@@ -42,6 +42,7 @@ def test_pairs_by_label_and_box_not_by_position() -> None:
     assert sorted(map(tuple, pairing.pairs.tolist())) == [(0, 2), (1, 1), (2, 0)]
     assert pairing.unmatched == 0
     assert pairing.box_px.max() == pytest.approx(0.5)
+    assert pairing.box_iou.min() == pytest.approx(380 / 389.5)
     assert pairing.score.max() == pytest.approx(0.3, abs=1e-6)
     assert pairing.mask_iou is None and pairing.keypoint_px is None
 
@@ -148,6 +149,23 @@ def test_a_share_of_the_detections_is_that_of_all_images() -> None:
     assert set(report.to_dict()) == {
         "graph", "precision", "images", "detections", "stages", "compared", "inexact", "passed"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("side", "moved", "passes"), [(20, 2, True), (20, 3, False), (200, 20, True), (200, 30, False)]
+)
+def test_boxes_in_8_bits_are_held_to_their_overlap(side: float, moved: float, passes: bool) -> None:
+    first = detections([[0, 0, side, side]], [0.9], [1])
+    second = detections([[moved, 0, side + moved, side]], [0.9], [1])
+    report = ParityReport("m.onnx", "int8")
+    compare_detections(
+        report, "final", [Reference(first, np.zeros(0, np.int64))], [second],
+        TOLERANCES["int8"], score_threshold=0.05, max_detections=100,
+    )  # fmt: skip
+    assert report.passed is passes
+    assert [stage.worst for stage in report.stages if stage.measure == "box IoU"] == [
+        pytest.approx((side - moved) / (side + moved))
+    ]
 
 
 def test_the_share_without_a_partner_is_that_of_all_images() -> None:
