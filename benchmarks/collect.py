@@ -47,6 +47,7 @@ SECTIONS = {
     "pareto_precision": "What speed costs in each precision",
     "make_plans": "Plans that mix forms, for torchvision's widths",
     "int8": "8 bits, bf16 and a second CPU engine",
+    "int8_packaged": "8 bits of the packaged detectors",
     "quantisers": "Libraries that quantise",
     "channel_multiple": "Channels in multiples",
     "recovery": "Quick recovery without labels",

@@ -15,6 +15,7 @@ NO_CELLS = {"demo", "plan", "plan_int8", "plan_packaged"}
 MODULES = {
     "faults": "tests.faults.kill_runs",
     "fuzz": "tests.fuzz.run",
+    "int8_packaged": "benchmarks.int8",
     "memorise_real_mixed": "benchmarks.memorise_real",
     "packaged": "benchmarks.package_weights",
     "pareto_coupled": "benchmarks.pareto",
