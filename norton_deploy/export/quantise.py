@@ -271,11 +271,12 @@ def _name_what_is_read(model: Any) -> None:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    for writer in list(model.graph.node):
-        for place, stage in enumerate(writer.output):
-            rounding = readers.get(stage, [])
-            if not stage.startswith(STAGE_PREFIX) or [node.op_type for node in rounding] != ["QuantizeLinear"]:
-                continue
+    written = [(node, place) for node in model.graph.node for place in range(len(node.output))]
+    for writer, place in written:
+        stage = writer.output[place]
+        rounding = readers.get(stage, [])
+        is_rounded = [node.op_type for node in rounding] == ["QuantizeLinear"]
+        if stage.startswith(STAGE_PREFIX) and is_rounded and writer.op_type != "DequantizeLinear":
             (restored,) = readers[rounding[0].output[0]]
             for node in readers[restored.output[0]]:
                 node.input[:] = [stage if name == restored.output[0] else name for name in node.input]

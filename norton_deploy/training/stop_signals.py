@@ -36,7 +36,7 @@ class StopSignals:
         self._restore()
 
 
-def outlive_one_stop(_worker: int = 0) -> None:
+def outlive_one_stop(_worker: int) -> None:
     """Make this process, which reads data for a training, ignore the first SIGINT or SIGTERM; a second one ends it.
 
     A terminal sends Ctrl-C, and a service or batch manager its stop, to the readers too; the step that is being done
