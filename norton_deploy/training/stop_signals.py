@@ -1,5 +1,6 @@
 """Ctrl-C, and a service manager's stop, between two steps of a training."""
 
+import os
 import signal
 import sys
 import threading
@@ -40,12 +41,22 @@ def outlive_one_stop(_worker: int) -> None:
     """Make this process, which reads data for a training, ignore the first SIGINT or SIGTERM; a second one ends it.
 
     A terminal sends Ctrl-C, and a service or batch manager its stop, to the readers too; the step that is being done
-    needs their data. Called in the reader itself: torch gives readers a handler of SIGTERM that ends them.
+    needs their data. The training's own SIGTERM, with which it ends readers that are left over, does so at once: hence
+    a thread that is told who sends. Called in the reader itself, where torch has a handler of SIGTERM that ends it
+    whoever sends; it stays where the system does not tell (macOS).
     """
 
     def ignored(_signal: int, _frame: object) -> None:
-        for number in STOPS:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    for number in STOPS:
-        signal.signal(number, ignored)
+    signal.signal(signal.SIGINT, ignored)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_meant, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_meant(parent: int) -> None:
+    """End the process at the parent's SIGTERM, or at the second one from elsewhere."""
+    if signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        signal.sigwaitinfo({signal.SIGTERM})
+    os._exit(0)

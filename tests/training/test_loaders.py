@@ -1,6 +1,6 @@
 import multiprocessing
-import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -81,8 +81,31 @@ def test_readers_outlive_a_stop_that_reaches_them_too(stop):
     batches = SampledBatches(Numbers(), GroupedBatchSampler(10, 2), collate_classes, 1).batches(0, 0)
     next(batches)
     (reader,) = set(multiprocessing.active_children()) - set(others)
-    os.kill(reader.pid, stop)
+    subprocess.run(["kill", f"-{stop.value}", str(reader.pid)], check=True)  # not by the training itself
     assert len(list(batches)) == 4
+    assert not reader.is_alive()
+
+
+def test_the_second_stop_ends_readers():
+    others = multiprocessing.active_children()
+    batches = SampledBatches(Numbers(), GroupedBatchSampler(10, 2), collate_classes, 1).batches(0, 0)
+    next(batches)
+    (reader,) = set(multiprocessing.active_children()) - set(others)
+    stops = 0
+    while reader.is_alive() and stops < 50:
+        subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(reader.pid)], check=True)
+        stops += 1
+        reader.join(0.2)
+    assert 1 < stops < 50
+
+
+def test_readers_end_when_the_training_ends_them():
+    others = multiprocessing.active_children()
+    batches = SampledBatches(Numbers(), GroupedBatchSampler(10, 2), collate_classes, 1).batches(0, 0)
+    next(batches)
+    (reader,) = set(multiprocessing.active_children()) - set(others)
+    reader.terminate()
+    reader.join(10)
     assert not reader.is_alive()
 
 
